@@ -1,0 +1,77 @@
+"""What a person sees: one console, progress with rate and estimate, closing tables; libraries kept quiet."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(stderr=True, highlight=False)
+
+
+def quiet_libraries() -> None:
+    """Before the heavy imports: no banners, no foreign progress bars, no warnings that a user cannot act on."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|accelerate)\b")
+
+
+class _Rate(ProgressColumn):
+    """Items a second."""
+
+    def render(self, task):
+        from rich.text import Text
+
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.1f}/s", style="dim")
+
+
+@contextmanager
+def progress(description: str, total: int):
+    """A bar; yields `advance(n=1, **shown)`. On a terminal it is redrawn, in a log it leaves one closing line."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", style="dim"),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(escape(description), total=total, note="")
+
+        def advance(n: int = 1, note: str | None = None) -> None:
+            bar.update(task, advance=n, **({} if note is None else {"note": escape(note)}))
+
+        yield advance
+
+
+def say(message: str) -> None:
+    """One plain line; nothing in it is markup."""
+    console.print(message, markup=False)
+
+
+def warn(message: str) -> None:
+    """One line that asks for attention."""
+    console.print(f"[yellow]warning:[/yellow] {escape(message)}")
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A closing table; first column left, the others right."""
+    drawn = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for number, column in enumerate(columns):
+        drawn.add_column(escape(column), justify="right" if number else "left")
+    for row in rows:
+        drawn.add_row(*(escape(str(cell)) for cell in row))
+    console.print(drawn)
+
+
+def facts(title: str, rows: Sequence[tuple[str, object]]) -> None:
+    """A closing summary of names and values; paths stay on one line so that they can be copied."""
+    console.print(f"[bold]{escape(title)}[/bold]")
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        console.print(f"  {name:{width}}  {value}", markup=False, soft_wrap=True)

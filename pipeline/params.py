@@ -1,0 +1,297 @@
+"""Every parameter with its default and its meaning: the one place. `params.yaml` is written from here.
+
+`xkd-pipeline params` prints the complete file; `dvc exp run -S key=value` and `--set key=value` change single values.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Role = Literal["teacher", "student"]
+
+
+class Section(BaseModel):
+    """A group of parameters: unknown keys are errors, so that a typo is never ignored."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class Prepare(Section):
+    task: Literal["arithmetic", "translation", "summarisation"] = "arithmetic"
+    """Built-in task."""
+    teach: Positive = 24000
+    """Prompts with references that only the teacher learns from."""
+    train: Positive = 1000
+    """Prompts that the teacher answers for the student; their references make the student's starting point."""
+    validation: Positive = 200
+    """Held-out prompts for fitting decisions, the reward's audit and the divergence from the teacher."""
+    test: Positive = 400
+    """Prompts for the final scores."""
+
+
+class Model(Section):
+    width: Positive
+    """Hidden size."""
+    layers: Positive
+    """Transformer blocks."""
+    heads: Positive
+    """Attention heads; width / heads should be 32, 48, 64, ... for vLLM on a CPU."""
+    intermediate: Positive
+    """Width of the feed-forward block."""
+
+
+class Optimisation(Section):
+    steps: Positive
+    """Optimiser steps."""
+    batch_size: Positive
+    """Sequences a step."""
+    learning_rate: PositiveFloat
+    """Peak learning rate of AdamW, decayed by a cosine."""
+
+
+class Teach(Section):
+    model: Model
+    """Size of the model."""
+    split: Literal["teach", "train"]
+    """Split whose references are learned."""
+    pairs: Positive
+    """How many of its pairs, from the first."""
+    optimisation: Optimisation
+
+
+class TeachBoth(Section):
+    teacher: Teach = Teach(
+        model=Model(width=96, layers=3, heads=3, intermediate=256),
+        split="teach",
+        pairs=24000,
+        optimisation=Optimisation(steps=400, batch_size=64, learning_rate=2.5e-3),
+    )
+    student: Teach = Teach(
+        model=Model(width=48, layers=2, heads=1, intermediate=128),
+        split="train",
+        pairs=500,
+        optimisation=Optimisation(steps=500, batch_size=32, learning_rate=3e-3),
+    )
+
+
+class Generate(Section):
+    teacher: str = "data/models/teacher"
+    """Folder or hub name of the teacher."""
+    engine: Literal["auto", "vllm", "hf", "stub"] = "auto"
+    """What runs the teacher; auto is vllm where it is installed, else hf."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Number type of the teacher's weights; auto is the one they are stored in."""
+    samples: Annotated[int, Field(gt=0, le=32767)] = 2
+    """Responses a training prompt."""
+    validation_samples: Annotated[int, Field(gt=0, le=32767)] = 1
+    """Responses a held-out prompt."""
+    corrupted: Count = 2
+    """Corrupted copies of each held-out prompt's first reference, scored for the reward's audit."""
+    k: Positive = 16
+    """Most likely tokens kept at every position."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling."""
+    rows_per_shard: Positive = 256
+    """Samples a stored file; a killed run loses at most as many."""
+    max_skipped: Count = 0
+    """Rows that may be left out (too long, failed) before the stage counts as failed."""
+    materialize: bool = True
+    """Copy the selected rows into data/teacher, so that `dvc push` shares them; else read them from the store."""
+
+    @model_validator(mode="after")
+    def _greedy_is_one_sample(self):
+        if self.temperature == 0 and max(self.samples, self.validation_samples) > 1:
+            raise ValueError("temperature 0 is greedy, so all samples would be equal: set samples to 1 as well")
+        return self
+
+
+class Residual(Section):
+    q_source: Literal["logits", "logprobs"]
+    """Q-values: the raw logits (need the cache's lse) or their log-softmax."""
+    gamma: Annotated[float, Field(gt=0, le=1)]
+    """Discount."""
+    terminal: Literal["drop", "zero"]
+    """The last step: left out, or with a next value of zero."""
+
+
+class Reward(Section):
+    sarsa: Residual = Residual(q_source="logits", gamma=1.0, terminal="drop")
+    """Residuals of the posterior that distillation reads (TD form `sarsa`)."""
+    soft: Residual = Residual(q_source="logprobs", gamma=1.0, terminal="zero")
+    """Residuals of the posterior that is audited and ranked with (TD form `soft`); by default it includes EOS."""
+    sigma_min: PositiveFloat = 0.3
+    """Floor of the posterior's deviation, in units of the residuals' own deviation c."""
+    phi_kl: Annotated[list[NonNegativeFloat], Field(min_length=1)] = [0.01, 0.1]
+    """Candidate weights of KL(q || prior); the one with the best held-out likelihood is kept."""
+    patience: Positive = 3
+    """Held-out evaluations without improvement before a fit stops."""
+    evaluate_every: Positive = 25
+    """Steps between held-out evaluations."""
+    optimisation: Optimisation = Optimisation(steps=300, batch_size=32, learning_rate=2e-3)
+    bootstrap: Positive = 1000
+    """Resamples for the audit's intervals."""
+
+
+class Distill(Section):
+    objective: Literal["seqkd", "fkl", "rkl", "jsd"] = "fkl"
+    """Distillation loss."""
+    beta: Share = 0.5
+    """Mixture weight of jsd (0 is fkl, 1 is rkl)."""
+    tail: Literal["bucket"] = "bucket"
+    """Use of the mass outside the teacher's top k: one extra outcome on both sides."""
+    nll_weight: NonNegativeFloat = 0.0
+    """Weight of the negative log-likelihood of the teacher's tokens, added to the loss."""
+    reward: Literal["none", "frozen", "scratch", "zero"] = "frozen"
+    """none is the plain loss; else the X- version: the fitted posterior, one learned along, or mu = 0, sigma = 1."""
+    lam: NonNegativeFloat = 0.01
+    """Weight of the TD consistency term."""
+    kl_weight: NonNegativeFloat = 1.0
+    """Weight of KL(q || prior); acts only with reward: scratch."""
+    td: Literal["sarsa", "soft"] = "sarsa"
+    """Form of the TD residual."""
+    residual: Residual = Residual(q_source="logits", gamma=1.0, terminal="drop")
+    """Must be what the reward was fitted with."""
+    optimisation: Optimisation = Optimisation(steps=400, batch_size=32, learning_rate=3e-3)
+    chunk: Positive = 4096
+    """Response positions that go through the language-model head at once."""
+    log_every: Positive = 20
+    """Steps between logged points of the training curve."""
+    evaluate_every: Positive = 100
+    """Steps between held-out evaluations."""
+    save_every: Positive = 100
+    """Steps between checkpoints that a killed run resumes from."""
+
+    @model_validator(mode="after")
+    def _bounded_below(self):
+        if self.reward == "scratch" and self.lam > self.kl_weight:
+            raise ValueError(
+                f"lam ({self.lam}) above kl_weight ({self.kl_weight}) with reward: scratch rewards a vanishing sigma "
+                "without bound (a token's loss goes as (lam - kl_weight) * log sigma): lower lam or raise kl_weight"
+            )
+        return self
+
+
+class Evaluate(Section):
+    samples: Annotated[int, Field(gt=1)] = 4
+    """Sampled responses a prompt, for quality under sampling and for diversity."""
+    sampled_prompts: Positive = 200
+    """Test prompts that are also sampled, from the first."""
+    temperature: PositiveFloat = 1.0
+    """Temperature of the sampled responses."""
+    bootstrap: Positive = 1000
+    """Resamples for the intervals."""
+    batch_size: Positive = 128
+    """Sequences generated together."""
+
+
+class Params(Section):
+    seed: int = 0
+    """Seed of everything: data, initial weights, batch order, teacher samples, bootstrap."""
+    template: str = "{prompt} =>"
+    """What the models read, made of the task's prompt."""
+    max_tokens: Positive = 48
+    """Longest response, in tokens."""
+    prepare: Prepare = Prepare()
+    teach: TeachBoth = TeachBoth()
+    generate: Generate = Generate()
+    reward: Reward = Reward()
+    distill: Distill = Distill()
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _template_has_a_prompt(self):
+        if "{prompt}" not in self.template:
+            raise ValueError(f"template {self.template!r} does not contain {{prompt}}")
+        return self
+
+
+def load_params(path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Params:
+    """Defaults, then the YAML file at `path` (may be partial), then `key.subkey=value` overrides.
+
+    Raises UserError that names the file or option, the key and the values allowed.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(Path(path).read_text()) or {}
+        except FileNotFoundError:
+            raise UserError(f"no parameter file at {path}") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} is not valid YAML: {error}") from None
+        if not isinstance(tree, dict):
+            raise UserError(f"{path} must hold a mapping of parameters, found a {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    source = ", ".join([str(path)] * (path is not None) + [f"--set {o}" for o in overrides])
+    return _validate(_merge(Params().model_dump(), tree), source)
+
+
+def _apply(tree: dict, override: str) -> None:
+    key, mark, value = override.partition("=")
+    if not mark:
+        raise UserError(f"--set {override}: expected key=value, for instance distill.objective=rkl")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {override}: '{parent}' is a value, not a section")
+    tree[last] = yaml.safe_load(value)
+
+
+def _merge(default: Any, given: Any) -> Any:
+    """Fill a partial tree with defaults; keys that no default has are kept for the schema to refuse."""
+    if isinstance(default, dict) and isinstance(given, dict):
+        return {key: _merge(default[key], given[key]) if key in default and key in given
+                else given.get(key, default.get(key)) for key in [*default, *(k for k in given if k not in default)]}
+    return given
+
+
+def _validate(tree: dict, source: str) -> Params:
+    try:
+        return Params.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(problem, tree) for problem in error.errors()]
+        raise UserError("\n".join([f"bad parameters in {source}:", *lines])) from None
+
+
+def _explain(problem: dict, tree: dict) -> str:
+    key = ".".join(str(part) for part in problem["loc"]) or "(file)"
+    if problem["type"] != "extra_forbidden":
+        return f"  {key}: {problem['msg']}" + ("" if isinstance(problem["input"], dict) else f", found {problem['input']!r}")
+    import difflib
+
+    schema: Any = Params().model_dump()
+    for part in problem["loc"][:-1]:
+        schema = schema[part]
+    close = difflib.get_close_matches(str(problem["loc"][-1]), list(schema), n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(schema)}"
+    return f"  {key}: unknown parameter; {hint}"
+
+
+def to_yaml(params: Params) -> str:
+    """The complete parameter file, each key with its meaning as a comment."""
+    lines = ["# Written by `xkd-pipeline params`. Change values here, or with `dvc exp run -S key=value`."]
+    _write(params, lines, "")
+    return "\n".join(lines) + "\n"
+
+
+def _write(section: Section, lines: list[str], indent: str) -> None:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            lines.append(f"{indent}{name}:" + (f"  # {field.description}" if field.description else ""))
+            _write(value, lines, indent + "  ")
+        else:
+            text = yaml.safe_dump(value, default_flow_style=True, width=200).replace("\n...", "").strip()
+            lines.append(f"{indent}{name}: {text}" + (f"  # {field.description}" if field.description else ""))

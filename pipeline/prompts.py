@@ -1,0 +1,125 @@
+"""Prompt files: what the models are asked, with references. One way in, one way out."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import UserError
+
+TEMPLATE_VERSION = 1  # changes whenever the same template would render other text
+SPLITS = ("teach", "train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, not yet rendered by the template."""
+
+    id: str
+    prompt: str
+    references: tuple[str, ...]
+    split: str
+
+
+def prompt_id(text: str) -> str:
+    """An id that depends on the text alone."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def render(template: str, prompt: str) -> str:
+    """The text that a model reads. Plain replacement: braces in a prompt mean nothing."""
+    return template.replace("{prompt}", prompt)
+
+
+def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
+    """Write a Parquet file with columns id, prompt, references, split."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"id": p.id, "prompt": p.prompt, "references": list(p.references), "split": p.split} for p in prompts]
+    schema = pa.schema(
+        {"id": pa.string(), "prompt": pa.string(), "references": pa.list_(pa.string()), "split": pa.string()}
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema), path, compression="zstd")
+
+
+def read_prompts(path: Path, splits: Sequence[str] | None = None) -> list[Prompt]:
+    """Read a Parquet or JSONL prompt file, in file order, optionally some splits only.
+
+    Column `prompt` is required; `id` defaults to a hash of the prompt, `references` to none, `split` to train.
+    Raises UserError that names the file and the row of a missing column, an empty prompt or a repeated id.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no prompt file at {path}")
+    rows = _read_rows(path)
+    if not rows:
+        raise UserError(f"{path} holds no prompts")
+    prompts, seen = [], {}
+    for number, row in enumerate(rows, start=1):
+        prompt = _parse(row, path, number)
+        if prompt.id in seen:
+            raise UserError(f"{path}: row {number} repeats id '{prompt.id}' of row {seen[prompt.id]}: ids must differ")
+        seen[prompt.id] = number
+        if splits is None or prompt.split in splits:
+            prompts.append(prompt)
+    return prompts
+
+
+def _read_rows(path: Path) -> list[dict]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path.suffix == ".parquet":
+        try:
+            return pq.read_table(path).to_pylist()
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{path} is not a Parquet file: {error}") from None
+    if path.suffix not in (".jsonl", ".json"):
+        raise UserError(f"{path}: prompts are read from .parquet or .jsonl files")
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}: row {number} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}: row {number} is not a JSON object")
+            rows.append(row)
+    return rows
+
+
+def _parse(row: dict, path: Path, number: int) -> Prompt:
+    if "prompt" not in row:
+        raise UserError(f"{path}: row {number} has no column 'prompt'; found {', '.join(map(str, row)) or 'nothing'}")
+    text = row["prompt"]
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{path}: row {number} has an empty prompt: remove the row or fill it in")
+    references = row.get("references") or []
+    if isinstance(references, str) or not all(isinstance(reference, str) for reference in references):
+        raise UserError(f"{path}: row {number}: 'references' must be a list of strings")
+    split = row.get("split") or "train"
+    if split not in SPLITS:
+        raise UserError(f"{path}: row {number} has split '{split}'; known: {', '.join(SPLITS)}")
+    return Prompt(str(row.get("id") or prompt_id(text)), text, tuple(references), split)
+
+
+def encode_prompts(tokenizer, template: str, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+    """Token ids of the rendered prompts, with the tokenizer's own special tokens; int32 each."""
+    if not prompts:
+        return []
+    texts = [render(template, prompt.prompt) for prompt in prompts]
+    return [np.asarray(ids, np.int32) for ids in tokenizer(texts)["input_ids"]]
+
+
+def encode_response(tokenizer, text: str) -> np.ndarray:
+    """Token ids of a response that ends by itself: no leading special tokens, EOS at the end; int32."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return np.asarray([*ids, tokenizer.eos_token_id], np.int32)

@@ -1,0 +1,61 @@
+"""Files that are either whole or absent: temporary name, fsync, atomic rename, directory fsync."""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """One text for one value: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def digest(value: Any) -> str:
+    """sha256 of the canonical JSON, hex."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def write_atomically(folder: Path, write: Callable[[Path], None], name: str | Callable[[Path], str]) -> Path:
+    """Let `write` fill a temporary file in `folder`, then move it to `name` (or to what `name` makes of the file).
+
+    Raises UserError where the folder cannot be written (read-only, disk full); what was there before stays.
+    """
+    temporary = folder / f".tmp-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        final = folder / (name if isinstance(name, str) else name(temporary))
+        os.replace(temporary, final)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror or error}. Free space or make it writable and run the same "
+            "command again: everything written so far is kept"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return final
+
+
+def write_json_atomically(path: Path, value: Any) -> None:
+    """Readable JSON, whole or absent."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    write_atomically(path.parent, lambda temporary: temporary.write_text(text, encoding="utf-8"), path.name)

@@ -1,0 +1,70 @@
+"""Who said it, when asked what: identities of teachers, requests and samples.
+
+An identity is a digest of what decides the answer and of nothing else: no paths, names, versions, counts or k.
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from pipeline.shards.files import digest
+from pipeline.shards.schema import SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a teacher. `kind` is sample (responses are drawn) or score (responses are given)."""
+
+    kind: str
+    template: str
+    template_version: int
+    seed: int = 0
+    sampling: Sampling | None = None
+
+    def describe(self) -> dict:
+        """Plain values for JSON, with the schema version."""
+        description = asdict(self) | {"schema_version": SCHEMA_VERSION}
+        if self.kind == "score":  # a score does not depend on how responses are drawn
+            description = {key: description[key] for key in ("kind", "template", "template_version", "schema_version")}
+        return description
+
+    @property
+    def identity(self) -> str:
+        return digest(self.describe())[:16]
+
+
+def sample_key(request: Request, prompt_ids: np.ndarray, sample: int) -> str:
+    """Key of one drawn response: prompt token ids, sampling identity, sample index."""
+    return _key(b"sample", request.identity.encode(), _bytes(prompt_ids), str(sample).encode())
+
+
+def score_key(prompt_ids: np.ndarray, response_ids: np.ndarray) -> str:
+    """Key of one given response: prompt token ids and response token ids."""
+    return _key(b"score", _bytes(prompt_ids), _bytes(response_ids))
+
+
+def sample_seed(key: str) -> int:
+    """The seed of one sample, from its key: independent of order, neighbours and interruptions."""
+    return int.from_bytes(hashlib.sha256(b"seed" + key.encode()).digest()[:8], "little") >> 1
+
+
+def _bytes(ids: np.ndarray) -> bytes:
+    return np.ascontiguousarray(ids, dtype="<i4").tobytes()
+
+
+def _key(*parts: bytes) -> str:
+    hasher = hashlib.sha256()
+    for part in parts:
+        hasher.update(len(part).to_bytes(8, "little") + part)
+    return hasher.hexdigest()[:32]

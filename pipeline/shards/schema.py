@@ -1,0 +1,139 @@
+"""What a shard holds: plain Arrow columns, one row a response, and its self-describing footer."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SCHEMA_VERSION = 1
+METADATA_KEY = b"xkd"
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("origin", pa.string()),
+        ("prompt_id", pa.string()),
+        ("sample", pa.int16()),
+        ("prompt", pa.string()),
+        ("response", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("response_ids", pa.list_(pa.int32())),
+        ("finish", pa.string()),
+        ("logprobs", pa.list_(pa.float32())),
+        ("topk_ids", pa.list_(pa.int32())),
+        ("topk_logprobs", pa.list_(pa.float16())),
+        ("lse", pa.list_(pa.float32())),
+    ]
+)
+# DuckDB 2.0 cannot read byte-split float16, so `topk_logprobs` stays plain (about 11 bytes a token more at k = 32).
+_BYTE_SPLIT = ("logprobs", "lse")
+_DICTIONARY = ["origin", "prompt_id", "prompt", "finish"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One response of T tokens with the teacher's view of it. The names are the columns'."""
+
+    key: str
+    origin: str  # teacher | reference | student | corrupted
+    prompt_id: str
+    sample: int
+    prompt: str
+    response: str
+    prompt_ids: np.ndarray  # int32 [P]
+    response_ids: np.ndarray  # int32 [T]
+    finish: str  # stop | length
+    logprobs: np.ndarray  # float32 [T], full vocabulary, temperature 1
+    topk_ids: np.ndarray  # int32 [T, k], in rank order
+    topk_logprobs: np.ndarray  # float16 [T, k]
+    lse: np.ndarray | None  # float32 [T], log-sum-exp of the raw logits
+
+    @property
+    def k(self) -> int:
+        return self.topk_ids.shape[1]
+
+    def trimmed(self, k: int) -> "Row":
+        """The same row with the k most likely tokens only."""
+        return replace(self, topk_ids=self.topk_ids[:, :k], topk_logprobs=self.topk_logprobs[:, :k])
+
+
+def to_table(rows: Sequence[Row]) -> pa.Table:
+    """Rows to a table of SCHEMA."""
+    columns = []
+    for field in SCHEMA:
+        values = [getattr(row, field.name) for row in rows]
+        columns.append(_list_array(values, field.type) if pa.types.is_list(field.type) else pa.array(values, field.type))
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def _list_array(values: list[np.ndarray | None], type_: pa.ListType) -> pa.ListArray:
+    dtype = type_.value_type.to_pandas_dtype()
+    lengths = [0 if value is None else value.size for value in values]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    flat = [np.asarray(value, dtype).ravel() for value in values if value is not None]
+    mask = pa.array([value is None for value in values])
+    content = pa.array(np.concatenate(flat) if flat else np.empty(0, dtype), type_.value_type)
+    return pa.ListArray.from_arrays(pa.array(offsets), content, type=type_, mask=mask)
+
+
+def from_table(table: pa.Table) -> list[Row]:
+    """A table of SCHEMA to rows; the arrays are views of Arrow memory."""
+    plain, lists = {}, {}
+    for field in SCHEMA:
+        column = table.column(field.name).combine_chunks()
+        if pa.types.is_list(field.type):
+            lists[field.name] = _split(column)
+        else:
+            plain[field.name] = column.to_pylist()
+    rows = []
+    for i in range(table.num_rows):
+        values = {name: column[i] for name, column in (plain | lists).items()}
+        steps = max(len(values["response_ids"]), 1)
+        values |= {name: values[name].reshape(steps, -1) for name in ("topk_ids", "topk_logprobs")}
+        rows.append(Row(**values))
+    return rows
+
+
+def _split(column: pa.ListArray) -> list[np.ndarray | None]:
+    flat = column.values.to_numpy(zero_copy_only=True)
+    bounds = column.offsets.to_numpy()
+    valid = column.is_valid().to_numpy(zero_copy_only=False)
+    return [flat[bounds[i] : bounds[i + 1]] if valid[i] else None for i in range(len(column))]
+
+
+def footer(teacher: dict, request: dict, k: int, **more) -> dict:
+    """What every file says of itself: whose answers to what, how many tokens a position, and `more`."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "teacher": teacher,
+        "request": request,
+        "k": k,
+        "vocab_size": teacher["vocab_size"],
+        **more,
+    }
+
+
+def write_shard(path: Path, rows: Sequence[Row], metadata: dict) -> None:
+    """One Parquet file: zstd, no dictionary on values, float32 byte-split, `metadata` as JSON in the footer."""
+    table = to_table(rows).replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    pq.write_table(
+        table,
+        path,
+        compression="zstd",
+        use_dictionary=_DICTIONARY,
+        column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in _BYTE_SPLIT},
+    )
+
+
+def read_metadata(path: Path) -> dict:
+    """The footer's JSON. Raises ValueError where the file is no shard of this schema version."""
+    metadata = pq.read_schema(path).metadata or {}
+    if METADATA_KEY not in metadata:
+        raise ValueError("the footer has no xkd metadata")
+    found = json.loads(metadata[METADATA_KEY])
+    if found.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"schema version {found.get('schema_version')}, expected {SCHEMA_VERSION}")
+    return found

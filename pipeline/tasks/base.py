@@ -1,0 +1,26 @@
+"""What a task is: a seeded source of prompts with references, the words it is made of, and its metrics."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from pipeline.tasks.metrics import Metric
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and its acceptable answers, whitespace-separated tokens throughout."""
+
+    prompt: str
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A built-in task. `version` changes whenever the same seed would give other examples."""
+
+    name: str
+    version: int
+    example: Callable[[Random], Example]  # draws one example
+    lexicon: Callable[[], list[str]]  # every token that an example can contain, sorted
+    metrics: tuple[Metric, ...]  # the first one is the headline

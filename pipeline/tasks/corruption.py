@@ -1,0 +1,49 @@
+"""Wrong answers made from right ones: what a reward must rank below the reference."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+EDITS = ("replace", "delete", "repeat", "swap")
+
+
+def corrupt(response_ids: np.ndarray, pool: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+    """Change one or two places of a response: replace a token by one of `pool`, delete, repeat, or swap neighbours.
+
+    response_ids int32 [T], the last of which (EOS) is kept; pool int32 [M], tokens of other responses. None where
+    the response is too short to change.
+    """
+    body, end = list(response_ids[:-1]), response_ids[-1:]
+    if len(body) < 2:
+        return None
+    for _ in range(rng.integers(1, 3)):
+        body = _edit(body, str(rng.choice(EDITS)), pool, rng)
+    return np.concatenate([np.asarray(body, np.int32), end])
+
+
+def _edit(body: list[int], edit: str, pool: np.ndarray, rng: np.random.Generator) -> list[int]:
+    place = int(rng.integers(len(body) - 1))
+    if edit == "replace":
+        return [*body[:place], int(rng.choice(pool)), *body[place + 1 :]]
+    if edit == "delete" and len(body) > 2:
+        return body[:place] + body[place + 1 :]
+    if edit == "repeat":
+        return [*body[: place + 1], *body[place:]]
+    return [*body[:place], body[place + 1], body[place], *body[place + 2 :]]
+
+
+def corruptions(
+    references: Sequence[np.ndarray], n: int, pool: np.ndarray, seed: int | Sequence[int], attempts: int = 50
+) -> list[np.ndarray]:
+    """Up to `n` different corruptions of the first reference, none of which is itself a reference."""
+    rng = np.random.default_rng(seed)
+    known = {tuple(reference) for reference in references}
+    found = []
+    for _ in range(attempts):
+        if len(found) == n:
+            break
+        wrong = corrupt(references[0], pool, rng)
+        if wrong is not None and tuple(wrong) not in known:
+            known.add(tuple(wrong))
+            found.append(wrong)
+    return found

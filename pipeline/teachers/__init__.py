@@ -1,0 +1,32 @@
+"""Teacher engines behind one interface: vllm, hf (transformers) and stub."""
+
+import importlib.util
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.teachers.base import Answer, Ask, Engine, Failure
+
+__all__ = ["Answer", "Ask", "Engine", "Failure", "choose_engine", "open_engine"]
+
+
+def choose_engine(name: str) -> str:
+    """Resolve `auto`. Raises UserError where vLLM is asked for and is not installed."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if name == "vllm" and not installed:
+        raise UserError("engine vllm: the package vllm is not installed. Use --engine hf, or install it with ./xkd setup")
+    return ("vllm" if installed else "hf") if name == "auto" else name
+
+
+def open_engine(name: str, folder: Path, dtype: str, context: int) -> Engine:
+    """Load the teacher in `folder`. `context` is the longest prompt plus response that will be asked for."""
+    if name == "vllm":
+        from pipeline.teachers.vllm import VllmEngine
+
+        return VllmEngine(folder, dtype, context)
+    if name == "hf":
+        from pipeline.teachers.hf import HfEngine
+
+        return HfEngine.load(folder, dtype)
+    from pipeline.teachers.stub import StubEngine
+
+    return StubEngine.load(folder)

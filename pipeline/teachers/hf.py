@@ -1,0 +1,132 @@
+"""The transformers engine: the oracle, and the teacher on machines without vLLM.
+
+transformers' own `generate` runs the model; a logits processor looks at the raw logits of each step, draws the next
+token with each sample's own random numbers and keeps the top k. A sample therefore does not depend on its batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from pipeline.shards.identity import Sampling
+from pipeline.teachers.base import Answer, Ask, Failure, finish_of
+
+
+class HfEngine:
+    """Batched, left-padded generation of a causal model, longest prompts first."""
+
+    def __init__(self, model, batch_size: int = 64):
+        import transformers
+
+        self.model, self.batch_size = model, batch_size
+        self.description = {"engine": "hf", "transformers": transformers.__version__, "torch": torch.__version__}
+
+    @classmethod
+    def load(cls, folder: Path, dtype: str) -> "HfEngine":
+        from pipeline.models import load_causal_lm
+
+        return cls(load_causal_lm(folder, dtype).to("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @torch.inference_mode()
+    def sample(self, asks: Sequence[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:
+        for batch in self._batches(asks, lambda ask: len(ask.prompt_ids)):
+            capture = _Capture([ask.seed for ask in batch], sampling, k)
+            input_ids, mask = _left_padded([ask.prompt_ids for ask in batch], self.model.device)
+            output = self.model.generate(
+                input_ids,
+                attention_mask=mask,
+                generation_config=GenerationConfig(
+                    max_new_tokens=sampling.max_tokens,
+                    do_sample=False,
+                    eos_token_id=list(sampling.stop_token_ids),
+                    pad_token_id=sampling.stop_token_ids[0],
+                ),
+                logits_processor=LogitsProcessorList([capture]),
+            )
+            tokens = output[:, input_ids.shape[1] :].cpu().numpy().astype(np.int32)
+            yield from capture.answers(batch, tokens)
+
+    @torch.inference_mode()
+    def score(self, asks: Sequence[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]:
+        for batch in self._batches(asks, lambda ask: len(ask.prompt_ids) + len(ask.response_ids)):
+            sequences = [np.concatenate([ask.prompt_ids, ask.response_ids]) for ask in batch]
+            input_ids, mask = _left_padded(sequences, self.model.device)
+            positions = (mask.cumsum(-1) - 1).clamp_min(0)
+            logits = self.model(input_ids=input_ids, attention_mask=mask, position_ids=positions).logits
+            for i, ask in enumerate(batch):
+                steps = len(ask.response_ids)
+                view = logits[i, -steps - 1 : -1].float()
+                values, ids, lse = _top_k(view, k)
+                response = torch.as_tensor(ask.response_ids, device=view.device).long()
+                logprobs = view.gather(-1, response[:, None]).squeeze(-1) - lse
+                yield Answer(
+                    ask.key, ask.response_ids, finish_of(ask.response_ids, stop_token_ids),
+                    *(array.cpu().numpy() for array in (logprobs, ids.int(), values, lse)),
+                )  # fmt: skip
+
+    def _batches(self, asks: Sequence[Ask], length) -> Iterator[list[Ask]]:
+        ordered = sorted(asks, key=length, reverse=True)
+        for start in range(0, len(ordered), self.batch_size):
+            yield ordered[start : start + self.batch_size]
+
+
+def _left_padded(sequences: Sequence[np.ndarray], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, [B, L] each; padding is masked, so its id means nothing."""
+    longest = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, sequence in enumerate(sequences):
+        ids[i, longest - len(sequence) :] = torch.as_tensor(sequence)
+        mask[i, longest - len(sequence) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Top-k log-probabilities and ids [..., k], log-sum-exp [...] of float32 logits [..., V]."""
+    lse = torch.logsumexp(logits, -1)
+    values, ids = logits.topk(min(k, logits.shape[-1]), -1)
+    return values - lse[..., None], ids, lse
+
+
+class _Capture(LogitsProcessor):
+    """Chooses each row's next token from the raw logits and remembers the top k and the normaliser."""
+
+    def __init__(self, seeds: Sequence[int], sampling: Sampling, k: int):
+        self.sampling, self.k = sampling, k
+        # One uniform number a step, drawn ahead from the sample's own generator.
+        self.uniform = np.stack([np.random.default_rng(seed).random(sampling.max_tokens) for seed in seeds])
+        self.steps: list[tuple[torch.Tensor, ...]] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logits = scores.float()
+        values, ids, lse = _top_k(logits, self.k)
+        chosen = self._choose(logits)[:, None]
+        logprob = logits.gather(-1, chosen).squeeze(-1) - lse
+        self.steps.append((logprob.cpu(), ids.int().cpu(), values.cpu(), lse.cpu()))
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
+
+    def _choose(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.sampling.temperature == 0:
+            return logits.argmax(-1)
+        ordered, ids = (logits / self.sampling.temperature).sort(-1, descending=True)
+        below = ordered.softmax(-1).cumsum(-1)
+        total = below[:, -1:]
+        if self.sampling.top_p < 1:  # the smallest set of likeliest tokens whose mass reaches top_p
+            size = (below < self.sampling.top_p).sum(-1, keepdim=True).clamp_max(logits.shape[-1] - 1)
+            total = below.gather(-1, size)
+        uniform = torch.as_tensor(self.uniform[:, len(self.steps), None], device=logits.device, dtype=below.dtype)
+        rank = torch.searchsorted(below, uniform * total, right=True).clamp_max(logits.shape[-1] - 1)
+        return ids.gather(-1, rank).squeeze(-1)
+
+    def answers(self, batch: Sequence[Ask], tokens: np.ndarray) -> Iterator[Answer]:
+        logprobs, ids, values, lse = (torch.stack(column, 1).numpy() for column in zip(*self.steps, strict=True))
+        for i, ask in enumerate(batch):
+            stops = np.isin(tokens[i], self.sampling.stop_token_ids)
+            steps = int(stops.argmax()) + 1 if stops.any() else len(tokens[i])
+            yield Answer(
+                ask.key, tokens[i, :steps], "stop" if stops.any() else "length",
+                logprobs[i, :steps], ids[i, :steps], values[i, :steps], lse[i, :steps],
+            )  # fmt: skip

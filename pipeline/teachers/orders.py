@@ -1,0 +1,175 @@
+"""Ask a teacher for what the store does not hold, and keep every answer as it comes."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from pipeline import console
+from pipeline.errors import UserError
+from pipeline.prompts import Prompt
+from pipeline.shards.identity import Request, sample_seed
+from pipeline.shards.schema import Row, footer
+from pipeline.shards.selection import Part
+from pipeline.shards.store import RequestFolder, pick
+from pipeline.teachers.base import Answer, Ask, Engine, Failure
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One row that an experiment needs."""
+
+    part: str  # of the selection: train, validation, scored
+    prompt: Prompt
+    text: str  # the rendered prompt
+    prompt_ids: np.ndarray
+    sample: int
+    key: str
+    origin: str = "teacher"
+    response_ids: np.ndarray | None = None  # given where it is to be scored
+
+    def ask(self) -> Ask:
+        return Ask(self.key, self.prompt_ids, sample_seed(self.key), self.response_ids)
+
+
+@dataclass
+class Order:
+    """All rows that are wanted of one request, and, after `look_up`, what the store says about them."""
+
+    request: Request
+    folder: RequestFolder
+    wanted: list[Wanted]
+    k: int
+    stop_token_ids: tuple[int, ...]
+    context: int | None  # most tokens the teacher can attend to
+    cached: list[Wanted] = field(default_factory=list)
+    missing: list[Wanted] = field(default_factory=list)
+    widen: list[Wanted] = field(default_factory=list)  # stored with fewer than k tokens a position
+    skipped: dict[str, str] = field(default_factory=dict)  # key -> reason
+
+    def look_up(self, retry_skipped: bool = False, set_aside: bool = True) -> None:
+        """Sort the wanted rows into cached, missing, widen and skipped. Damaged shards count as absent."""
+        self.index = self.folder.index(set_aside)
+        known = {} if retry_skipped else self.folder.skipped()
+        self.cached, self.missing, self.widen, self.skipped = [], [], [], {}
+        for wanted in {wanted.key: wanted for wanted in self.wanted}.values():
+            locations = self.index.get(wanted.key, [])
+            if pick(locations, self.k):
+                self.cached.append(wanted)
+            elif locations:
+                self.widen.append(wanted)
+            elif reason := known.get(wanted.key, {}).get("reason") or self._too_long(wanted):
+                self.skipped[wanted.key] = reason
+            else:
+                self.missing.append(wanted)
+
+    def length(self, wanted: Wanted) -> int:
+        """Most tokens that prompt and response can have together."""
+        given = wanted.response_ids
+        return len(wanted.prompt_ids) + (self.request.sampling.max_tokens if given is None else len(given))
+
+    def _too_long(self, wanted: Wanted) -> str | None:
+        if self.context is None or self.length(wanted) <= self.context:
+            return None
+        response = self.length(wanted) - len(wanted.prompt_ids)
+        return (
+            f"a prompt of {len(wanted.prompt_ids)} tokens and a response of up to {response} exceed the teacher's "
+            f"context of {self.context}: shorten the prompt or lower max_tokens"
+        )
+
+    def fulfil(self, engine: Engine, tokenizer, teacher: dict, rows_per_shard: int) -> int:
+        """Have everything made that is missing or stored with too few tokens; returns the number of tokens.
+
+        Every `rows_per_shard` answers become a shard at once, and so does the rest when the run is interrupted.
+        """
+        self._record_skips()
+        if not self.missing and not self.widen:
+            return 0
+        self.folder.describe(teacher, self.request.describe())
+        writer = _Writer(self, engine, tokenizer, teacher, rows_per_shard)
+        asks = [wanted.ask() for wanted in self.missing]
+        rows = {wanted.key: wanted for wanted in self.missing}
+        if self.request.sampling is not None:
+            writer.write("sampling", engine.sample(asks, self.request.sampling, self.k), rows)
+        else:
+            writer.write("scoring", engine.score(asks, self.k, self.stop_token_ids), rows)
+        stored = {
+            row.key: replace(wanted, response_ids=row.response_ids)
+            for wanted, row in zip(self.widen, self._stored(self.widen), strict=True)
+        }
+        asks = [wanted.ask() for wanted in stored.values()]
+        writer.write(f"scoring for k = {self.k}", engine.score(asks, self.k, self.stop_token_ids), stored)
+        return writer.tokens
+
+    def _stored(self, wanted: Sequence[Wanted]) -> list[Row]:
+        return self.folder.read(self.index[row.key][-1] for row in wanted)
+
+    def _record_skips(self) -> None:
+        recorded = self.folder.skipped()
+        for wanted in self.wanted:
+            if wanted.key in self.skipped.keys() - recorded.keys():
+                self.skip(wanted, self.skipped[wanted.key])
+                recorded[wanted.key] = {}
+
+    def skip(self, wanted: Wanted, reason: str) -> None:
+        """Record that a row cannot be made."""
+        self.skipped[wanted.key] = reason
+        self.folder.skip({"key": wanted.key, "prompt_id": wanted.prompt.id, "reason": reason})
+        console.warn(f"prompt '{wanted.prompt.id}' left out: {reason}")
+
+    def parts(self) -> dict[str, Part]:
+        """The cached rows by part, in the order they were wanted; call after a last `look_up`."""
+        parts: dict[str, Part] = {}
+        for wanted in self.wanted:
+            if location := pick(self.index.get(wanted.key, []), self.k):
+                part = parts.setdefault(wanted.part, Part(self.folder, self.request))
+                part.add(wanted.prompt.id, wanted.key, location)
+        return parts
+
+
+class _Writer:
+    """Turns answers into shards."""
+
+    def __init__(self, order: Order, engine: Engine, tokenizer, teacher: dict, rows_per_shard: int):
+        self.order, self.tokenizer, self.rows_per_shard = order, tokenizer, rows_per_shard
+        self.footer = footer(teacher, order.request.describe(), order.k, engine=engine.description)
+        self.tokens = 0
+
+    def write(self, what: str, answers: Iterator[Answer | Failure], wanted: dict[str, Wanted]) -> None:
+        if not wanted:
+            return
+        waiting: list[Answer] = []
+        with console.progress(what, len(wanted)) as advance, closing(answers):
+            try:
+                for answer in answers:
+                    if isinstance(answer, Failure):
+                        self.order.skip(wanted[answer.key], answer.reason)
+                    else:
+                        waiting.append(answer)
+                        self.tokens += len(answer.response_ids)
+                    advance(note=f"{self.tokens:,} tokens")
+                    if len(waiting) >= self.rows_per_shard:
+                        self._flush(waiting, wanted)
+            except RuntimeError as error:
+                raise UserError(
+                    f"the teacher's engine failed: {error}. What was made is kept; run the same command to go on"
+                ) from error
+            finally:
+                self._flush(waiting, wanted)
+
+    def _flush(self, waiting: list[Answer], wanted: dict[str, Wanted]) -> None:
+        if waiting:
+            answers, waiting[:] = list(waiting), []
+            self.order.folder.add(list(self._rows(answers, wanted)), self.footer)
+
+    def _rows(self, answers: Sequence[Answer], wanted: dict[str, Wanted]) -> Iterable[Row]:
+        texts = self.tokenizer.batch_decode([a.response_ids for a in answers], skip_special_tokens=True)
+        for answer, text in zip(answers, texts, strict=True):
+            row = wanted[answer.key]
+            yield Row(
+                key=answer.key, origin=row.origin, prompt_id=row.prompt.id, sample=row.sample,
+                prompt=row.text, response=text, prompt_ids=row.prompt_ids, response_ids=answer.response_ids,
+                finish=answer.finish, logprobs=answer.logprobs, topk_ids=answer.topk_ids,
+                topk_logprobs=answer.topk_logprobs.astype(np.float16), lse=answer.lse,
+            )  # fmt: skip

@@ -1,0 +1,171 @@
+"""The vLLM engine: responses with top-k log-probabilities and the exact normaliser in one pass.
+
+vLLM returns either raw logits or log-probabilities. An extension of its worker appends the log-sum-exp of the raw
+logits to each row of raw logits, which gives both (`Capture`). It reaches into vLLM's sampler, so vLLM is pinned;
+where the hook is not there, the engine falls back to plain log-probabilities and `lse` is null.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+# Before the first import of vllm: one process instead of three, and no compilation at the first request.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+import numpy as np
+import torch
+
+from pipeline.shards.identity import Sampling
+from pipeline.teachers.base import Answer, Ask, Failure, finish_of
+
+_MOST_LOGPROBS = 1024
+_IN_FLIGHT = 1024  # requests inside vLLM at once: enough to keep it busy, bounded for memory
+
+
+class Capture:
+    """Mixed into vLLM's worker: each row becomes [sampled, top 1..k, lse], one column more than asked for."""
+
+    def xkd_install(self) -> bool:
+        """Patch the sampler of this worker. False where this vLLM has no such hook."""
+        if getattr(self, "use_v2_model_runner", False):
+            return _patch_v2()
+        sampler = getattr(self.model_runner, "sampler", None)
+        gather = getattr(sampler, "gather_logprobs", None)
+        if gather is None:
+            return False
+
+        def gather_with_lse(logits, num_logprobs, token_ids):
+            if num_logprobs < 2:  # vLLM's own warm-up requests
+                return gather(logits, num_logprobs, token_ids)
+            return _with_lse(gather(logits, num_logprobs - 1, token_ids), logits)
+
+        sampler.gather_logprobs = gather_with_lse
+        return True
+
+
+def _with_lse(rows, logits: torch.Tensor):
+    """vLLM's rows (ids and values [N, 1 + k]) with the log-sum-exp of `logits` as a last column."""
+    lse = torch.logsumexp(logits.float(), -1, keepdim=True)
+    ids = torch.cat([rows.logprob_token_ids, rows.logprob_token_ids.new_zeros(lse.shape)], 1)
+    return rows._replace(logprob_token_ids=ids, logprobs=torch.cat([rows.logprobs, lse], 1))
+
+
+def _patch_v2() -> bool:
+    """The same for vLLM's second model runner (GPUs only), whose sampler calls a module function."""
+    try:
+        from vllm.v1.worker.gpu.sample import logprob, prompt_logprob, sampler
+    except ImportError:
+        return False
+    compute = logprob.compute_topk_scores
+
+    def compute_with_lse(logits, num_logprobs, *args, **options):
+        if num_logprobs < 2:
+            return compute(logits, num_logprobs, *args, **options)
+        return _with_lse(compute(logits, num_logprobs - 1, *args, **options), logits)
+
+    sampler.compute_topk_scores = prompt_logprob.compute_topk_scores = compute_with_lse
+    return True
+
+
+class VllmEngine:
+    """One vLLM instance; requests go in as token ids and are never detokenised by vLLM."""
+
+    def __init__(self, folder: Path, dtype: str, context: int, capture_lse: bool = True):
+        self.folder, self.dtype, self.context = folder, dtype, context
+        self.llm = self._start("raw_logits" if capture_lse else "raw_logprobs")
+        self.lse = capture_lse and all(self.llm.collective_rpc("xkd_install"))
+        if capture_lse and not self.lse:
+            del self.llm
+            self.llm = self._start("raw_logprobs")
+        import vllm
+
+        self.description = {"engine": "vllm", "vllm": vllm.__version__, "torch": torch.__version__}
+
+    def _start(self, logprobs_mode: str):
+        from vllm import LLM
+
+        on_gpu = torch.cuda.is_available()
+        options = {} if on_gpu else {"enforce_eager": True, "kv_cache_memory_bytes": 512 * 2**20}
+        return LLM(
+            model=str(self.folder),
+            dtype=self.dtype,
+            max_model_len=self.context,
+            max_logprobs=_MOST_LOGPROBS,
+            logprobs_mode=logprobs_mode,
+            worker_extension_cls="pipeline.teachers.vllm.Capture",
+            generation_config="vllm",
+            seed=0,
+            disable_log_stats=True,
+            **options,
+        )
+
+    def sample(self, asks: Sequence[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:
+        from vllm import SamplingParams
+
+        def params(ask: Ask):
+            return SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_tokens,
+                stop_token_ids=list(sampling.stop_token_ids),
+                seed=ask.seed,
+                logprobs=k + self.lse,
+                flat_logprobs=True,
+                detokenize=False,
+            )
+
+        def answer(ask: Ask, output) -> Answer:
+            completion = output.outputs[0]
+            response = np.asarray(completion.token_ids, np.int32)
+            return self._answer(ask, response, completion.finish_reason, completion.logprobs, k)
+
+        return self._run(asks, lambda ask: ask.prompt_ids, params, answer)
+
+    def score(self, asks: Sequence[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0, max_tokens=1, prompt_logprobs=k + self.lse, flat_logprobs=True, detokenize=False
+        )
+
+        def answer(ask: Ask, output) -> Answer:
+            finish = finish_of(ask.response_ids, stop_token_ids)
+            return self._answer(ask, ask.response_ids, finish, output.prompt_logprobs, k)
+
+        def tokens(ask: Ask) -> np.ndarray:
+            return np.concatenate([ask.prompt_ids, ask.response_ids])
+
+        return self._run(asks, tokens, lambda ask: params, answer)
+
+    def _run(self, asks: Sequence[Ask], tokens, params, answer) -> Iterator[Answer | Failure]:
+        """Keep vLLM full and hand out whatever finishes."""
+        from vllm.exceptions import VLLMValidationError
+        from vllm.inputs import TokensPrompt
+
+        engine, waiting, running = self.llm.llm_engine, iter(asks), {}
+        while True:
+            while len(running) < _IN_FLIGHT and (ask := next(waiting, None)) is not None:
+                try:
+                    prompt = TokensPrompt(prompt_token_ids=tokens(ask).tolist())
+                    engine.add_request(ask.key, prompt, params(ask))
+                    running[ask.key] = ask
+                except (ValueError, VLLMValidationError) as error:
+                    yield Failure(ask.key, " ".join(str(error).split())[:300])
+            if not running:
+                return
+            for output in engine.step():
+                if output.finished:
+                    yield answer(running.pop(output.request_id), output)
+
+    def _answer(self, ask: Ask, response: np.ndarray, finish: str, flat, k: int) -> Answer:
+        """`flat` holds rows of [sampled, top 1..k] and, with the capture, lse; only the response's rows are read."""
+        width = k + 1 + self.lse
+        values = np.fromiter(flat.logprobs, np.float32, len(flat.logprobs)).reshape(-1, width)[-len(response) :]
+        ids = np.fromiter(flat.token_ids, np.int32, len(flat.token_ids)).reshape(-1, width)[-len(response) :]
+        lse = values[:, -1].copy() if self.lse else None
+        normaliser = lse[:, None] if self.lse else np.float32(0)
+        logprobs = values[:, : k + 1] - normaliser
+        return Answer(ask.key, response, finish, logprobs[:, 0], ids[:, 1 : k + 1], logprobs[:, 1:], lse)

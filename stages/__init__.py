@@ -1,0 +1,1 @@
+"""One module a stage: files in, pure functions, files out."""

@@ -1,0 +1,1 @@
+"""The mathematics of the project as pure tensor functions: no configuration, no files, no devices."""

@@ -1,0 +1,72 @@
+"""Draw a built-in task: prompts with references in four disjoint splits, and the task's tokenizer."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+from pipeline import console
+from pipeline.errors import UserError
+from pipeline.models import word_tokenizer
+from pipeline.params import Params, Prepare
+from pipeline.prompts import SPLITS, Prompt, prompt_id, write_prompts
+from pipeline.tasks import Task, get_task
+
+# A prompt's split is a function of its text, so no prompt can be in two splits, whatever the sizes and seeds.
+_SHARES = {"teach": 0.8, "train": 0.1, "validation": 0.03, "test": 0.07}
+_PATIENCE = 200  # draws without a new prompt before a task counts as exhausted
+
+
+def split_of(prompt: str) -> str:
+    """The split that a prompt belongs to."""
+    place = int.from_bytes(hashlib.sha256(b"split" + prompt.encode()).digest()[:8], "little") / 2**64
+    for split, share in _SHARES.items():
+        if place < share:
+            return split
+        place -= share
+    return SPLITS[-1]
+
+
+def draw(task: Task, sizes: dict[str, int], seed: int) -> Iterator[Prompt]:
+    """Distinct prompts until every split has its size, split by split.
+
+    Raises UserError where the task has not enough distinct prompts.
+    """
+    rng = Random(f"{task.name} {task.version} {seed}")
+    found: dict[str, dict[str, Prompt]] = {split: {} for split in sizes}
+    idle = 0
+    while any(len(found[split]) < size for split, size in sizes.items()):
+        example = task.example(rng)
+        split = split_of(example.prompt)
+        new = example.prompt not in found[split]
+        idle = 0 if new else idle + 1
+        if idle > _PATIENCE:
+            raise UserError(f"task {task.name} has too few distinct prompts for sizes {sizes}: ask for fewer")
+        if new and len(found[split]) < sizes[split]:
+            found[split][example.prompt] = Prompt(prompt_id(example.prompt), example.prompt, example.references, split)
+    for split in sizes:
+        yield from found[split].values()
+
+
+def check_disjoint(prompts: list[Prompt]) -> None:
+    """Raises UserError where the same prompt is in two splits."""
+    seen: dict[str, str] = {}
+    for prompt in prompts:
+        if seen.setdefault(prompt.prompt, prompt.split) != prompt.split:
+            raise UserError(f"prompt '{prompt.id}' is in {seen[prompt.prompt]} and in {prompt.split}")
+
+
+def prepare(params: Params, prompts_path: Path, tokenizer_path: Path) -> None:
+    """Write the prompt file and the tokenizer folder."""
+    settings: Prepare = params.prepare
+    task = get_task(settings.task)
+    sizes = {split: getattr(settings, split) for split in SPLITS}
+    prompts = list(draw(task, sizes, params.seed))
+    check_disjoint(prompts)
+    write_prompts(prompts_path, prompts)
+    template_words = params.template.replace("{prompt}", " ").split()
+    word_tokenizer(sorted({*task.lexicon(), *template_words})).save_pretrained(tokenizer_path)
+    console.facts(
+        f"task {task.name} (version {task.version})",
+        [*((split, f"{size:,} prompts") for split, size in sizes.items()), ("prompts", prompts_path), ("tokenizer", tokenizer_path)],
+    )
