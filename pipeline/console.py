@@ -1,10 +1,13 @@
 """What a person sees: one console, progress with rate and estimate, closing tables; libraries kept quiet."""
 
 import os
+import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -21,6 +24,30 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|accelerate)\b")
+
+
+@contextmanager
+def muted():
+    """Keep what libraries (C++ code included) write to the terminal away from it; show it if the block fails."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with tempfile.TemporaryFile() as heard:
+        os.dup2(heard.fileno(), 1)
+        os.dup2(heard.fileno(), 2)
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, copy in enumerate(saved, start=1):
+                os.dup2(copy, number)
+                os.close(copy)
+            if failed:
+                heard.seek(0)
+                say(heard.read().decode(errors="replace")[-4000:])
 
 
 class _Rate(ProgressColumn):
@@ -61,9 +88,10 @@ def warn(message: str) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A closing table; first column left, the others right."""
-    drawn = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    console.print(f"[bold]{escape(title)}[/bold]")
+    drawn = Table(header_style="dim", box=box.SIMPLE_HEAD)
     for number, column in enumerate(columns):
-        drawn.add_column(escape(column), justify="right" if number else "left")
+        drawn.add_column(escape(column), justify="right" if number else "left", no_wrap=True)
     for row in rows:
         drawn.add_row(*(escape(str(cell)) for cell in row))
     console.print(drawn)

@@ -165,7 +165,11 @@ def local_folder(source: str | Path) -> Path:
     load_config(source)  # a clear error for what is neither a folder nor on the hub
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]))
+    return Path(
+        snapshot_download(
+            str(source), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
+        )
+    )
 
 
 def describe_model(source: str | Path, dtype: str) -> dict:

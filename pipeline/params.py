@@ -132,7 +132,7 @@ class Reward(Section):
     """Residuals of the posterior that is audited and ranked with (TD form `soft`); by default it includes EOS."""
     sigma_min: PositiveFloat = 0.3
     """Floor of the posterior's deviation, in units of the residuals' own deviation c."""
-    phi_kl: Annotated[list[NonNegativeFloat], Field(min_length=1)] = [0.01, 0.1]
+    phi_kl: Annotated[list[NonNegativeFloat], Field(min_length=1)] = [0.03, 0.1, 0.3]
     """Candidate weights of KL(q || prior); the one with the best held-out likelihood is kept."""
     patience: Positive = 3
     """Held-out evaluations without improvement before a fit stops."""
@@ -252,8 +252,12 @@ def _apply(tree: dict, override: str) -> None:
 def _merge(default: Any, given: Any) -> Any:
     """Fill a partial tree with defaults; keys that no default has are kept for the schema to refuse."""
     if isinstance(default, dict) and isinstance(given, dict):
-        return {key: _merge(default[key], given[key]) if key in default and key in given
-                else given.get(key, default.get(key)) for key in [*default, *(k for k in given if k not in default)]}
+        return {
+            key: _merge(default[key], given[key])
+            if key in default and key in given
+            else given.get(key, default.get(key))
+            for key in [*default, *(k for k in given if k not in default)]
+        }
     return given
 
 
@@ -268,7 +272,9 @@ def _validate(tree: dict, source: str) -> Params:
 def _explain(problem: dict, tree: dict) -> str:
     key = ".".join(str(part) for part in problem["loc"]) or "(file)"
     if problem["type"] != "extra_forbidden":
-        return f"  {key}: {problem['msg']}" + ("" if isinstance(problem["input"], dict) else f", found {problem['input']!r}")
+        return f"  {key}: {problem['msg']}" + (
+            "" if isinstance(problem["input"], dict) else f", found {problem['input']!r}"
+        )
     import difflib
 
     schema: Any = Params().model_dump()

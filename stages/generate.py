@@ -101,7 +101,9 @@ def _orders(
     encoded = list(zip(prompts, encode_prompts(tokenizer, params.template, prompts), strict=True))
     counts = {"train": settings.samples, "validation": settings.validation_samples}
     to_draw = [
-        Wanted(prompt.split, prompt, render(params.template, prompt.prompt), ids, sample, sample_key(drawn, ids, sample))
+        Wanted(
+            prompt.split, prompt, render(params.template, prompt.prompt), ids, sample, sample_key(drawn, ids, sample)
+        )
         for prompt, ids in encoded
         for sample in range(counts[prompt.split])
     ]

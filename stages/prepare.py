@@ -68,5 +68,9 @@ def prepare(params: Params, prompts_path: Path, tokenizer_path: Path) -> None:
     word_tokenizer(sorted({*task.lexicon(), *template_words})).save_pretrained(tokenizer_path)
     console.facts(
         f"task {task.name} (version {task.version})",
-        [*((split, f"{size:,} prompts") for split, size in sizes.items()), ("prompts", prompts_path), ("tokenizer", tokenizer_path)],
+        [
+            *((split, f"{size:,} prompts") for split, size in sizes.items()),
+            ("prompts", prompts_path),
+            ("tokenizer", tokenizer_path),
+        ],
     )

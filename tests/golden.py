@@ -80,11 +80,17 @@ def check(golden: dict) -> tuple[dict[str, float], list[str]]:
     errors: dict[str, float] = {}
     for name in golden.keys() & CHECKS.keys():
         run, keys = CHECKS[name]
-        wrong = [f"{name}[{i}]: keys {sorted(case.keys() ^ keys)}" for i, case in enumerate(golden[name]) if case.keys() != keys]
+        wrong = [
+            f"{name}[{i}]: keys {sorted(case.keys() ^ keys)}"
+            for i, case in enumerate(golden[name])
+            if case.keys() != keys
+        ]
         problems += wrong or ([] if golden[name] else [f"{name} is empty"])
         if not wrong and golden[name]:
             errors[name] = max(run(case) for case in golden[name])
-    problems += [f"{name}: error {error:.1e} above {TOLERANCE:.0e}" for name, error in errors.items() if not error <= TOLERANCE]
+    problems += [
+        f"{name}: error {error:.1e} above {TOLERANCE:.0e}" for name, error in errors.items() if not error <= TOLERANCE
+    ]
     return errors, sorted(problems)
 
 

@@ -65,7 +65,9 @@ def to_table(rows: Sequence[Row]) -> pa.Table:
     columns = []
     for field in SCHEMA:
         values = [getattr(row, field.name) for row in rows]
-        columns.append(_list_array(values, field.type) if pa.types.is_list(field.type) else pa.array(values, field.type))
+        columns.append(
+            _list_array(values, field.type) if pa.types.is_list(field.type) else pa.array(values, field.type)
+        )
     return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 

@@ -1,4 +1,4 @@
-"""The rows that one experiment uses: `manifest.json` and, unless they stay in the store, the rows rewritten canonically.
+"""The rows of one experiment: `manifest.json` and, unless they stay in the store, the rows rewritten canonically.
 
 The bytes depend on the request and the samples alone: prompt order, fixed file size, k trimmed, no times, hosts or
 paths. So DVC sees a change exactly when the teacher's words change.
@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
-from pipeline.shards.identity import Request
 from pipeline.shards.files import sha256_file, write_json_atomically
+from pipeline.shards.identity import Request
 from pipeline.shards.schema import SCHEMA, SCHEMA_VERSION, Row, footer, from_table, write_shard
 from pipeline.shards.store import Location, RequestFolder, pick, store_root
 
@@ -68,9 +68,9 @@ def write_selection(out: Path, parts: dict[str, Part], teacher: dict, k: int, sk
         if materialize:
             tokens, files = _write_files(out, name, part, keys, k, manifest)
         else:
-            tokens, files = sum(len(row.response_ids) for row in part.folder.read(part.locations[key] for key in keys)), []
-            shards = sorted({part.locations[key].shard.name for key in keys})
-            described["shards"] = shards
+            rows = part.folder.read(part.locations[key] for key in keys)
+            tokens, files = sum(len(row.response_ids) for row in rows), []
+            described["shards"] = sorted({part.locations[key].shard.name for key in keys})
         manifest["parts"][name] = described | {"tokens": tokens, "files": files}
     write_json_atomically(out / "manifest.json", manifest)
     return manifest
@@ -98,10 +98,13 @@ class Selection:
         self.folder, self.store = Path(folder), store
         path = self.folder / "manifest.json"
         if not path.is_file():
-            raise UserError(f"no cached teacher at {folder}: run `xkd-pipeline generate` (or `dvc repro generate`) first")
+            raise UserError(
+                f"no cached teacher at {folder}: run `xkd-pipeline generate` (or `dvc repro generate`) first"
+            )
         self.manifest = json.loads(path.read_text(encoding="utf-8"))
         self.teacher: dict = self.manifest["teacher"]
-        for part in self.manifest["parts"].values():
+        self.parts: dict[str, dict] = self.manifest["parts"]
+        for part in self.parts.values():
             for file in part["files"]:
                 self._verify(file)
 
@@ -112,9 +115,9 @@ class Selection:
 
     def part(self, name: str) -> dict:
         """The manifest's entry of `train`, `validation` or `scored`."""
-        if name not in self.manifest["parts"]:
-            raise UserError(f"{self.folder} has no part '{name}'; it holds {', '.join(self.manifest['parts'])}")
-        return self.manifest["parts"][name]
+        if name not in self.parts:
+            raise UserError(f"{self.folder} has no part '{name}'; it holds {', '.join(self.parts)}")
+        return self.parts[name]
 
     def rows(self, name: str) -> Iterator[Row]:
         """All rows of a part in their canonical order."""
@@ -129,11 +132,16 @@ class Selection:
     def _rows_in_store(self, part: dict) -> Iterator[Row]:
         folder = RequestFolder(store_root(self.store), self.teacher["identity"], part["request_identity"])
         index, k = folder.index(), self.manifest["k"]
-        for key in (key for keys in part["keys"].values() for key in keys):
-            location = pick(index.get(key, []), k)
-            if location is None:
-                raise UserError(
-                    f"row {key} of {self.folder} is no longer in the store {folder.path}: run `xkd-pipeline generate` "
-                    "again, with the same --store"
-                )
-            yield folder.read([location])[0].trimmed(k)
+        keys = [key for keys in part["keys"].values() for key in keys]
+        for start in range(0, len(keys), ROWS_PER_FILE):
+            locations = [self._locate(index, key, k, folder) for key in keys[start : start + ROWS_PER_FILE]]
+            yield from (row.trimmed(k) for row in folder.read(locations))
+
+    def _locate(self, index: dict[str, list[Location]], key: str, k: int, folder: RequestFolder) -> Location:
+        location = pick(index.get(key, []), k)
+        if location is None:
+            raise UserError(
+                f"row {key} of {self.folder} is no longer in the store {folder.path}: run `xkd-pipeline generate` "
+                "again, with the same --store"
+            )
+        return location

@@ -7,7 +7,6 @@ in place: shards are added whole, and a damaged one is moved aside.
 import json
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from pipeline.shards.files import canonical_json, sha256_file, write_atomically,
 from pipeline.shards.schema import SCHEMA, Row, from_table, read_metadata, write_shard
 
 _SHARD = re.compile(r"part-([0-9a-f]{16})\.parquet")
-_OPEN_SHARDS = 4  # decoded shards kept while rows are read in another order than they were stored
 
 
 def store_root(option: Path | None = None) -> Path:
@@ -50,13 +48,13 @@ class RequestFolder:
         self.path = Path(root) / teacher / request
         self.damaged: list[str] = []
         self._skipped_path = self.path / "skipped.jsonl"
-        self._decoded: OrderedDict[Path, list[Row]] = OrderedDict()
 
     def index(self, set_aside: bool = True) -> dict[str, list[Location]]:
         """Every stored row by key, after checking each shard's bytes against its name.
 
-        A damaged shard is named in `self.damaged`, left out and, with `set_aside`, moved to `damaged/`. Where a key is stored more than
-        once (at several k, or by two writers at once) its locations come in a fixed order: k, then shard name.
+        A damaged shard is named in `self.damaged`, left out and, with `set_aside`, moved to `damaged/`. Where a key
+        is stored more than once (at several k, or by two writers at once) its locations come in a fixed order: k,
+        then shard name.
         """
         rows: dict[str, list[Location]] = {}
         for shard in sorted(self.path.glob("part-*.parquet")):
@@ -96,16 +94,16 @@ class RequestFolder:
                 write_json_atomically(path, value)
 
     def read(self, locations: Iterable[Location]) -> list[Row]:
-        """The rows at `locations`, in their order."""
-        return [self._rows(at.shard)[at.row] for at in locations]
-
-    def _rows(self, shard: Path) -> list[Row]:
-        if shard not in self._decoded:
-            self._decoded[shard] = from_table(pq.read_table(shard, schema=SCHEMA))
-            if len(self._decoded) > _OPEN_SHARDS:
-                self._decoded.popitem(last=False)
-        self._decoded.move_to_end(shard)
-        return self._decoded[shard]
+        """The rows at `locations`, in their order; each shard is decoded once."""
+        locations = list(locations)
+        by_shard: dict[Path, list[int]] = {}
+        for number, location in enumerate(locations):
+            by_shard.setdefault(location.shard, []).append(number)
+        rows: dict[int, Row] = {}
+        for shard, numbers in by_shard.items():
+            table = pq.read_table(shard, schema=SCHEMA).take([locations[number].row for number in numbers])
+            rows.update(zip(numbers, from_table(table), strict=True))
+        return [rows[number] for number in range(len(locations))]
 
     def skipped(self) -> dict[str, dict]:
         """Rows that could not be made, by key: {key, prompt_id, reason}. A torn last line is ignored."""

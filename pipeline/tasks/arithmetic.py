@@ -60,6 +60,6 @@ def lexicon() -> list[str]:
 
 def extract(response: str) -> str | None:
     """The answer: the one token after the last `#`, or None."""
-    before, mark, after = response.rpartition("#")
+    _, mark, after = response.rpartition("#")
     answer = after.split()
     return answer[0] if mark and len(answer) == 1 else None

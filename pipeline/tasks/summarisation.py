@@ -40,7 +40,11 @@ EVENTS = {
                 "on {day1} the {building1} in {town1} caught fire .",
                 "firefighters rushed to the {building1} in {town1} on {day1} .",
             ),
-            ("doctors treated {number1} people for burns .", "{number1} people were hurt by smoke , doctors said ."),
+            (
+                "doctors treated {number1} people for burns .",
+                "{number1} people were hurt by smoke , doctors said .",
+                "an ambulance took {number1} people to hospital .",
+            ),
             ("police found that {cause1} had started the fire .", "the fire was caused by {cause1} , police said ."),
         ),
         (
@@ -74,10 +78,14 @@ EVENTS = {
         (
             (
                 "a storm hit {town1} on {day1} and damaged {damage1} .",
-                "on {day1} strong wind broke {damage1} in {town1} .",
+                "on {day1} a storm broke {damage1} in {town1} .",
                 "people in {town1} found broken {damage1} after the storm on {day1} .",
             ),
-            ("power was cut in {number1} villages nearby .", "{number1} villages had no power for the night ."),
+            (
+                "power was cut in {number1} villages nearby .",
+                "{number1} villages had no power for the night .",
+                "the lights went out in {number1} villages .",
+            ),
         ),
         (
             "storm damages {damage1} in {town1} and leaves {number1} villages without power",
@@ -148,6 +156,7 @@ DISTRACTORS = (
     "we hope for sun next week , said {person3} .",
     "{town4} has {number4} parks and an old {building2} .",
     "{number4} buses run to {town4} every hour .",
+    "a train to {town4} was late again on {day2} .",
     "{person4} lived in {town4} for {number3} years .",
     "{town3} had a storm and a fire {number3} years ago .",
     "the {building3} in {town4} was closed on {day2} .",

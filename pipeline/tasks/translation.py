@@ -4,6 +4,7 @@ A sentence is drawn as noun phrases around a verb and spelled out in both langua
 its time adverb or not, both orders are references.
 """
 
+from collections.abc import Sequence
 from itertools import product
 from random import Random
 from typing import NamedTuple
@@ -40,6 +41,7 @@ class Adjunct(NamedTuple):
 PERSON = ("adult", "child")
 ALIVE = (*PERSON, "animal")
 OUTDOORS = ("tree", "building", "landscape")
+# No noun occurs twice in a sentence: its two clauses may need four people and four trees and buildings.
 NOUNS = (
     Noun("adult", ("man",), ("men",), "m", "Mann", "Männer", "Männern"),
     Noun("adult", ("king",), ("kings",), "m", "König", "Könige", "Königen"),
@@ -61,6 +63,7 @@ NOUNS = (
     Noun("goods", ("bicycle", "bike"), (), "n", "Fahrrad"),
     Noun("tree", ("tree",), (), "m", "Baum"),
     Noun("building", ("church",), (), "f", "Kirche"),
+    Noun("building", ("school",), (), "f", "Schule"),
     Noun("building", ("house",), (), "n", "Haus"),
     Noun("landscape", ("forest",), (), "m", "Wald"),
     Noun("landscape", ("city", "town"), (), "f", "Stadt"),
@@ -87,7 +90,7 @@ AT, AT_WITH, THROUGH = ("at",), ("at", "with"), ("through",)
 WITH = ("with", "mit")
 VERBS = (
     Verb(("sees", "see", "saw"), ("sieht", "sehen", "hat", "gesehen"), ALIVE, SIGHTS, AT),
-    Verb(("looks for", "look for", "looked for"), ("sucht", "suchen", "hat", "gesucht"), ALIVE, FINDS, AT_WITH),
+    Verb(("looks for", "look for", "looked for"), ("sucht", "suchen", "hat", "gesucht"), ALIVE, FINDS, AT),
     Verb(("finds", "find", "found"), ("findet", "finden", "hat", "gefunden"), ALIVE, FINDS, AT),
     Verb(("reads", "read", "read"), ("liest", "lesen", "hat", "gelesen"), PERSON, ("paper",), AT_WITH),
     Verb(("buys", "buy", "bought"), ("kauft", "kaufen", "hat", "gekauft"), PERSON, WARES, AT_WITH),
@@ -155,22 +158,13 @@ def _join(*parts: str) -> str:
 
 
 class Phrase(NamedTuple):
-    """A noun with its article, perhaps an adjective and a preposition, in both languages."""
+    """A noun with its article, perhaps an adjective and a preposition."""
 
-    noun: Noun
-    case: str
+    kind: str
     definite: bool
     plural: bool
-    stem: str  # of the German adjective, or ""
-    words: tuple[str, ...]  # the English adjective and noun, chosen among synonyms
-    preposition: tuple[str, str] = ("", "")
-
-    def english(self) -> str:
-        indefinite = "an" if self.words[0][0] in "aeiou" else "a"
-        return _join(self.preposition[0], "the" if self.definite else indefinite, *self.words)
-
-    def german(self) -> str:
-        return _join(self.preposition[1], german_phrase(self.noun, self.case, self.definite, self.plural, self.stem))
+    english: str
+    german: str
 
 
 class Clause(NamedTuple):
@@ -219,25 +213,25 @@ def _german(main: Clause, time: str, reason: Clause | None, front: str) -> str:
 
 
 def _clause(rng: Random, tense: str, unused: list[Noun], adjuncts: float) -> Clause:
-    """`adjuncts` is the chance of one that the verb can do without. No noun occurs twice in a sentence."""
+    """`adjuncts` is the chance of one that the verb can do without. Takes its nouns out of `unused`."""
     verb = rng.choice(VERBS)
     # "the men read" is present or past; "the man reads" and "the man read" say which.
     ambiguous = tense != "modal" and verb.english[1] == verb.english[2]
     subject = _phrase(rng, verb.subjects, unused, "nominative", plurals=0.0 if ambiguous else 0.25)
     english_verb, finite, closing = _conjugate(rng, verb, tense, subject.plural)
-    english, parts = [subject.english(), english_verb], []
+    english, parts = [subject.english, english_verb], []
     if verb.objects:
         # What animals do, they do to the living: no cat looks for a newspaper.
-        kinds = verb.objects if subject.noun.kind in PERSON else ALIVE
+        kinds = verb.objects if subject.kind in PERSON else ALIVE
         parts.append(_phrase(rng, kinds, unused, verb.case, verb.preposition))
     if not verb.objects or rng.random() < adjuncts:
         adjunct = ADJUNCTS[rng.choice(verb.adjuncts)]
         parts.append(_phrase(rng, adjunct.kinds, unused, adjunct.case, rng.choice(adjunct.prepositions)))
-    english += [part.english() for part in parts]
-    # A definite object comes before an adverbial, an indefinite one after it, unless that is a direction.
-    if len(parts) == 2 and not parts[0].definite and parts[1].case == "dative":
+    english += [part.english for part in parts]
+    # In German an indefinite object comes after an adverbial, unless that is a direction.
+    if len(parts) == 2 and not parts[0].definite and adjunct.case == "dative":
         parts.reverse()
-    return Clause(_join(*english), subject.german(), finite, _join(*[part.german() for part in parts]), closing)
+    return Clause(_join(*english), subject.german, finite, _join(*[part.german for part in parts]), closing)
 
 
 def _conjugate(rng: Random, verb: Verb, tense: str, plural: bool) -> tuple[str, str, str]:
@@ -253,7 +247,7 @@ def _conjugate(rng: Random, verb: Verb, tense: str, plural: bool) -> tuple[str, 
 
 def _phrase(
     rng: Random,
-    kinds: tuple[str, ...],
+    kinds: Sequence[str],
     unused: list[Noun],
     case: str,
     preposition: tuple[str, str] = ("", ""),
@@ -264,13 +258,15 @@ def _phrase(
     unused.remove(noun)
     plural = bool(noun.german_plural) and rng.random() < plurals
     definite = plural or rng.random() < 0.6
-    stem, adjectives = rng.choice(_adjectives(noun)) if rng.random() < 0.55 else ("", ())
-    words = [rng.choice(adjectives)] if stem else []
-    words.append(rng.choice(noun.english_plural if plural else noun.english))
-    return Phrase(noun, case, definite, plural, stem, tuple(words), preposition)
+    stem, adjectives = rng.choice(_adjectives(noun)) if rng.random() < 0.55 else ("", [""])
+    words = _join(rng.choice(adjectives), rng.choice(noun.english_plural if plural else noun.english))
+    article = "the" if definite else "an" if words[0] in "aeiou" else "a"
+    english = _join(preposition[0], article, words)
+    german = _join(preposition[1], german_phrase(noun, case, definite, plural, stem))
+    return Phrase(noun.kind, definite, plural, english, german)
 
 
-def _adjectives(noun: Noun) -> list[tuple[str, tuple[str, ...]]]:
+def _adjectives(noun: Noun) -> list[tuple[str, Sequence[str]]]:
     return [(stem, english) for stem, english, kinds in ADJECTIVES if noun.kind in kinds]
 
 

@@ -13,7 +13,9 @@ def choose_engine(name: str) -> str:
     """Resolve `auto`. Raises UserError where vLLM is asked for and is not installed."""
     installed = importlib.util.find_spec("vllm") is not None
     if name == "vllm" and not installed:
-        raise UserError("engine vllm: the package vllm is not installed. Use --engine hf, or install it with ./xkd setup")
+        raise UserError(
+            "engine vllm: the package vllm is not installed. Use --engine hf, or install it with ./xkd setup"
+        )
     return ("vllm" if installed else "hf") if name == "auto" else name
 
 

@@ -60,7 +60,7 @@ class HfEngine:
                 steps = len(ask.response_ids)
                 view = logits[i, -steps - 1 : -1].float()
                 values, ids, lse = _top_k(view, k)
-                response = torch.as_tensor(ask.response_ids, device=view.device).long()
+                response = torch.tensor(ask.response_ids, device=view.device).long()
                 logprobs = view.gather(-1, response[:, None]).squeeze(-1) - lse
                 yield Answer(
                     ask.key, ask.response_ids, finish_of(ask.response_ids, stop_token_ids),
@@ -79,7 +79,7 @@ def _left_padded(sequences: Sequence[np.ndarray], device) -> tuple[torch.Tensor,
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, sequence in enumerate(sequences):
-        ids[i, longest - len(sequence) :] = torch.as_tensor(sequence)
+        ids[i, longest - len(sequence) :] = torch.tensor(sequence)
         mask[i, longest - len(sequence) :] = 1
     return ids.to(device), mask.to(device)
 

@@ -15,10 +15,9 @@ from pipeline.teachers.base import Answer, Ask, Failure, finish_of
 class StubEngine:
     """Draws `vocab_size`-dimensional logits from a generator seeded by the context."""
 
-    description = {"engine": "stub", "version": "1"}
-
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
+        self.description = {"engine": "stub", "version": "1"}
 
     @classmethod
     def load(cls, folder: Path) -> "StubEngine":

@@ -18,10 +18,12 @@ os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 import numpy as np
 import torch
 
+from pipeline import console
 from pipeline.shards.identity import Sampling
 from pipeline.teachers.base import Answer, Ask, Failure, finish_of
 
 _MOST_LOGPROBS = 1024
+_CPU_CACHE_BYTES = 512 * 2**20  # the default asks for nearly all of the machine's memory
 _IN_FLIGHT = 1024  # requests inside vLLM at once: enough to keep it busy, bounded for memory
 
 
@@ -85,10 +87,19 @@ class VllmEngine:
         self.description = {"engine": "vllm", "vllm": vllm.__version__, "torch": torch.__version__}
 
     def _start(self, logprobs_mode: str):
+        with console.muted():
+            return self._load(logprobs_mode)
+
+    def _load(self, logprobs_mode: str):
         from vllm import LLM
 
-        on_gpu = torch.cuda.is_available()
-        options = {} if on_gpu else {"enforce_eager": True, "kv_cache_memory_bytes": 512 * 2**20}
+        options = {} if torch.cuda.is_available() else {
+            "enforce_eager": True,  # compiling takes longer than small runs do
+            "kv_cache_memory_bytes": _CPU_CACHE_BYTES,
+            # A prompt prefilled in pieces rewinds its random generator, which CPU generators cannot (vLLM 0.32).
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(4096, self.context),
+        }  # fmt: skip
         return LLM(
             model=str(self.folder),
             dtype=self.dtype,
@@ -99,6 +110,7 @@ class VllmEngine:
             generation_config="vllm",
             seed=0,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             **options,
         )
 

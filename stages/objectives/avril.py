@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def action_values(logprob: Tensor, lse: Tensor, q_source: str) -> Tensor:
-    """Q(s_t, a_t) from log pi(a_t | s_t) and the log-sum-exp of the raw logits: `logits` z = log pi + lse, `logprobs` log pi."""
+    """Q(s_t, a_t) from log pi(a_t | s_t) and the lse of the raw logits: `logits` log pi + lse, `logprobs` log pi."""
     return logprob + lse if q_source == "logits" else logprob
 
 
@@ -31,7 +31,9 @@ def kept_steps(mask: Tensor, stop: Tensor, terminal: str) -> Tensor:
     return mask & (~last | stop[:, None]) if terminal == "zero" else mask & ~last
 
 
-def td_residual(q: Tensor, v: Tensor, mask: Tensor, stop: Tensor, gamma: float, td: str, terminal: str) -> tuple[Tensor, Tensor]:
+def td_residual(
+    q: Tensor, v: Tensor, mask: Tensor, stop: Tensor, gamma: float, td: str, terminal: str
+) -> tuple[Tensor, Tensor]:
     """delta [B, R] and the steps it exists for [B, R].
 
     `sarsa`: delta_t = Q(s_t, a_t) - gamma Q(s_{t+1}, a_{t+1}); `soft`: the second Q is v(s_{t+1}) =

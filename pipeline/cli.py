@@ -1,0 +1,263 @@
+"""The `xkd-pipeline` command: one thin command a stage. Heavy libraries are imported inside the commands."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from pipeline import __version__, console
+from pipeline.errors import UserError
+from pipeline.params import Params, Role, load_params, to_yaml
+
+PARAMS_FILE = Path("params.yaml")
+DATA, RUNS = Path("data"), Path("runs")
+PROMPTS, TOKENIZER = DATA / "prompts" / "prompts.parquet", DATA / "tokenizer"
+TEACHER, START, STUDENT = DATA / "models" / "teacher", DATA / "models" / "student", DATA / "student"
+SELECTION, REWARD, AUDIT = DATA / "teacher", DATA / "reward", DATA / "audit"
+CURVES, EVALUATION = DATA / "distill", DATA / "evaluation"
+
+LEFT_OUT = 3  # exit code: done, but more rows were left out than generate.max_skipped allows
+_TINY_WEIGHTS = 64 * 2**20
+
+app = typer.Typer(
+    name="xkd-pipeline",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help=(
+        "Offline knowledge distillation: run the teacher [bold]once[/bold], keep what it said, distil as often as you "
+        "like.\n\nThe stages in order: [cyan]prepare[/cyan], [cyan]teach[/cyan], [cyan]generate[/cyan], "
+        "[cyan]reward[/cyan], [cyan]distill[/cyan], [cyan]evaluate[/cyan]. [cyan]dvc repro[/cyan] runs them all."
+    ),
+)
+
+ParamsOption = Annotated[
+    Path | None,
+    typer.Option("--params", help="Parameter file, may be partial.  [dim]default: params.yaml if it exists[/dim]"),
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one parameter; repeatable.")
+]
+StoreOption = Annotated[
+    Path | None,
+    typer.Option("--store", help="Teacher store.  [dim]default: $XKD_STORE, else the user's cache directory[/dim]"),
+]
+PromptsOption = Annotated[
+    Path,
+    typer.Option("--prompts", help="Prompt file (.parquet or .jsonl): prompt, and optionally id, references, split."),
+]
+RunsOption = Annotated[Path, typer.Option("--runs", help="Checkpoints of unfinished training.")]
+
+
+def _load(params: Path | None, overrides: list[str] | None) -> Params:
+    if params is None and PARAMS_FILE.exists():
+        params = PARAMS_FILE
+    return load_params(params, overrides or [])
+
+
+def _example(*lines: str) -> str:
+    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"[cyan]{escape(line)}[/cyan]" for line in lines)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit()
+    console.quiet_libraries()
+
+
+@app.command(epilog=_example("xkd-pipeline params > params.yaml", "xkd-pipeline params --set prepare.task=translation"))
+def params(params: ParamsOption = None, set: SetOption = None) -> None:
+    """Print the complete parameter file, every value with its meaning."""
+    print(to_yaml(_load(params, set)), end="")
+
+
+@app.command(epilog=_example("xkd-pipeline prepare", "xkd-pipeline prepare --set prepare.task=summarisation"))
+def prepare(
+    params: ParamsOption = None,
+    set: SetOption = None,
+    out: Annotated[Path, typer.Option("--out", help="Prompt file to write.")] = PROMPTS,
+    tokenizer: Annotated[Path, typer.Option("--tokenizer", help="Tokenizer folder to write.")] = TOKENIZER,
+) -> None:
+    """Draw a built-in task: prompts with references in disjoint splits, and its tokenizer."""
+    from stages.prepare import prepare as run
+
+    run(_load(params, set), out, tokenizer)
+
+
+@app.command(epilog=_example("xkd-pipeline teach teacher", "xkd-pipeline teach student --set teach.student.pairs=200"))
+def teach(
+    role: Annotated[Role, typer.Argument(help="Which model to make.")],
+    params: ParamsOption = None,
+    set: SetOption = None,
+    prompts: PromptsOption = PROMPTS,
+    tokenizer: Annotated[Path, typer.Option("--tokenizer", help="Tokenizer folder.")] = TOKENIZER,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Model folder.  [dim]default: data/models/ROLE[/dim]")
+    ] = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Make a small model by fine-tuning on references: the teacher, or the student's starting point."""
+    from stages.teach import teach as run
+
+    run(_load(params, set), role, prompts, tokenizer, out or DATA / "models" / role, runs)
+
+
+@app.command(
+    epilog=_example(
+        "xkd-pipeline generate",
+        "xkd-pipeline generate --teacher path/to/model --prompts questions.jsonl --samples 4 -k 32 --out cache",
+        "xkd-pipeline generate --dry-run",
+    )
+)
+def generate(
+    params: ParamsOption = None,
+    set: SetOption = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", metavar="PATH_OR_HUB_NAME", help="The teacher.")] = None,
+    prompts: PromptsOption = PROMPTS,
+    out: Annotated[Path, typer.Option("--out", help="Folder for this experiment's selection.")] = SELECTION,
+    store: StoreOption = None,
+    engine: Annotated[str | None, typer.Option("--engine", help="auto, vllm, hf or stub.")] = None,
+    samples: Annotated[int | None, typer.Option("--samples", "-n", help="Responses a training prompt.")] = None,
+    k: Annotated[int | None, typer.Option("--topk", "-k", help="Tokens kept at every position.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="Sampling temperature; 0 is greedy.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Longest response.")] = None,
+    template: Annotated[
+        str | None, typer.Option("--template", help="What the teacher reads, with {prompt} in it.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is cached and what is missing.")] = False,
+    retry_skipped: Annotated[
+        bool, typer.Option("--retry-skipped", help="Try rows again that were left out before.")
+    ] = False,
+) -> None:
+    """Run the teacher on what the store does not hold yet, and select this experiment's rows.
+
+    Every answer is kept in plain Parquet files under the store and never asked for twice: not by a rerun, not after
+    a crash, not by another experiment. Exit code 3: rows were left out (see generate.max_skipped).
+    """
+    given = {
+        "generate.teacher": teacher, "generate.engine": engine, "generate.samples": samples, "generate.k": k,
+        "generate.temperature": temperature, "max_tokens": max_tokens,
+    }  # fmt: skip
+    overrides = [*(set or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]
+    loaded = _load(params, overrides)
+    if template is not None:
+        loaded = Params.model_validate(loaded.model_dump() | {"template": template})
+    _limit_threads(loaded.generate.teacher)
+    from stages.generate import generate as run
+
+    summary = run(loaded, prompts, out, store, dry_run, retry_skipped)
+    if summary.skipped > loaded.generate.max_skipped:
+        raise LeftOut(
+            f"{summary.skipped} rows were left out (generate.max_skipped is {loaded.generate.max_skipped}); the rest "
+            "is cached. Shorten their prompts, or raise generate.max_skipped"
+        )
+
+
+class LeftOut(UserError):
+    """The run went to its end without some rows."""
+
+
+def _limit_threads(teacher: str) -> None:
+    """One thread for tiny teachers on a CPU: with more, vLLM loses most of its speed to waiting (4 times on 2 cores).
+
+    Must happen before torch is imported; an OMP_NUM_THREADS of the user's stays.
+    """
+    weights = list(Path(teacher).glob("*.safetensors")) if Path(teacher).is_dir() else []
+    if weights and sum(file.stat().st_size for file in weights) < _TINY_WEIGHTS:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@app.command(epilog=_example("xkd-pipeline reward", "xkd-pipeline reward --set reward.sigma_min=0.5"))
+def reward(
+    params: ParamsOption = None,
+    set: SetOption = None,
+    selection: Annotated[Path, typer.Option("--selection", help="Cached teacher (out of generate).")] = SELECTION,
+    student: Annotated[Path, typer.Option("--student", help="The student's starting point.")] = START,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the fitted reward.")] = REWARD,
+    audit: Annotated[Path, typer.Option("--audit", help="Folder for its audit.")] = AUDIT,
+    store: StoreOption = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Fit the reward that explains the cached teacher, and audit it on held-out prompts."""
+    from stages.reward import reward as run
+
+    run(_load(params, set), selection, student, out, audit, runs, store)
+
+
+@app.command(
+    epilog=_example(
+        "xkd-pipeline distill",
+        "xkd-pipeline distill --set distill.objective=jsd --set distill.reward=none --out data/plain",
+    )
+)
+def distill(
+    params: ParamsOption = None,
+    set: SetOption = None,
+    selection: Annotated[Path, typer.Option("--selection", help="Cached teacher (out of generate).")] = SELECTION,
+    student: Annotated[Path, typer.Option("--student", help="The student's starting point.")] = START,
+    reward: Annotated[Path, typer.Option("--reward", help="Fitted reward; read with distill.reward: frozen.")] = REWARD,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the student.")] = STUDENT,
+    metrics: Annotated[Path, typer.Option("--metrics", help="Folder for metrics and curves.")] = CURVES,
+    store: StoreOption = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Train the student on the cached teacher. Killed and started again, it goes on from its last checkpoint."""
+    from stages.distill import distill as run
+
+    run(_load(params, set), selection, student, reward, out, metrics, runs, store)
+
+
+@app.command(
+    epilog=_example(
+        "xkd-pipeline evaluate",
+        "xkd-pipeline evaluate --model plain=data/plain --model x=data/student --out data/comparison",
+    )
+)
+def evaluate(
+    params: ParamsOption = None,
+    set: SetOption = None,
+    prompts: PromptsOption = PROMPTS,
+    selection: Annotated[Path, typer.Option("--selection", help="Cached teacher (out of generate).")] = SELECTION,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", metavar="NAME=FOLDER",
+            help="Model to score, repeatable; the last is compared with the others.  "
+            "[dim]default: teacher, undistilled and distilled student[/dim]",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for metrics and answers.")] = EVALUATION,
+    store: StoreOption = None,
+) -> None:  # fmt: skip
+    """Score models side by side on the test prompts, with intervals paired over the prompts."""
+    models = {"teacher": TEACHER, "undistilled": START, "distilled": STUDENT}
+    if model:
+        models = {}
+        for entry in model:
+            name, mark, folder = entry.partition("=")
+            if not (name and mark and folder):
+                raise UserError(f"--model {entry}: expected NAME=FOLDER")
+            models[name] = Path(folder)
+    from stages.evaluate import evaluate as run
+
+    run(_load(params, set), prompts, models, selection, out, store)
+
+
+def main() -> None:
+    """Run the command line; a UserError becomes a short message and exit code 2 (3 for rows left out)."""
+    try:
+        app()
+    except UserError as error:
+        console.console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(LEFT_OUT if isinstance(error, LeftOut) else 2)
+
+
+if __name__ == "__main__":
+    main()

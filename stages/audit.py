@@ -1,0 +1,71 @@
+"""Does a judge rank right responses over wrong ones? AUC within prompts, bootstrapped by prompt; calibration."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A response with a judge's value at every token."""
+
+    prompt_id: str
+    right: bool
+    values: np.ndarray  # [T]
+
+
+def auc(right: np.ndarray, wrong: np.ndarray) -> float:
+    """Share of (right, wrong) pairs that are ranked correctly; ties count half."""
+    difference = right[:, None] - wrong[None, :]
+    return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
+
+
+def audit(examples: Sequence[Scored], resamples: int, seed: int) -> dict[str, dict[str, float]]:
+    """AUC of the values' mean and sum over a response, with 95 % intervals.
+
+    `within_*`: the mean over prompts of the AUC inside a prompt, so that a prompt's difficulty does not count;
+    `pooled_*`: over all pairs. Prompts with only right or only wrong responses are left out.
+    """
+    prompts: dict[str, tuple[list[Scored], list[Scored]]] = {}
+    for example in examples:
+        prompts.setdefault(example.prompt_id, ([], []))[not example.right].append(example)
+    pairs = [pair for pair in prompts.values() if pair[0] and pair[1]]
+    result: dict[str, dict[str, float]] = {}
+    for name, aggregate in (("mean", np.mean), ("sum", np.sum)):
+        values = [tuple(np.array([aggregate(e.values) for e in side]) for side in pair) for pair in pairs]
+        within = np.array([auc(*sides) for sides in values])
+        rng = np.random.default_rng(seed)
+        picks = rng.integers(len(pairs), size=(resamples, len(pairs)))
+        result[f"within_{name}"] = _interval(float(within.mean()), within[picks].mean(axis=1))
+        pooled = [
+            auc(*(np.concatenate(side) for side in zip(*(values[i] for i in pick), strict=True)))
+            for pick in picks[:200]
+        ]
+        everything = auc(*(np.concatenate(side) for side in zip(*values, strict=True)))
+        result[f"pooled_{name}"] = _interval(everything, np.array(pooled))
+    return result
+
+
+def _interval(estimate: float, resampled: np.ndarray) -> dict[str, float]:
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return {"auc": estimate, "low": float(low), "high": float(high)}
+
+
+def calibration(
+    posterior: dict[str, tuple[np.ndarray, np.ndarray]],
+    delta: dict[str, np.ndarray],
+    log_floor: float,
+    kept: dict[str, np.ndarray],
+) -> dict[str, float]:
+    """Shares of held-out residuals inside 1 and 2 sigma, and of sigmas at their floor, over the kept steps."""
+    mu, log_sigma, found = (
+        np.concatenate([values[key][kept[key]] for key in posterior])
+        for values in ({k: p[0] for k, p in posterior.items()}, {k: p[1] for k, p in posterior.items()}, delta)
+    )
+    distance = np.abs(found - mu) / np.exp(log_sigma)
+    return {
+        "inside_1_sigma": float((distance <= 1).mean()),
+        "inside_2_sigma": float((distance <= 2).mean()),
+        "sigma_at_floor": float((log_sigma <= log_floor + 1e-6).mean()),
+    }

@@ -1,0 +1,127 @@
+"""Responses as training batches: right-padded sequences, and per response token what is known of it.
+
+L is the longest sequence of a batch, R its longest response. Everything about tokens is [B, R]; `positions` says where
+in the sequence the state s_t is that predicts token t, so that the head runs on those positions alone.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.shards.schema import Row
+
+IGNORED = -100  # label of padding
+
+
+@dataclass(frozen=True)
+class Response:
+    """One prompt with one response; `extras` are float arrays [T] or [T, k] that follow the response's tokens."""
+
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+    stop: bool
+    topk_ids: np.ndarray | None = None  # int32 [T, k]
+    topk_logprobs: np.ndarray | None = None  # float [T, k]
+    extras: dict[str, np.ndarray] | None = None
+
+
+def from_rows(
+    rows: Iterable[Row], topk: bool, extras: dict[str, dict[str, np.ndarray]] | None = None
+) -> list[Response]:
+    """Cached teacher rows as responses. `extras`: name -> key -> values [T], for instance a reward's mu."""
+    responses = []
+    for row in rows:
+        values = {name: by_key[row.key] for name, by_key in (extras or {}).items()}
+        responses.append(
+            Response(
+                row.prompt_ids,
+                row.response_ids,
+                row.finish == "stop",
+                row.topk_ids if topk else None,
+                row.topk_logprobs if topk else None,
+                values,
+            )
+        )
+    return responses
+
+
+def from_references(prompt_ids: Sequence[np.ndarray], reference_ids: Sequence[np.ndarray]) -> list[Response]:
+    """Prompts with their references, which end by themselves."""
+    return [Response(prompt, reference, True) for prompt, reference in zip(prompt_ids, reference_ids, strict=True)]
+
+
+class Responses(torch.utils.data.Dataset):
+    """A list as a dataset."""
+
+    def __init__(self, responses: Sequence[Response]):
+        self.responses = responses
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    def __getitem__(self, index: int) -> Response:
+        return self.responses[index]
+
+
+def collate(responses: Sequence[Response], pad: int = 0) -> dict[str, Tensor]:
+    """A batch: input_ids, attention_mask [B, L]; positions, labels [B, R]; stop [B]; top-k [B, R, k]; extras [B, R].
+
+    Padding is masked everywhere: `labels` is IGNORED there, top-k ids are 0..k-1 with equal mass, extras are 0.
+    """
+    longest = max(len(r.prompt_ids) + len(r.response_ids) for r in responses)
+    steps = max(len(r.response_ids) for r in responses)
+    input_ids = torch.full((len(responses), longest), pad, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    positions = torch.zeros(len(responses), steps, dtype=torch.long)
+    labels = torch.full((len(responses), steps), IGNORED, dtype=torch.long)
+    for i, r in enumerate(responses):
+        start, count = len(r.prompt_ids), len(r.response_ids)
+        input_ids[i, :start] = torch.tensor(r.prompt_ids)
+        input_ids[i, start : start + count] = torch.tensor(r.response_ids)
+        attention_mask[i, : start + count] = 1
+        positions[i, :count] = torch.arange(start - 1, start - 1 + count)
+        labels[i, :count] = torch.tensor(r.response_ids)
+    batch = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "positions": positions,
+        "labels": labels,
+        "stop": torch.tensor([r.stop for r in responses]),
+    }
+    return batch | _collate_topk(responses, steps) | _collate_extras(responses, steps)
+
+
+def _collate_topk(responses: Sequence[Response], steps: int) -> dict[str, Tensor]:
+    if responses[0].topk_ids is None:
+        return {}
+    k = responses[0].topk_ids.shape[1]
+    ids = torch.arange(k).expand(len(responses), steps, k).clone()
+    logprobs = torch.full((len(responses), steps, k), -float(np.log(2 * k)))
+    for i, r in enumerate(responses):
+        ids[i, : len(r.topk_ids)] = torch.tensor(r.topk_ids)
+        logprobs[i, : len(r.topk_ids)] = torch.from_numpy(r.topk_logprobs.astype(np.float32))
+    return {"topk_ids": ids, "topk_logprobs": logprobs}
+
+
+def _collate_extras(responses: Sequence[Response], steps: int) -> dict[str, Tensor]:
+    extras = {}
+    for name in responses[0].extras or {}:
+        values = torch.zeros(len(responses), steps)
+        for i, r in enumerate(responses):
+            values[i, : len(r.extras[name])] = torch.tensor(r.extras[name])
+        extras[name] = values
+    return extras
+
+
+def gather_states(hidden: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    """Hidden states [B, L, H] at the response positions of `mask` [B, R] -> [N, H], row by row."""
+    rows = torch.arange(len(hidden), device=hidden.device)[:, None].expand_as(positions)
+    return hidden[rows[mask], positions[mask]]
+
+
+def scatter_steps(values: Tensor, mask: Tensor) -> Tensor:
+    """[N] values of the steps in `mask` -> [B, R], zero elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

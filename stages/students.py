@@ -1,0 +1,98 @@
+"""The learner that every student is trained with: a distillation loss, likelihood, and the X term, by configuration."""
+
+import torch
+from torch import Tensor, nn
+
+from stages.batches import IGNORED, gather_states, scatter_steps
+from stages.objectives.avril import action_values, gaussian_nll, kl_to_prior, soft_state_values, td_residual
+from stages.objectives.divergences import DIVERGENCES
+from stages.objectives.token_scores import TokenScores, TopK, chunked_token_scores
+from stages.training import Learner, Term
+
+
+def score_tokens(model, batch: dict[str, Tensor], divergence=None, chunk: int = 4096) -> TokenScores:
+    """Per-token scores of a causal language model at the response positions, flat [N] each.
+
+    The backbone runs on the whole sequence, the head on response positions only.
+    """
+    mask = batch["labels"] != IGNORED
+    hidden = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    states = gather_states(hidden, batch["positions"], mask)
+    teacher = TopK(batch["topk_ids"][mask], batch["topk_logprobs"][mask]) if "topk_ids" in batch else None
+    return chunked_token_scores(
+        model.get_output_embeddings(), states, batch["labels"][mask], teacher, divergence, chunk
+    )
+
+
+class StudentLearner(Learner):
+    """L = L_KD + nll_weight NLL + lam mean[-log N(delta / c; mu, sigma^2)] + kl_weight mean[KL(q || prior)].
+
+    objective: a divergence's name, or None for a loss on the tokens alone (`sft`, `seqkd`).
+    The X term is present where `td` is given; `reward` is then `frozen` (mu and log_sigma come with the batch), `zero`
+    (mu = 0, sigma = 1) or `scratch` (`posterior` is trained along by the same loss).
+    """
+
+    def __init__(
+        self,
+        student,
+        objective: str | None = None,
+        beta: float = 0.5,
+        nll_weight: float = 1.0,
+        td: str | None = None,
+        reward: str = "zero",
+        posterior: nn.Module | None = None,
+        lam: float = 0.0,
+        kl_weight: float = 0.0,
+        q_source: str = "logits",
+        gamma: float = 1.0,
+        terminal: str = "drop",
+        scale: float = 1.0,
+        offset: float = 0.0,
+        chunk: int = 4096,
+    ):
+        super().__init__()
+        self.student, self.posterior = student, posterior
+        self.objective, self.beta, self.td, self.reward = objective, beta, td, reward
+        self.q_source, self.gamma, self.terminal = q_source, gamma, terminal
+        self.scale, self.offset, self.chunk = scale, offset, chunk
+        self.terms = {"nll": Term(nll_weight, "tokens")}
+        if objective:
+            self.terms["kd"] = Term(1.0, "tokens")
+        if td:
+            self.terms |= {"td_nll": Term(lam, "steps"), "precision": Term(0.0, "steps")}
+            if reward == "scratch":
+                self.terms["reward_kl"] = Term(kl_weight, "steps")
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """Sums of all terms over the batch."""
+        divergence = None
+        if self.objective:
+
+            def divergence(teacher, student):
+                return DIVERGENCES[self.objective](teacher, student, self.beta)
+
+        scores = score_tokens(self.student, batch, divergence, self.chunk)
+        sums = {"nll": -scores.logprob.sum()}
+        if self.objective:
+            sums["kd"] = scores.divergence.sum()
+        return sums | (self._consistency(scores, batch) if self.td else {})
+
+    def _consistency(self, scores: TokenScores, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        mask = batch["labels"] != IGNORED
+        logprob, lse = scatter_steps(scores.logprob, mask), scatter_steps(scores.lse, mask)
+        q, v = action_values(logprob, lse, self.q_source), soft_state_values(lse, self.q_source)
+        delta, kept = td_residual(q, v, mask, batch["stop"], self.gamma, self.td, self.terminal)
+        mu, log_sigma = self._reward(batch, delta)
+        residual = (delta - self.offset) / self.scale
+        sums = {
+            "td_nll": gaussian_nll(residual, mu, log_sigma)[kept].sum(),
+            "precision": torch.exp(-2 * log_sigma)[kept].sum(),
+        }
+        return sums | ({"reward_kl": kl_to_prior(mu, log_sigma)[kept].sum()} if self.reward == "scratch" else {})
+
+    def _reward(self, batch: dict[str, Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
+        if self.reward == "frozen":
+            return batch["mu"], batch["log_sigma"]
+        if self.reward == "scratch":
+            return self.posterior(batch)
+        return torch.zeros_like(like), torch.zeros_like(like)

@@ -1,0 +1,221 @@
+"""A transformers Trainer whose loss is a weighted sum of terms, each a global mean.
+
+A learner returns the sum of every term over its micro-batch; the sums are divided by counts over the whole batch
+(all accumulation steps, all processes), so that micro-batches and processes do not change the loss.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from pipeline import console
+from pipeline.params import Optimisation
+from stages.batches import IGNORED, Response, Responses, collate
+from stages.objectives.avril import kept_steps
+
+COUNTS = ("tokens", "steps")
+
+
+@dataclass(frozen=True)
+class Term:
+    """A summand of the loss: its weight (0: only logged), and what its mean is over."""
+
+    weight: float
+    over: str  # tokens: response tokens; steps: those that have a residual
+
+
+class Learner(nn.Module):
+    """What a TermTrainer trains: `forward(**batch)` returns {name: sum over the batch} for each of `terms`."""
+
+    terms: dict[str, Term]
+    terminal: str = "drop"
+
+
+def count(batch: dict[str, Tensor], terminal: str) -> Tensor:
+    """[tokens, steps] of a batch."""
+    mask = batch["labels"] != IGNORED
+    return torch.stack([mask.sum(), kept_steps(mask, batch["stop"], terminal).sum()])
+
+
+def total_loss(sums: dict[str, Tensor], terms: dict[str, Term], counts: Tensor) -> Tensor:
+    """sum_i weight_i * sum_i / count_i."""
+    sizes = dict(zip(COUNTS, counts.clamp_min(1), strict=True))
+    return sum(term.weight * sums[name].sum() / sizes[term.over] for name, term in terms.items() if term.weight)
+
+
+class TermTrainer(Trainer):
+    """Trains a Learner; logs and evaluates every term by itself."""
+
+    def __init__(self, model: Learner, **options):
+        super().__init__(model=model, **options)
+        self.loss_is_scaled_for_ga = True  # by the counts
+        self._logged: dict[str, list[Tensor]] = {}
+        self._steps = 0  # optimiser steps since the last log
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        self._steps += 1
+        counts = sum(count(batch, self._learner.terminal) for batch in batches).to(device)
+        return batches, self.accelerator.reduce(counts, "sum")
+
+    @property
+    def _learner(self) -> Learner:
+        return self.accelerator.unwrap_model(self.model)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        counts = count(inputs, self._learner.terminal) if num_items_in_batch is None else num_items_in_batch
+        sums = model(**inputs)
+        for name, term in self._learner.terms.items():
+            size = counts[COUNTS.index(term.over)].clamp_min(1)
+            self._logged.setdefault(name, []).append(sums[name].detach().sum() / size)
+        # Gradients are averaged over processes, but the counts are already global.
+        loss = total_loss(sums, self._learner.terms, counts) * self.accelerator.num_processes
+        return (loss, sums) if return_outputs else loss
+
+    def log(self, logs, start_time=None, **options):
+        if "loss" in logs and self._logged:
+            # Every micro-batch logged its share of its step's mean.
+            logs |= {name: float(torch.stack(values).sum() / self._steps) for name, values in self._logged.items()}
+            self._logged, self._steps = {}, 0
+        super().log(logs, start_time, **options)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Exact held-out means of all terms and of the loss."""
+        metrics = {
+            f"{metric_key_prefix}_{name}": value
+            for name, value in held_out(self._learner, self.get_eval_dataloader(eval_dataset), self.args.device).items()
+        }
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir=None, state_dict=None):
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_model(self._learner, str(folder / "model.safetensors"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        safetensors.torch.load_model(self._learner, str(Path(resume_from_checkpoint) / "model.safetensors"))
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+@torch.no_grad()
+def held_out(learner: Learner, batches, device) -> dict[str, float]:
+    """Means of all terms and of the loss over batches."""
+    was_training = learner.training
+    learner.eval()
+    sums, counts = {}, torch.zeros(len(COUNTS), dtype=torch.float64)
+    for batch in batches:
+        batch = {name: value.to(device) for name, value in batch.items()}
+        for name, value in learner(**batch).items():
+            sums[name] = sums.get(name, 0.0) + value.double().sum().cpu()
+        counts += count(batch, learner.terminal).cpu()
+    learner.train(was_training)
+    means = {
+        name: float(sums[name] / counts[COUNTS.index(term.over)].clamp_min(1)) for name, term in learner.terms.items()
+    }
+    return means | {"loss": float(total_loss(sums, learner.terms, counts))}
+
+
+class _Bar(TrainerCallback):
+    """The project's progress bar in place of the Trainer's."""
+
+    def __init__(self, advance):
+        self.advance = advance
+
+    def on_train_begin(self, args, state, control, **_):
+        self.advance(state.global_step)
+
+    def on_step_end(self, args, state, control, **_):
+        self.advance(1)
+
+    def on_log(self, args, state, control, logs=None, **_):
+        shown = {name: logs[name] for name in ("loss", "eval_loss") if name in (logs or {})}
+        if shown:
+            self.advance(0, note="  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+
+
+def train(
+    what: str,
+    learner: Learner,
+    responses: Sequence[Response],
+    validation: Sequence[Response] | None,
+    optimisation: Optimisation,
+    run: Path,
+    seed: int,
+    log_every: int,
+    evaluate_every: int | None = None,
+    save_every: int | None = None,
+    best: str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> list[dict]:
+    """Train in place and return the Trainer's log history.
+
+    run: folder of the checkpoints. A checkpoint that is already there is resumed from, and the folder is removed at
+    the end, so a killed run goes on where it was. With `best` the learner ends with the weights of the best held-out
+    value of that term.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(run),
+        max_steps=optimisation.steps,
+        per_device_train_batch_size=optimisation.batch_size,
+        per_device_eval_batch_size=optimisation.batch_size,
+        learning_rate=optimisation.learning_rate,
+        lr_scheduler_type="cosine",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optim="adamw_torch",
+        seed=seed,
+        data_seed=seed,
+        logging_steps=log_every,
+        eval_strategy="steps" if evaluate_every else "no",
+        eval_steps=evaluate_every,
+        save_strategy="steps" if save_every else "no",
+        save_steps=save_every or 500,
+        save_total_limit=2,
+        load_best_model_at_end=best is not None,
+        metric_for_best_model=f"eval_{best}" if best else None,
+        greater_is_better=False,
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    trainer = TermTrainer(
+        learner,
+        args=arguments,
+        train_dataset=Responses(responses),
+        eval_dataset=Responses(validation) if validation else None,
+        data_collator=collate,
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = get_last_checkpoint(str(run)) if run.is_dir() else None
+    if checkpoint:
+        console.say(f"{what}: resuming from {checkpoint}")
+    with console.progress(what, optimisation.steps) as advance:
+        trainer.add_callback(_Bar(advance))
+        trainer.train(resume_from_checkpoint=checkpoint)
+    shutil.rmtree(run, ignore_errors=True)
+    learner.to("cpu")
+    return trainer.state.log_history
+
+
+def seed_everything(seed: int) -> None:
+    """One seed for weights, dropout and shuffling."""
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
