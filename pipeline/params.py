@@ -30,7 +30,7 @@ class Prepare(Section):
     """Built-in task."""
     teach: Positive = 24000
     """Prompts with references that only the teacher learns from."""
-    train: Positive = 1000
+    train: Positive = 2000
     """Prompts that the teacher answers for the student; their references make the student's starting point."""
     validation: Positive = 200
     """Held-out prompts for fitting decisions, the reward's audit and the divergence from the teacher."""
@@ -73,7 +73,7 @@ class TeachBoth(Section):
         model=Model(width=96, layers=3, heads=3, intermediate=256),
         split="teach",
         pairs=24000,
-        optimisation=Optimisation(steps=400, batch_size=64, learning_rate=2.5e-3),
+        optimisation=Optimisation(steps=500, batch_size=64, learning_rate=2.5e-3),
     )
     student: Teach = Teach(
         model=Model(width=48, layers=2, heads=1, intermediate=128),
@@ -162,7 +162,7 @@ class Distill(Section):
     """Form of the TD residual."""
     residual: Residual = Residual(q_source="logits", gamma=1.0, terminal="drop")
     """Must be what the reward was fitted with."""
-    optimisation: Optimisation = Optimisation(steps=400, batch_size=32, learning_rate=3e-3)
+    optimisation: Optimisation = Optimisation(steps=800, batch_size=32, learning_rate=3e-3)
     chunk: Positive = 4096
     """Response positions that go through the language-model head at once."""
     log_every: Positive = 20

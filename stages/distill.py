@@ -73,14 +73,16 @@ def distill(
     metrics |= {"objective": name_of(settings), "samples": len(rows["train"]), "parameters": student.num_parameters()}
     provenance = {
         "seed": params.seed,
-        "versions": versions(),
-        "git_commit": git_commit(),
+        "parameters": settings.model_dump(),
         "teacher": selection.teacher["identity"],
-        "selection": fingerprint(selection_path / "manifest.json"),
-        "student_start": fingerprint(student_path),
+        "selection": fingerprint(selection_path),
+        "student": fingerprint(student_path),
+        "git_commit": git_commit(),
+        "versions": versions(),
     }
-    write_json_atomically(metrics_out / "metrics.json", metrics)
-    write_json_atomically(metrics_out / "provenance.json", provenance)
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    write_json_atomically(metrics_out / "metrics.json", numbers)
+    write_json_atomically(metrics_out / "results.json", metrics | {"provenance": provenance})
     save_model(out, student, tokenizer, _card(settings, selection, metrics))
     console.facts(
         f"student distilled with {name_of(settings)}",

@@ -71,7 +71,7 @@ def evaluate(
     }
     results = {"metrics": metrics, "differences": differences, "candidate": candidate, "provenance": provenance}
     out.mkdir(parents=True, exist_ok=True)
-    write_json_atomically(out / "metrics.json", {**metrics, f"{candidate}_minus": differences})
+    write_json_atomically(out / "metrics.json", _headline(metrics, task.metrics[0].name))
     write_json_atomically(out / "results.json", results)
     _write_quality(out / "quality.csv", metrics)
     _write_predictions(out / "predictions.parquet", outputs, prompts)
@@ -157,6 +157,17 @@ def _scores(task_metrics, outputs: Mapping[str, Outputs], prompts, settings: Eva
     return metrics, differences
 
 
+def _headline(metrics: dict, headline: str) -> dict[str, dict[str, float]]:
+    """The few numbers that `dvc metrics` shows; all are in results.json, with intervals."""
+    shown = {}
+    for name, modes in metrics.items():
+        shown[name] = {headline: modes["greedy"][headline]["value"]}
+        shown[name][f"sampled_{headline}"] = modes["sampled"][headline]["value"]
+        if "heldout" in modes:
+            shown[name]["kl"] = modes["heldout"]["kl_to_teacher"]["value"]
+    return shown
+
+
 def _write_quality(path: Path, metrics: dict) -> None:
     """One line a model, mode and metric, for plots."""
     rows = [
@@ -190,7 +201,7 @@ def _report(results: dict, headline: str, out: Path) -> None:
         return f"{value['value']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"
 
     console.table(
-        f"{headline} on the test prompts, KL(teacher || model) on held-out samples; 95 % intervals",
+        f"{headline} on the test prompts, KL(teacher || model) on held-out samples",
         ("model", "greedy", "sampled", "KL, nats a token"),
         [
             (

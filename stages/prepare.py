@@ -38,7 +38,7 @@ def draw(task: Task, sizes: dict[str, int], seed: int) -> Iterator[Prompt]:
     while any(len(found[split]) < size for split, size in sizes.items()):
         example = task.example(rng)
         split = split_of(example.prompt)
-        new = example.prompt not in found[split]
+        new = split in sizes and example.prompt not in found[split]
         idle = 0 if new else idle + 1
         if idle > _PATIENCE:
             raise UserError(f"task {task.name} has too few distinct prompts for sizes {sizes}: ask for fewer")

@@ -83,9 +83,17 @@ def reward(
         console.warn(
             "no scored references in the cache, so the reward is not audited: give validation prompts references"
         )
-    write_json_atomically(audit_out / "metrics.json", metrics)
-    provenance = {"seed": params.seed, "versions": versions(), "git_commit": git_commit(), "inputs": inputs[1:]}
-    write_json_atomically(audit_out / "provenance.json", provenance)
+    provenance = {
+        "seed": params.seed,
+        "parameters": params.reward.model_dump(),
+        "teacher": selection.teacher["identity"],
+        "selection": fingerprint(selection_path),
+        "student": fingerprint(student_path),
+        "git_commit": git_commit(),
+        "versions": versions(),
+    }
+    write_json_atomically(audit_out / "results.json", metrics | {"provenance": provenance})
+    write_json_atomically(audit_out / "metrics.json", _headline(metrics))
     _report(metrics, out, audit_out)
     return metrics
 
@@ -191,6 +199,12 @@ def _student_logprobs(rows: Sequence[Row], student, batch_size: int = 128) -> di
         bounds = np.cumsum([len(row.response_ids) for row in part])[:-1]
         found.update(zip((row.key for row in part), np.split(logprob, bounds), strict=True))
     return found
+
+
+def _headline(metrics: dict) -> dict[str, float]:
+    """The few numbers that `dvc metrics` shows; all are in results.json."""
+    shown = {f"{td}_nll": metrics[td]["heldout_nll"] for td in POSTERIORS}
+    return shown | {f"auc_{judge}": found["within_mean"]["auc"] for judge, found in metrics.get("audit", {}).items()}
 
 
 def _report(metrics: dict, out: Path, audit_out: Path) -> None:

@@ -41,7 +41,9 @@ def jsd(teacher: Tensor, student: Tensor, beta: float = 0.5) -> Tensor:
         return forward_kl(teacher, student)
     if beta == 1:
         return reverse_kl(teacher, student)
-    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    possible = (teacher > -math.inf) | (student > -math.inf)  # logaddexp(-inf, -inf) has no gradient
+    t, s = torch.where(possible, teacher, 0), torch.where(possible, student, 0)
+    mixture = torch.where(possible, torch.logaddexp(t + math.log(beta), s + math.log1p(-beta)), -math.inf)
     return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
 
 

@@ -29,12 +29,14 @@ def bucket(topk_ids: Tensor, topk_logprobs: Tensor, student_logits: Tensor) -> t
     """
     logits = at_least_float32(student_logits)
     teacher = at_least_float32(topk_logprobs).to(logits.dtype)
-    known = topk_ids < logits.shape[-1]
-    ids = torch.where(known, topk_ids, topk_ids[:, :1]).long()
-    teacher = teacher.masked_fill(~known, -torch.inf)
+    vocabulary = logits.shape[-1]
+    teacher = teacher.masked_fill(topk_ids >= vocabulary, -torch.inf)
+    # One impossible token more, which all ids without a counterpart point to.
+    logits = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
+    ids = topk_ids.clamp_max(vocabulary).long()
     lse = torch.logsumexp(logits, -1, keepdim=True)
-    student = (logits.gather(-1, ids) - lse).masked_fill(~known, -torch.inf)
-    if topk_ids.shape[-1] < logits.shape[-1]:
+    student = logits.gather(-1, ids) - lse
+    if topk_ids.shape[-1] < vocabulary:
         teacher = torch.cat([teacher, log_tail(teacher)], -1)
         others = torch.logsumexp(logits.scatter(-1, ids, -torch.inf), -1, keepdim=True)
         student = torch.cat([student, others - lse], -1)

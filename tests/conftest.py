@@ -1,0 +1,79 @@
+"""Small real models and files that the tests share. Every test has an empty store of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.console import quiet_libraries
+from pipeline.params import Params, load_params
+from pipeline.prompts import Prompt, prompt_id, write_prompts
+
+quiet_libraries()
+ROOT = Path(__file__).parents[1]
+WORDS = [f"w{i}" for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("XKD_STORE", str(tmp_path / "store"))
+    return tmp_path / "store"
+
+
+def make_model(folder: Path, seed: int, words=WORDS, width=64, layers=2, context=64, sharpen=3.0) -> Path:
+    """A tiny causal model whose weights are scaled up, so that its distributions are not uniform."""
+    import torch
+
+    from pipeline.models import ModelSize, build_causal_lm, save_model, word_tokenizer
+
+    tokenizer = word_tokenizer(list(words))
+    model = build_causal_lm(ModelSize(width, layers, width // 32, 2 * width), tokenizer, context, seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(sharpen)
+    save_model(folder, model, tokenizer, "---\nlicense: apache-2.0\n---\n# a test model\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("teacher") / "model", seed=0)
+
+
+@pytest.fixture(scope="session")
+def student(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("student") / "model", seed=1, width=32, layers=1, sharpen=1.0)
+
+
+def make_prompts(path: Path, train: int, validation: int = 0, test: int = 0) -> Path:
+    """Distinct prompts of three words, each with one reference of four."""
+
+    def prompt(number: int, split: str) -> Prompt:
+        text = " ".join(WORDS[(number // 40**power) % 40] for power in range(3))
+        reference = " ".join(WORDS[(number * 7 + step * 3) % 40] for step in range(4))
+        return Prompt(prompt_id(text), text, (reference,), split)
+
+    splits = ["train"] * train + ["validation"] * validation + ["test"] * test
+    write_prompts(path, [prompt(number, split) for number, split in enumerate(splits)])
+    return path
+
+
+def make_params(teacher: Path, *overrides: str) -> Params:
+    """Defaults at test size, for the models and prompts above."""
+    given = [
+        f"generate.teacher={teacher}", "generate.engine=hf", "generate.k=8", "generate.rows_per_shard=8",
+        "max_tokens=6",
+        "template={prompt}", "generate.max_skipped=0", "reward.optimisation.steps=10", "reward.evaluate_every=5",
+        "reward.phi_kl=[0.1]", "reward.bootstrap=20", "distill.optimisation.steps=10", "distill.log_every=5",
+        "distill.evaluate_every=5", "distill.save_every=5", "evaluate.samples=2", "evaluate.bootstrap=20",
+    ]  # fmt: skip
+    return load_params(None, [*(o.replace("template={prompt}", "template='{prompt}'") for o in given), *overrides])
+
+
+def run_cli(*arguments: str, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
+    """`python -m pipeline.cli ...` as a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", **options.pop("env", {})}
+    command = [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280, **options)
