@@ -22,7 +22,7 @@ def own_store(tmp_path, monkeypatch):
     return tmp_path / "store"
 
 
-def make_model(folder: Path, seed: int, words=WORDS, width=64, layers=2, context=64, sharpen=3.0) -> Path:
+def make_model(folder: Path, seed: int, words=WORDS, width=64, layers=2, context=64, sharpen=2.0) -> Path:
     """A tiny causal model whose weights are scaled up, so that its distributions are not uniform."""
     import torch
 
@@ -31,8 +31,9 @@ def make_model(folder: Path, seed: int, words=WORDS, width=64, layers=2, context
     tokenizer = word_tokenizer(list(words))
     model = build_causal_lm(ModelSize(width, layers, width // 32, 2 * width), tokenizer, context, seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(sharpen)
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(sharpen)
     save_model(folder, model, tokenizer, "---\nlicense: apache-2.0\n---\n# a test model\n")
     return folder
 

@@ -5,6 +5,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,35 +28,47 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
-def write_atomically(folder: Path, write: Callable[[Path], None], name: str | Callable[[Path], str]) -> Path:
-    """Let `write` fill a temporary file in `folder`, then move it to `name` (or to what `name` makes of the file).
-
-    Raises UserError where the folder cannot be written (read-only, disk full); what was there before stays.
-    """
-    temporary = folder / f".tmp-{uuid.uuid4().hex}"
+@contextmanager
+def writing_to(folder: Path):
+    """Make the folder, and turn what goes wrong inside the block into a UserError; what was there before stays."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        final = folder / (name if isinstance(name, str) else name(temporary))
-        os.replace(temporary, final)
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        yield
     except OSError as error:
         raise UserError(
             f"cannot write to {folder}: {error.strerror or error}. Free space or make it writable and run the same "
             "command again: everything written so far is kept"
         ) from error
+
+
+def write_atomically(folder: Path, write: Callable[[Path], None], name: str | Callable[[Path], str]) -> Path:
+    """Let `write` fill a temporary file in `folder`, then move it to `name` (or to what `name` makes of the file).
+
+    Raises UserError where the folder cannot be written (read-only, disk full).
+    """
+    temporary = folder / f".tmp-{uuid.uuid4().hex}"
+    try:
+        with writing_to(folder):
+            write(temporary)
+            _sync(temporary)
+            final = folder / (name if isinstance(name, str) else name(temporary))
+            os.replace(temporary, final)
+            _sync(folder)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
     return final
 
 
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_json_atomically(path: Path, value: Any) -> None:
-    """Readable JSON, whole or absent."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    """Readable JSON with the keys in their given order, whole or absent."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     write_atomically(path.parent, lambda temporary: temporary.write_text(text, encoding="utf-8"), path.name)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from platformdirs import user_cache_path
 
-from pipeline.shards.files import canonical_json, sha256_file, write_atomically, write_json_atomically
+from pipeline.shards.files import canonical_json, sha256_file, write_atomically, write_json_atomically, writing_to
 from pipeline.shards.schema import SCHEMA, Row, from_table, read_metadata, write_shard
 
 _SHARD = re.compile(r"part-([0-9a-f]{16})\.parquet")
@@ -119,9 +119,9 @@ class RequestFolder:
 
     def skip(self, entry: dict) -> None:
         """Append one entry to skipped.jsonl, durably."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with self._skipped_path.open("a", encoding="utf-8") as file:
-            file.write(canonical_json(entry) + "\n")
+        with writing_to(self.path), self._skipped_path.open("a+b") as file:
+            torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+            file.write(b"\n" * torn + canonical_json(entry).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
