@@ -76,14 +76,19 @@ def load_causal_lm(source: str | Path, dtype: str = "float32"):
 
 
 def _load(auto_class, source: str | Path, what: str, **options) -> Any:
-    local = Path(source)
-    if not local.is_dir() and (local.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1):
-        raise UserError(f"no {what} at {source}: not a folder, and not a hub name like owner/name")
+    """A Path is a folder; text may also be a hub name."""
+    local, text = Path(source), str(source)
+    may_be_hub_name = isinstance(source, str) and text.count("/") == 1 and text[0] not in "./~"
+    if not local.is_dir() and not may_be_hub_name:
+        raise UserError(
+            f"no {what} at {source}" + (": not a folder, and not a hub name" if isinstance(source, str) else "")
+        )
     try:
         return auto_class.from_pretrained(str(source), trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"cannot load the {what} of {source}: {reason}") from error
+        where = "" if local.is_dir() else " (no folder of that name here, so it was looked for on the hub)"
+        raise UserError(f"cannot load the {what} of {source}{where}: {reason}") from error
 
 
 def stop_token_ids(source: str | Path, tokenizer) -> tuple[int, ...]:

@@ -56,6 +56,16 @@ class Optimisation(Section):
     """Sequences a step."""
     learning_rate: PositiveFloat
     """Peak learning rate of AdamW, decayed by a cosine."""
+    accumulation: Positive = 1
+    """Micro-batches that a step's batch is split into, to save memory; the result is the same."""
+
+    @model_validator(mode="after")
+    def _splits_evenly(self):
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be split into {self.accumulation} equal micro-batches"
+            )
+        return self
 
 
 class Teach(Section):

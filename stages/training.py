@@ -171,7 +171,8 @@ def train(
     arguments = TrainingArguments(
         output_dir=str(run),
         max_steps=optimisation.steps,
-        per_device_train_batch_size=optimisation.batch_size,
+        per_device_train_batch_size=optimisation.batch_size // optimisation.accumulation,
+        gradient_accumulation_steps=optimisation.accumulation,
         per_device_eval_batch_size=optimisation.batch_size,
         learning_rate=optimisation.learning_rate,
         lr_scheduler_type="cosine",

@@ -45,6 +45,7 @@ def test_a_partial_file_is_filled_with_defaults_and_options_win(tmp_path):
         ("generate.k=0", "generate.k: Input should be greater than 0, found 0"),
         ("template=no placeholder", "does not contain {prompt}"),
         ("generate.temperature=0", "temperature 0 is greedy"),
+        ("teach.student.optimisation.accumulation=5", "cannot be split into 5 equal micro-batches"),
         ("lam", "expected key=value"),
         ("seed.x=1", "seed"),
     ],

@@ -1,0 +1,171 @@
+"""What holds for training: exact global means, held-out values, and a killed run that ends as an undisturbed one."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from pipeline.models import load_causal_lm
+from pipeline.params import Optimisation
+from stages.batches import IGNORED, Response, collate, gather_states, scatter_steps
+from stages.curves import split_history, write_csv
+from stages.students import StudentLearner, score_tokens
+from stages.training import count, held_out, total_loss, train
+from tests.conftest import ROOT, make_params, make_prompts
+
+
+def make_responses(n: int, k: int = 4) -> list[Response]:
+    """Responses of different lengths with a random sparse teacher."""
+    rng = np.random.default_rng(0)
+    responses = []
+    for number in range(n):
+        steps = int(rng.integers(1, 7))
+        ids = np.stack([rng.permutation(44)[:k] for _ in range(steps)]).astype(np.int32)
+        logprobs = np.log(rng.dirichlet(np.ones(k + 1), steps)[:, :k]).astype(np.float16)
+        prompt, response = rng.integers(4, 44, 1 + number % 5), rng.integers(4, 44, steps)
+        extras = {name: rng.standard_normal(steps).astype(np.float32) for name in ("mu", "log_sigma")}
+        responses.append(Response(prompt, response, bool(number % 3), ids, logprobs, extras))
+    return responses
+
+
+def test_a_batch_says_where_each_response_token_is_predicted():
+    batch = collate(
+        [Response(np.array([7, 8]), np.array([9, 2]), True), Response(np.array([5]), np.array([6, 7, 4]), False)]
+    )
+    assert batch["input_ids"].tolist() == [[7, 8, 9, 2], [5, 6, 7, 4]]
+    assert batch["labels"].tolist() == [[9, 2, IGNORED], [6, 7, 4]]
+    assert batch["positions"].tolist() == [[1, 2, 0], [0, 1, 2]]
+    mask = batch["labels"] != IGNORED
+    states = gather_states(batch["input_ids"][..., None], batch["positions"], mask)[:, 0]
+    assert states.tolist() == [8, 9, 5, 6, 7]  # the token before each response token
+    assert scatter_steps(torch.arange(1, 6), mask).tolist() == [[1, 2, 0], [3, 4, 5]]
+
+
+def test_scores_are_those_of_the_whole_model_one_response_at_a_time(teacher):
+    model, responses = load_causal_lm(teacher), make_responses(6)
+    together = score_tokens(model, collate(responses)).logprob.split([len(r.response_ids) for r in responses])
+    for response, found in zip(responses, together, strict=True):
+        ids = torch.tensor(np.concatenate([response.prompt_ids, response.response_ids]))[None]
+        logprobs = torch.log_softmax(model(ids).logits[0], -1)
+        start = len(response.prompt_ids)
+        expected = [logprobs[start - 1 + t, token] for t, token in enumerate(response.response_ids)]
+        torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+def make_learner(student, reward: str = "frozen") -> StudentLearner:
+    return StudentLearner(
+        load_causal_lm(student), "jsd", 0.3, nll_weight=0.5, td="sarsa", reward=reward, lam=0.1, scale=1.7, chunk=5
+    )
+
+
+@pytest.mark.parametrize("reward", ["frozen", "zero"])
+def test_micro_batches_give_the_loss_and_gradient_of_one_batch(student, reward):
+    """Every term is a global sum over its own global count (design, section 3)."""
+    responses, gradients = make_responses(10), []
+    for size in (10, 3):
+        learner = make_learner(student, reward)
+        batches = [collate(responses[start : start + size]) for start in range(0, 10, size)]
+        counts = sum(count(batch, learner.terminal) for batch in batches)
+        assert counts.tolist() == [
+            sum(len(r.response_ids) for r in responses),
+            sum(len(r.response_ids) - 1 for r in responses),
+        ]
+        loss = sum(total_loss(learner(**batch), learner.terms, counts) for batch in batches)
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad for p in learner.student.parameters())])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_the_trainer_optimises_and_reports_exactly_that_loss(student, tmp_path):
+    """One step of gradient accumulation over uneven micro-batches equals one step on the whole batch."""
+    weights = []
+    for accumulation in (1, 4):
+        learner = make_learner(student)
+        before = held_out(learner, [collate(make_responses(8))], "cpu")
+        step = Optimisation(steps=1, batch_size=8, learning_rate=0.01, accumulation=accumulation)
+        history = train("t", learner, make_responses(8), None, step, tmp_path / "run", 0, log_every=1)
+        logged = split_history(history)[0][0]
+        for name in ("nll", "kd", "td_nll", "precision", "loss"):
+            assert logged[name] == pytest.approx(before[name], rel=1e-3), name
+        weights.append(torch.cat([p.detach().flatten() for p in learner.student.parameters()]))
+    torch.testing.assert_close(*weights, atol=2e-4, rtol=0)
+
+
+def test_training_lowers_the_held_out_loss_and_the_best_weights_are_kept(student, tmp_path):
+    responses, learner = make_responses(32), make_learner(student)
+    before = held_out(learner, [collate(responses)], "cpu")["loss"]
+    optimisation = Optimisation(steps=30, batch_size=8, learning_rate=0.02)
+    history = train(
+        "t", learner, responses, responses, optimisation, tmp_path / "run", 0, log_every=5,
+        evaluate_every=5, save_every=5, best="loss",
+    )  # fmt: skip
+    values = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    after = held_out(learner, [collate(responses)], "cpu")["loss"]
+    assert len(values) == 6 and after == pytest.approx(min(values), rel=1e-5) and after < 0.9 * before
+    assert not (tmp_path / "run").exists()
+
+
+def test_curves_are_plain_csv(tmp_path):
+    history = [{"loss": 2.0, "kd": 1.0, "step": 5, "epoch": 1.0, "learning_rate": 0.1}, {"eval_loss": 3.0, "step": 5}]
+    training, held = split_history([*history, {"train_runtime": 1.0, "step": 5}])
+    assert training == [{"loss": 2.0, "kd": 1.0, "step": 5}] and held == [{"loss": 3.0, "step": 5}]
+    write_csv(tmp_path / "c.csv", training)
+    assert (tmp_path / "c.csv").read_text().split() == ["step,kd,loss", "5,1.0,2.0"]
+
+
+def start_distilling(selection: Path, student: Path, out: Path, runs: Path) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.cli",
+        "distill",
+        "--selection",
+        selection,
+        "--student",
+        student,
+        "--out",
+        out,
+    ]
+    command += ["--metrics", out.parent / "metrics", "--runs", runs, "--params", ROOT / "tests" / "smoke.yaml"]
+    for setting in ("distill.reward=zero", "distill.optimisation.steps=200", "distill.save_every=10"):
+        command += ["--set", setting]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_a_killed_distillation_resumes_and_ends_as_an_undisturbed_one(teacher, student, tmp_path):
+    """kill -9 after the first checkpoint; the same command goes on from it; same weights, same curve."""
+    from stages.generate import generate
+
+    prompts = make_prompts(tmp_path / "prompts.parquet", train=40, validation=5)
+    generate(make_params(teacher), prompts, tmp_path / "selection")
+    results = []
+    for name, kill in (("killed", True), ("undisturbed", False)):
+        out, runs = tmp_path / name / "student", tmp_path / name / "runs"
+        process = start_distilling(tmp_path / "selection", student, out, runs)
+        if kill:
+            deadline = time.monotonic() + 120
+            while not list(runs.glob("distill/*/checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+                assert process.poll() is None, process.communicate()[1]
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            assert not out.exists()
+            process = start_distilling(tmp_path / "selection", student, out, runs)
+        message = process.communicate()[1]
+        assert process.returncode == 0, message
+        assert ("resuming from" in message) == kill and not list(runs.glob("distill/*"))
+        curve = (out.parent / "metrics" / "heldout.csv").read_text()
+        results.append((safetensors.torch.load_file(out / "model.safetensors"), curve))
+    for name, tensor in results[0][0].items():
+        torch.testing.assert_close(tensor, results[1][0][name], atol=0, rtol=0)
+    assert results[0][1] == results[1][1]
