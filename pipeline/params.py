@@ -98,7 +98,7 @@ class Generate(Section):
     """Folder or hub name of the teacher."""
     engine: Literal["auto", "vllm", "hf", "stub"] = "auto"
     """What runs the teacher; auto is vllm where it is installed, else hf."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number type of the teacher's weights; auto is the one they are stored in."""
     samples: Annotated[int, Field(gt=0, le=32767)] = 2
     """Responses a training prompt."""
