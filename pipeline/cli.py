@@ -1,5 +1,6 @@
 """The `xkd-pipeline` command: one thin command a stage. Heavy libraries are imported inside the commands."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from pipeline.params import Params, Role, load_params, to_yaml
 PARAMS_FILE = Path("params.yaml")
 DATA, RUNS = Path("data"), Path("runs")
 PROMPTS, TOKENIZER = DATA / "prompts" / "prompts.parquet", DATA / "tokenizer"
-TEACHER, START, STUDENT = DATA / "models" / "teacher", DATA / "models" / "student", DATA / "student"
+START, STUDENT = DATA / "models" / "student", DATA / "student"
 SELECTION, REWARD, AUDIT = DATA / "teacher", DATA / "reward", DATA / "audit"
 CURVES, EVALUATION = DATA / "distill", DATA / "evaluation"
 
@@ -143,12 +144,10 @@ def generate(
     """
     given = {
         "generate.teacher": teacher, "generate.engine": engine, "generate.samples": samples, "generate.k": k,
-        "generate.temperature": temperature, "max_tokens": max_tokens,
+        "generate.temperature": temperature, "max_tokens": max_tokens, "template": template,
     }  # fmt: skip
-    overrides = [*(set or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]
+    overrides = [*(set or []), *(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)]
     loaded = _load(params, overrides)
-    if template is not None:
-        loaded = Params.model_validate(loaded.model_dump() | {"template": template})
     _limit_threads(loaded.generate.teacher)
     from stages.generate import generate as run
 
@@ -237,7 +236,8 @@ def evaluate(
     store: StoreOption = None,
 ) -> None:  # fmt: skip
     """Score models side by side on the test prompts, with intervals paired over the prompts."""
-    models = {"teacher": TEACHER, "undistilled": START, "distilled": STUDENT}
+    loaded = _load(params, set)
+    models: dict[str, str | Path] = {"teacher": loaded.generate.teacher, "undistilled": START, "distilled": STUDENT}
     if model:
         models = {}
         for entry in model:
@@ -247,7 +247,7 @@ def evaluate(
             models[name] = Path(folder)
     from stages.evaluate import evaluate as run
 
-    run(_load(params, set), prompts, models, selection, out, store)
+    run(loaded, prompts, models, selection, out, store)
 
 
 def main() -> None:
@@ -257,6 +257,11 @@ def main() -> None:
     except UserError as error:
         console.console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(LEFT_OUT if isinstance(error, LeftOut) else 2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        console.console.print(f"[red]error:[/red] {escape(f'{error.filename}: {error.strerror}')}", soft_wrap=True)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

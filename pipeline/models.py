@@ -4,15 +4,17 @@ Weights are safetensors only, and no code that comes with a model is run.
 """
 
 import json
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.shards.files import digest, sha256_file
+from pipeline.shards.files import digest, sha256_file, writing_to
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
-_NOT_IDENTITY = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+_NOT_IDENTITY = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "id2label", "label2id"}
 
 
 def word_tokenizer(words: list[str]):
@@ -143,13 +145,35 @@ def build_causal_lm(size: ModelSize, tokenizer, context: int, seed: int):
         return LlamaForCausalLM(config)
 
 
-def save_model(folder: Path, model, tokenizer, card: str) -> None:
-    """A plain Hugging Face folder: safetensors, configuration, tokenizer, model card."""
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+def save_model(folder: Path, model, tokenizer, card: str, stops: tuple[int, ...] | None = None) -> None:
+    """A plain Hugging Face folder: safetensors, configuration, tokenizer, model card; whole or absent.
+
+    stops: tokens that end a response, by default the tokenizer's EOS.
+    """
+    model.generation_config.eos_token_id = list(stops or (tokenizer.eos_token_id,))
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    with writing_to(folder.parent):
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+            temporary.chmod(0o755)
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.replace(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_context(config, longest: int, what: str) -> None:
+    """Raises UserError where `longest` tokens do not fit into a model's context."""
+    context = context_length(config)
+    if context is not None and longest > context:
+        raise UserError(
+            f"{what} reads at most {context} tokens, and the longest sequence has {longest}: use a model with a longer "
+            "context, shorter prompts or a lower max_tokens"
+        )
 
 
 def weights_digest(folder: Path) -> str:
@@ -187,11 +211,13 @@ def describe_model(source: str | Path, dtype: str) -> dict:
     config, tokenizer = load_config(folder), load_tokenizer(folder)
     if dtype == "auto":
         dtype = str(config.dtype).removeprefix("torch.") if config.dtype is not None else "float32"
-    settings = {key: value for key, value in config.to_dict().items() if key not in _NOT_IDENTITY}
+    # The file, not the loaded object: that also holds the defaults of the installed transformers.
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = {key: value for key, value in stored.items() if key not in _NOT_IDENTITY}
     identity = digest(
         {
             "weights": weights_digest(folder),
-            "config": json.loads(json.dumps(settings, default=str)),
+            "config": settings,
             "tokenizer": tokenizer_identity(tokenizer),
             "dtype": dtype,
         }

@@ -48,6 +48,12 @@ class Model(Section):
     intermediate: Positive
     """Width of the feed-forward block."""
 
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self):
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width {self.width} must be an even multiple of heads ({self.heads})")
+        return self
+
 
 class Optimisation(Section):
     steps: Positive
@@ -206,7 +212,7 @@ class Evaluate(Section):
 
 
 class Params(Section):
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything: data, initial weights, batch order, teacher samples, bootstrap."""
     template: str = "{prompt} =>"
     """What the models read, made of the task's prompt."""
@@ -235,8 +241,8 @@ def load_params(path: Path | None = None, overrides: list[str] | tuple[str, ...]
     if path is not None:
         try:
             tree = yaml.safe_load(Path(path).read_text()) or {}
-        except FileNotFoundError:
-            raise UserError(f"no parameter file at {path}") from None
+        except OSError as error:
+            raise UserError(f"no parameter file at {path}: {error.strerror}") from None
         except yaml.YAMLError as error:
             raise UserError(f"{path} is not valid YAML: {error}") from None
         if not isinstance(tree, dict):
@@ -256,7 +262,10 @@ def _apply(tree: dict, override: str) -> None:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
             raise UserError(f"--set {override}: '{parent}' is a value, not a section")
-    tree[last] = yaml.safe_load(value)
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not valid YAML") from None
 
 
 def _merge(default: Any, given: Any) -> Any:

@@ -59,12 +59,19 @@ def read_prompts(path: Path, splits: Sequence[str] | None = None) -> list[Prompt
     rows = _read_rows(path)
     if not rows:
         raise UserError(f"{path} holds no prompts")
-    prompts, seen = [], {}
+    prompts: list[Prompt] = []
+    ids: dict[str, int] = {}
+    texts: dict[str, int] = {}
     for number, row in enumerate(rows, start=1):
         prompt = _parse(row, path, number)
-        if prompt.id in seen:
-            raise UserError(f"{path}: row {number} repeats id '{prompt.id}' of row {seen[prompt.id]}: ids must differ")
-        seen[prompt.id] = number
+        if prompt.id in ids:
+            raise UserError(f"{path}: row {number} repeats id '{prompt.id}' of row {ids[prompt.id]}: ids must differ")
+        if prompt.prompt in texts:
+            raise UserError(
+                f"{path}: row {number} repeats the prompt of row {texts[prompt.prompt]}: its samples would be the same "
+                "ones. Keep one of the rows, and ask for more samples if more are wanted"
+            )
+        ids[prompt.id] = texts[prompt.prompt] = number
         if splits is None or prompt.split in splits:
             prompts.append(prompt)
     return prompts
@@ -82,10 +89,12 @@ def _read_rows(path: Path) -> list[dict]:
     if path.suffix not in (".jsonl", ".json"):
         raise UserError(f"{path}: prompts are read from .parquet or .jsonl files")
     rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
@@ -103,12 +112,13 @@ def _parse(row: dict, path: Path, number: int) -> Prompt:
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{path}: row {number} has an empty prompt: remove the row or fill it in")
     references = row.get("references") or []
-    if isinstance(references, str) or not all(isinstance(reference, str) for reference in references):
+    if not isinstance(references, list) or not all(isinstance(reference, str) for reference in references):
         raise UserError(f"{path}: row {number}: 'references' must be a list of strings")
     split = row.get("split") or "train"
     if split not in SPLITS:
         raise UserError(f"{path}: row {number} has split '{split}'; known: {', '.join(SPLITS)}")
-    return Prompt(str(row.get("id") or prompt_id(text)), text, tuple(references), split)
+    identity = prompt_id(text) if row.get("id") is None else str(row["id"])
+    return Prompt(identity, text, tuple(references), split)
 
 
 def encode_prompts(tokenizer, template: str, prompts: Sequence[Prompt]) -> list[np.ndarray]:

@@ -36,6 +36,13 @@ def git_commit() -> str | None:
         return None
 
 
+def code_fingerprint() -> str:
+    """Digest of the project's own code: a checkpoint of other code is not resumed."""
+    root = Path(__file__).parents[1]
+    files = sorted([*(root / "pipeline").rglob("*.py"), *(root / "stages").rglob("*.py")])
+    return digest({str(file.relative_to(root)): sha256_file(file) for file in files})[:16]
+
+
 def fingerprint(path: Path) -> str:
     """Digest of a file, or of all files in a folder by name and content."""
     if path.is_file():

@@ -17,12 +17,13 @@ class Scored:
 
 def auc(right: np.ndarray, wrong: np.ndarray) -> float:
     """Share of (right, wrong) pairs that are ranked correctly; ties count half."""
-    difference = right[:, None] - wrong[None, :]
-    return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
+    ordered = np.sort(wrong)
+    below, not_above = np.searchsorted(ordered, right, "left"), np.searchsorted(ordered, right, "right")
+    return float((below + not_above).mean() / (2 * len(wrong)))
 
 
 def audit(examples: Sequence[Scored], resamples: int, seed: int) -> dict[str, dict[str, float]]:
-    """AUC of the values' mean and sum over a response, with 95 % intervals.
+    """AUC of the values' mean and sum over a response, with 95 % intervals by resampling prompts.
 
     `within_*`: the mean over prompts of the AUC inside a prompt, so that a prompt's difficulty does not count;
     `pooled_*`: over all pairs. Prompts with only right or only wrong responses are left out.
@@ -31,20 +32,20 @@ def audit(examples: Sequence[Scored], resamples: int, seed: int) -> dict[str, di
     for example in examples:
         prompts.setdefault(example.prompt_id, ([], []))[not example.right].append(example)
     pairs = [pair for pair in prompts.values() if pair[0] and pair[1]]
+    picks = np.random.default_rng(seed).integers(len(pairs), size=(resamples, len(pairs)))
     result: dict[str, dict[str, float]] = {}
     for name, aggregate in (("mean", np.mean), ("sum", np.sum)):
         values = [tuple(np.array([aggregate(e.values) for e in side]) for side in pair) for pair in pairs]
         within = np.array([auc(*sides) for sides in values])
-        rng = np.random.default_rng(seed)
-        picks = rng.integers(len(pairs), size=(resamples, len(pairs)))
         result[f"within_{name}"] = _interval(float(within.mean()), within[picks].mean(axis=1))
-        pooled = [
-            auc(*(np.concatenate(side) for side in zip(*(values[i] for i in pick), strict=True)))
-            for pick in picks[:200]
-        ]
-        everything = auc(*(np.concatenate(side) for side in zip(*values, strict=True)))
-        result[f"pooled_{name}"] = _interval(everything, np.array(pooled))
+        pooled = np.array([_pooled(values, pick) for pick in picks])
+        result[f"pooled_{name}"] = _interval(_pooled(values, np.arange(len(pairs))), pooled)
     return result
+
+
+def _pooled(values: Sequence[tuple[np.ndarray, np.ndarray]], pick: np.ndarray) -> float:
+    right, wrong = (np.concatenate([values[i][side] for i in pick]) for side in (0, 1))
+    return auc(right, wrong)
 
 
 def _interval(estimate: float, resampled: np.ndarray) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Train the student on the cached teacher: L_KD, likelihood and the X term, the reward read from its cache."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,9 +9,9 @@ import pyarrow.parquet as pq
 
 from pipeline import console
 from pipeline.errors import UserError
-from pipeline.models import load_causal_lm, load_tokenizer, require_same_tokenizer, save_model
+from pipeline.models import load_causal_lm, load_tokenizer, require_context, require_same_tokenizer, save_model
 from pipeline.params import Distill, Params
-from pipeline.provenance import fingerprint, git_commit, versions
+from pipeline.provenance import code_fingerprint, fingerprint, git_commit, versions
 from pipeline.shards.files import digest, write_json_atomically
 from pipeline.shards.schema import Row
 from pipeline.shards.selection import Selection
@@ -47,7 +48,7 @@ def distill(
     if not rows.get("train"):
         raise UserError(f"{selection_path} holds no training responses")
 
-    extras, scale, offset = _reward_inputs(settings, rows, reward_path)
+    extras, scale, offset = _reward_inputs(settings, selection, rows, reward_path)
     seed_everything(params.seed)
     student = load_causal_lm(student_path).train()
     posterior = None
@@ -55,15 +56,18 @@ def distill(
         posterior = RewardPosterior(load_causal_lm(student_path).train(), params.reward.sigma_min)
     topk = settings.objective != "seqkd"
     responses = {name: from_rows(part, topk, extras) for name, part in rows.items()}
-    inputs = [params.seed, settings.model_dump(), scale, offset, fingerprint(selection_path), fingerprint(student_path)]
-    inputs += [fingerprint(reward_path)] if extras else []
+    longest = max(len(row.prompt_ids) + len(row.response_ids) for part in rows.values() for row in part)
+    require_context(student.config, longest, f"the student {student_path}")
+    inputs = [params.seed, settings.model_dump(), params.reward.sigma_min, scale, offset, code_fingerprint()]
+    inputs += [fingerprint(path) for path in (selection_path, student_path, *([reward_path] if extras else []))]
+    run = runs / "distill" / digest(inputs)[:16]
     history = train(
         f"distilling ({name_of(settings)})",
         _learner(settings, student, posterior, scale, offset),
         responses["train"],
         responses.get("validation"),
         settings.optimisation,
-        runs / "distill" / digest(inputs)[:16],
+        run,
         params.seed,
         log_every=settings.log_every,
         evaluate_every=settings.evaluate_every if "validation" in responses else None,
@@ -83,7 +87,9 @@ def distill(
     numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
     write_json_atomically(metrics_out / "metrics.json", numbers)
     write_json_atomically(metrics_out / "results.json", metrics | {"provenance": provenance})
-    save_model(out, student, tokenizer, _card(settings, selection, metrics))
+    stops = tuple(selection.part("train")["request"]["sampling"]["stop_token_ids"])
+    save_model(out, student, tokenizer, _card(settings, selection, metrics), stops)
+    shutil.rmtree(run, ignore_errors=True)
     console.facts(
         f"student distilled with {name_of(settings)}",
         [
@@ -104,7 +110,7 @@ def name_of(settings: Distill) -> str:
 
 
 def _reward_inputs(
-    settings: Distill, rows: dict[str, Sequence[Row]], reward_path: Path | None
+    settings: Distill, selection: Selection, rows: dict[str, Sequence[Row]], reward_path: Path | None
 ) -> tuple[dict[str, dict[str, np.ndarray]] | None, float, float]:
     """The reward's values by name and key where it is frozen, and the residuals' scale and offset."""
     if settings.reward == "none":
@@ -116,13 +122,20 @@ def _reward_inputs(
     folder = reward_path / settings.td
     description = read_description(folder)
     require_same_residual(settings.residual, description, folder)
+    if description["teacher"] != selection.teacher["identity"]:
+        raise UserError(
+            f"the reward in {folder} explains teacher {description['teacher']}, the cache holds teacher "
+            f"{selection.teacher['identity']}: run `xkd-pipeline reward` again"
+        )
     table = pq.read_table(folder / "rewards.parquet")
     keys = table.column("key").to_pylist()
     extras = {
         name: dict(zip(keys, (np.asarray(v, np.float32) for v in table.column(name).to_pylist()), strict=True))
         for name in ("mu", "log_sigma")
     }
-    unknown = [row.key for part in rows.values() for row in part if row.key not in extras["mu"]]
+    unknown = [
+        row.key for part in rows.values() for row in part if len(extras["mu"].get(row.key, ())) != len(row.response_ids)
+    ]
     if unknown:
         raise UserError(
             f"{folder} has no reward for {len(unknown)} of the cached responses (first: {unknown[0]}): it was fitted "

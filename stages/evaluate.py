@@ -10,7 +10,14 @@ import torch
 
 from pipeline import console
 from pipeline.errors import UserError
-from pipeline.models import load_causal_lm, load_tokenizer, stop_token_ids
+from pipeline.models import (
+    load_causal_lm,
+    load_tokenizer,
+    local_folder,
+    require_context,
+    require_same_tokenizer,
+    stop_token_ids,
+)
 from pipeline.params import Evaluate, Params
 from pipeline.prompts import Prompt, encode_prompts, read_prompts
 from pipeline.provenance import fingerprint, git_commit, versions
@@ -34,13 +41,13 @@ class Outputs:
 
     greedy: list[str]  # [test prompts]
     sampled: list[list[str]]  # [sampled prompts][samples]
-    kl: np.ndarray  # [held-out responses, 2]: sum of KL(T || S) over the tokens, number of tokens
+    kl: np.ndarray  # [held-out prompts, 2]: sum of KL(T || S) over the tokens, number of tokens
 
 
 def evaluate(
     params: Params,
     prompts_path: Path,
-    models: Mapping[str, Path],
+    models: Mapping[str, str | Path],
     selection_path: Path,
     out: Path,
     store: Path | None = None,
@@ -55,7 +62,9 @@ def evaluate(
         raise UserError(f"{prompts_path} has no test prompts with references")
     selection = Selection(selection_path, store)
     rows = list(selection.rows("validation")) if "validation" in selection.parts else []
-    outputs = {name: _run(name, path, prompts, rows, params) for name, path in models.items()}
+    outputs = {
+        name: _run(name, path, prompts, rows, selection.teacher["tokenizer"], params) for name, path in models.items()
+    }
 
     candidate = list(models)[-1]
     metrics, differences = _scores(task.metrics, outputs, prompts, settings, params.seed, candidate)
@@ -63,13 +72,19 @@ def evaluate(
         "task": {"name": task.name, "version": task.version},
         "seed": params.seed,
         "evaluate": settings.model_dump(),
-        "models": {name: fingerprint(path) for name, path in models.items()},
+        "models": {name: fingerprint(local_folder(path)) for name, path in models.items()},
         "prompts": fingerprint(prompts_path),
         "teacher": selection.teacher["identity"],
         "git_commit": git_commit(),
         "versions": versions(),
     }
-    results = {"metrics": metrics, "differences": differences, "candidate": candidate, "provenance": provenance}
+    results = {
+        "metrics": metrics,
+        "differences": differences,
+        "candidate": candidate,
+        "higher_is_better": {metric.name: metric.higher_is_better for metric in task.metrics},
+        "provenance": provenance,
+    }
     out.mkdir(parents=True, exist_ok=True)
     write_json_atomically(out / "metrics.json", _headline(metrics, task.metrics[0].name))
     write_json_atomically(out / "results.json", results)
@@ -79,13 +94,20 @@ def evaluate(
     return results
 
 
-def _run(name: str, path: Path, prompts: Sequence[Prompt], rows: Sequence[Row], params: Params) -> Outputs:
+def _run(
+    name: str, path: str | Path, prompts: Sequence[Prompt], rows: Sequence[Row], teacher: str, params: Params
+) -> Outputs:
     """Greedy answers to all prompts, several samples of the first ones, and the divergence on held-out samples."""
     settings, tokenizer = params.evaluate, load_tokenizer(path)
+    if rows:
+        require_same_tokenizer(teacher, tokenizer, path)
     model = load_causal_lm(path).to("cuda" if torch.cuda.is_available() else "cpu")
     engine = HfEngine(model, settings.batch_size)
     stops = stop_token_ids(path, tokenizer)
     ids = encode_prompts(tokenizer, params.template, prompts)
+    longest = max(len(prompt) for prompt in ids) + params.max_tokens
+    longest = max([longest, *(len(row.prompt_ids) + len(row.response_ids) for row in rows)])
+    require_context(model.config, longest, f"the model {path}")
     first = range(min(settings.sampled_prompts, len(prompts)))
     asks = [Ask(f"greedy/{i}", ids[i]) for i in range(len(prompts))]
     drawn = [
@@ -108,14 +130,15 @@ def _run(name: str, path: Path, prompts: Sequence[Prompt], rows: Sequence[Row], 
 
 @torch.no_grad()
 def _kl_to_teacher(model, rows: Sequence[Row], batch_size: int) -> np.ndarray:
-    """KL(T || S) on cached responses (top k and the tail as one outcome: a lower bound), [rows, 2] of sum and count."""
-    sums, responses = [], from_rows(rows, topk=True)
+    """KL(T || S) on cached responses (top k and one tail: a lower bound), [prompts, 2] of sum and count."""
+    sums, responses = {row.prompt_id: np.zeros(2) for row in rows}, from_rows(rows, topk=True)
     for start in range(0, len(rows), batch_size):
         batch = {key: value.to(model.device) for key, value in collate(responses[start : start + batch_size]).items()}
         kl = score_tokens(model, batch, forward_kl).divergence.cpu().numpy()
         lengths = [len(row.response_ids) for row in rows[start : start + batch_size]]
-        sums += [(part.sum(), len(part)) for part in np.split(kl, np.cumsum(lengths)[:-1])]
-    return np.array(sums, np.float64).reshape(-1, 2)
+        for row, part in zip(rows[start:], np.split(kl, np.cumsum(lengths)[:-1]), strict=False):
+            sums[row.prompt_id] += (part.sum(dtype=np.float64), len(part))
+    return np.array(list(sums.values())).reshape(-1, 2)
 
 
 def _scores(task_metrics, outputs: Mapping[str, Outputs], prompts, settings: Evaluate, seed: int, candidate: str):

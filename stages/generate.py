@@ -68,14 +68,19 @@ def generate(
     if to_make and engine is None:
         longest = max(order.length(wanted) for order in orders for wanted in [*order.missing, *order.widen])
         console.say(f"loading the teacher from {source} with engine {engine_name}")
-        # One more than needed: vLLM asks for one new token after a scored sequence.
-        engine = open_engine(engine_name, source, teacher["dtype"], min(longest + 1, orders[0].context or longest + 1))
+        try:
+            engine = open_engine(engine_name, source, teacher["dtype"], longest)
+        except (RuntimeError, ValueError, ImportError) as error:
+            raise UserError(f"engine {engine_name} cannot start with {source}: {error}. Try --engine hf") from error
     tokens = sum(order.fulfil(engine, tokenizer, teacher, settings.rows_per_shard) for order in orders)
     for order in orders:
         order.look_up()
     parts = {name: part for order in orders for name, part in order.parts().items()}
     made = sum(len(order.cached) for order in orders) - cached
-    summary = Summary(cached, made, sum(len(order.skipped) for order in orders))
+    lost = sum(len(order.missing) + len(order.widen) for order in orders)
+    if lost:
+        console.warn(f"the engine gave no answer for {lost} rows; run the same command to ask again")
+    summary = Summary(cached, made, sum(len(order.skipped) for order in orders) + lost)
     if not parts:
         raise UserError("nothing could be made of any prompt; see the warnings above")
     write_selection(out, parts, teacher, orders[0].k, summary.skipped, settings.materialize)
@@ -120,10 +125,8 @@ def _references(encoded: list[tuple[Prompt, np.ndarray]], params: Params, tokeni
     """References of the held-out prompts, and corrupted copies of the first of each."""
     held_out = [(prompt, ids) for prompt, ids in encoded if prompt.split == "validation" and prompt.references]
     responses = [[encode_response(tokenizer, text) for text in prompt.references] for prompt, _ in held_out]
-    pool = np.concatenate([r[:-1] for references in responses for r in references] or [np.empty(0, np.int32)])
     for (prompt, ids), references in zip(held_out, responses, strict=True):
-        seed = [params.seed & 0xFFFFFFFF, *ids.tolist()]
-        wrong = corruptions(references, params.generate.corrupted, pool, seed)
+        wrong = corruptions(references, params.generate.corrupted, [params.seed, *ids.tolist()])
         for origin, given in (("reference", references), ("corrupted", wrong)):
             for number, response in enumerate(given):
                 text, key = render(params.template, prompt.prompt), score_key(ids, response)
@@ -155,7 +158,7 @@ def _report(
             ("found in the store", f"{summary.cached:,} rows"),
             ("made now", f"{summary.made:,} rows, {tokens:,} tokens in {seconds:.0f} s"),
             ("left out", f"{summary.skipped:,} rows"),
-            ("selected", ", ".join(f"{len(part.ordered()):,} {name}" for name, part in parts.items())),
+            ("selected", ", ".join(f"{part.rows:,} {name}" for name, part in parts.items())),
             ("store", f"{orders[0].folder.path.parent} ({size / 2**20:,.1f} MiB)"),
             ("selection", out),
         ],

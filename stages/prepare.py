@@ -14,7 +14,7 @@ from pipeline.tasks import Task, get_task
 
 # A prompt's split is a function of its text, so no prompt can be in two splits, whatever the sizes and seeds.
 _SHARES = {"teach": 0.8, "train": 0.1, "validation": 0.03, "test": 0.07}
-_PATIENCE = 200  # draws without a new prompt before a task counts as exhausted
+_PATIENCE = 20_000  # draws without a prompt that is needed before a task counts as exhausted
 
 
 def split_of(prompt: str) -> str:
@@ -38,11 +38,11 @@ def draw(task: Task, sizes: dict[str, int], seed: int) -> Iterator[Prompt]:
     while any(len(found[split]) < size for split, size in sizes.items()):
         example = task.example(rng)
         split = split_of(example.prompt)
-        new = split in sizes and example.prompt not in found[split]
+        new = len(found.get(split, ())) < sizes.get(split, 0) and example.prompt not in found[split]
         idle = 0 if new else idle + 1
         if idle > _PATIENCE:
             raise UserError(f"task {task.name} has too few distinct prompts for sizes {sizes}: ask for fewer")
-        if new and len(found[split]) < sizes[split]:
+        if new:
             found[split][example.prompt] = Prompt(prompt_id(example.prompt), example.prompt, example.references, split)
     for split in sizes:
         yield from found[split].values()

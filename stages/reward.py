@@ -1,5 +1,6 @@
 """Fit the reward that explains the teacher: AVRIL on its cached words, and an audit of what came out."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from transformers import EarlyStoppingCallback
 
 from pipeline import console
 from pipeline.errors import UserError
-from pipeline.models import load_causal_lm, load_tokenizer, require_same_tokenizer
+from pipeline.models import load_causal_lm, load_config, load_tokenizer, require_context, require_same_tokenizer
 from pipeline.params import Params, Residual, Reward
-from pipeline.provenance import fingerprint, git_commit, versions
+from pipeline.provenance import code_fingerprint, fingerprint, git_commit, versions
 from pipeline.shards.files import digest, write_json_atomically
 from pipeline.shards.schema import Row
 from pipeline.shards.selection import Selection
@@ -68,20 +69,26 @@ def reward(
                 f"{selection_path} has no {name} responses: the reward is fitted on train, chosen on validation"
             )
 
-    inputs = [params.seed, fingerprint(selection_path), fingerprint(student_path)]
+    longest = max(len(row.prompt_ids) + len(row.response_ids) for part in rows.values() for row in part)
+    require_context(load_config(student_path), longest, f"the student {student_path}")
+    inputs = [params.seed, fingerprint(selection_path), fingerprint(student_path), code_fingerprint()]
     metrics: dict[str, dict] = {}
     for td in POSTERIORS:
         residual: Residual = getattr(params.reward, td)
         run = runs / "reward" / digest([td, params.reward.model_dump(), *inputs])[:16]
-        posterior, metrics[td], curve = _fit(
-            td, residual, params.reward, rows, student_path, params.seed, out / td, run
-        )
+        posterior, metrics[td], curve = _fit(td, residual, params.reward, rows, student_path, params.seed, run)
+        description = {"td": td, "residual": residual.model_dump(), "teacher": selection.teacher["identity"]}
+        save_posterior(out / td, posterior, description | metrics[td])
+        _write_rewards(out / td / "rewards.parquet", [*rows["train"], *rows["validation"]], posterior)
         write_csv(audit_out / f"{td}.csv", curve)
-    if rows.get("scored"):
-        metrics["audit"] = _audit(rows["scored"], posterior, student_path, params)
+        shutil.rmtree(run, ignore_errors=True)
+    scored = auditable(rows.get("scored", []))
+    if scored:
+        metrics["audit"] = _audit(scored, posterior, student_path, params)
     else:
         console.warn(
-            "no scored references in the cache, so the reward is not audited: give validation prompts references"
+            "the reward is not audited: that needs validation prompts with references of two tokens or more, and "
+            "generate.corrupted above 0"
         )
     provenance = {
         "seed": params.seed,
@@ -105,10 +112,9 @@ def _fit(
     rows: dict[str, list[Row]],
     student: Path,
     seed: int,
-    out: Path,
     run: Path,
 ) -> tuple[RewardPosterior, dict, list[dict]]:
-    """Posterior, metrics and held-out curve of the phi_kl whose fit has the best held-out likelihood."""
+    """Posterior, what is known of its fit, and held-out curve, for the phi_kl with the best held-out likelihood."""
     scale, offset = residual_scale(rows["train"], td, residual)
     deltas = {"delta": dict(_scaled_residuals([*rows["train"], *rows["validation"]], td, residual, scale, offset))}
     responses = {name: from_rows(rows[name], False, deltas) for name in ("train", "validation")}
@@ -126,20 +132,11 @@ def _fit(
         if best is None or nll < best[0]:
             best = nll, phi_kl, learner.posterior.eval(), history
     nll, phi_kl, posterior, history = best
-    fit = {"phi_kl": phi_kl, "heldout_nll": nll, "c": scale}
+    fit = {"phi_kl": phi_kl, "heldout_nll": nll, "c": scale, "offset": offset, "sigma_min": settings.sigma_min}
     fit |= calibration(
         _posterior_of(rows["validation"], posterior), deltas["delta"], posterior.head.floor,
         {row.key: teacher_residual(row, td, residual)[1] for row in rows["validation"]},
     )  # fmt: skip
-    description = {
-        "td": td,
-        "residual": residual.model_dump(),
-        "offset": offset,
-        "sigma_min": settings.sigma_min,
-        **fit,
-    }
-    save_posterior(out, posterior, description)
-    _write_rewards(out / "rewards.parquet", [*rows["train"], *rows["validation"]], posterior)
     return posterior, fit, split_history(history)[1]
 
 
@@ -172,6 +169,14 @@ def _write_rewards(path: Path, rows: Sequence[Row], posterior: RewardPosterior) 
     schema = pa.schema({"key": pa.string(), "mu": pa.list_(pa.float32()), "log_sigma": pa.list_(pa.float32())})
     columns = [list(values), [mu for mu, _ in values.values()], [log_sigma for _, log_sigma in values.values()]]
     pq.write_table(pa.table(columns, schema=schema), path, compression="zstd")
+
+
+def auditable(rows: Sequence[Row]) -> list[Row]:
+    """The rows of prompts that have both right and wrong responses."""
+    origins: dict[str, set[str]] = {}
+    for row in rows:
+        origins.setdefault(row.prompt_id, set()).add(row.origin)
+    return [row for row in rows if {"reference", "corrupted"} <= origins[row.prompt_id]]
 
 
 def _audit(rows: Sequence[Row], posterior: RewardPosterior, student_path: Path, params: Params) -> dict:

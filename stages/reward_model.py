@@ -13,6 +13,9 @@ from pipeline.models import load_causal_lm
 from pipeline.params import Residual
 from stages.batches import IGNORED, gather_states, scatter_steps
 from stages.objectives.outcomes import at_least_float32
+from stages.objectives.token_scores import in_chunks
+
+CHUNK = 4096  # response positions that go through the action head at once
 
 
 class ActionHead(nn.Module):
@@ -60,7 +63,8 @@ class RewardPosterior(nn.Module):
         """mu, log_sigma [B, R] of a batch of `stages.batches.collate`; zero at padding."""
         mask = batch["labels"] != IGNORED
         hidden = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        mu, log_sigma = self.head(gather_states(hidden, batch["positions"], mask), batch["labels"][mask])
+        states = gather_states(hidden, batch["positions"], mask)
+        mu, log_sigma = in_chunks(self.head, CHUNK, states, batch["labels"][mask])
         return scatter_steps(mu, mask), scatter_steps(log_sigma, mask)
 
 

@@ -1,5 +1,6 @@
 """Supervised fine-tuning on references: makes the teacher of a built-in task, and the student's starting point."""
 
+import shutil
 from pathlib import Path
 
 from pipeline import console
@@ -7,7 +8,7 @@ from pipeline.errors import UserError
 from pipeline.models import ModelSize, build_causal_lm, load_tokenizer, save_model
 from pipeline.params import Params, Role, Teach
 from pipeline.prompts import encode_prompts, encode_response, read_prompts
-from pipeline.provenance import fingerprint
+from pipeline.provenance import code_fingerprint, fingerprint
 from pipeline.shards.files import digest
 from stages.batches import from_references
 from stages.students import StudentLearner
@@ -37,12 +38,14 @@ def teach(params: Params, role: Role, prompts_path: Path, tokenizer_path: Path, 
     seed_everything(seed)
     model = build_causal_lm(ModelSize(**settings.model.model_dump()), tokenizer, CONTEXT, seed)
     inputs = [params.template, seed, settings.model_dump(), fingerprint(prompts_path), fingerprint(tokenizer_path)]
+    inputs += [code_fingerprint()]
     run = runs / "teach" / digest([role, *inputs])[:16]
     history = train(
         f"teaching the {role}", StudentLearner(model), responses, None, settings.optimisation, run, seed,
         log_every=20, save_every=200,
     )  # fmt: skip
     save_model(out, model, tokenizer, _card(role, settings))
+    shutil.rmtree(run, ignore_errors=True)
     loss = next((entry["loss"] for entry in reversed(history) if "loss" in entry), float("nan"))
     console.facts(
         f"{role} taught",

@@ -1,9 +1,11 @@
 """A transformers Trainer whose loss is a weighted sum of terms, each a global mean.
 
-A learner returns the sum of every term over its micro-batch; the sums are divided by counts over the whole batch
-(all accumulation steps, all processes), so that micro-batches and processes do not change the loss.
+A learner returns the sum of every term over its micro-batch; the sums are divided by counts over the whole batch (all
+accumulation steps), so that micro-batches do not change the loss. One process, one device.
 """
 
+import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from pipeline import console
+from pipeline.errors import UserError
 from pipeline.params import Optimisation
 from stages.batches import IGNORED, Response, Responses, collate
 from stages.objectives.avril import kept_steps
@@ -66,8 +68,7 @@ class TermTrainer(Trainer):
         if not batches:
             return batches, None
         self._steps += 1
-        counts = sum(count(batch, self._learner.terminal) for batch in batches).to(device)
-        return batches, self.accelerator.reduce(counts, "sum")
+        return batches, sum(count(batch, self._learner.terminal) for batch in batches).to(device)
 
     @property
     def _learner(self) -> Learner:
@@ -79,8 +80,7 @@ class TermTrainer(Trainer):
         for name, term in self._learner.terms.items():
             size = counts[COUNTS.index(term.over)].clamp_min(1)
             self._logged.setdefault(name, []).append(sums[name].detach().sum() / size)
-        # Gradients are averaged over processes, but the counts are already global.
-        loss = total_loss(sums, self._learner.terms, counts) * self.accelerator.num_processes
+        loss = total_loss(sums, self._learner.terms, counts)
         return (loss, sums) if return_outputs else loss
 
     def log(self, logs, start_time=None, **options):
@@ -164,10 +164,12 @@ def train(
 ) -> list[dict]:
     """Train in place and return the Trainer's log history.
 
-    run: folder of the checkpoints. A checkpoint that is already there is resumed from, and the folder is removed at
-    the end, so a killed run goes on where it was. With `best` the learner ends with the weights of the best held-out
-    value of that term.
+    run: folder of the checkpoints. The newest whole checkpoint that is already there is resumed from, so a killed run
+    goes on where it was; the caller removes the folder once what was trained is saved. With `best` the learner ends
+    with the weights of the best held-out value of that term.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("training runs in one process: start it without torchrun or accelerate launch")
     arguments = TrainingArguments(
         output_dir=str(run),
         max_steps=optimisation.steps,
@@ -195,7 +197,9 @@ def train(
         disable_tqdm=True,
         dataloader_num_workers=0,
         use_cpu=not torch.cuda.is_available(),
+        restore_callback_states_from_checkpoint=True,  # the patience of early stopping
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible GPUs would multiply the batch
     trainer = TermTrainer(
         learner,
         args=arguments,
@@ -205,15 +209,29 @@ def train(
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
-    checkpoint = get_last_checkpoint(str(run)) if run.is_dir() else None
+    checkpoint = _whole_checkpoint(run)
     if checkpoint:
         console.say(f"{what}: resuming from {checkpoint}")
     with console.progress(what, optimisation.steps) as advance:
         trainer.add_callback(_Bar(advance))
         trainer.train(resume_from_checkpoint=checkpoint)
-    shutil.rmtree(run, ignore_errors=True)
     learner.to("cpu")
     return trainer.state.log_history
+
+
+def _whole_checkpoint(run: Path) -> str | None:
+    """The newest checkpoint that was written to its end; others, left by a kill, are removed.
+
+    The Trainer writes trainer_state.json last.
+    """
+    whole = None
+    for folder in sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            whole = folder
+        except (OSError, json.JSONDecodeError):
+            shutil.rmtree(folder)
+    return None if whole is None else str(whole)
 
 
 def seed_everything(seed: int) -> None:

@@ -45,6 +45,7 @@ def refused(*arguments, cwd=ROOT) -> str:
     return re.sub(r"\s+", " ", found.stderr)
 
 
+@pytest.mark.slow
 def test_unknown_objectives_and_typos_are_refused(tmp_path):
     assert "'seqkd', 'fkl', 'rkl' or 'jsd', found 'klx'" in refused("distill", "--set", "distill.objective=klx")
     (tmp_path / "params.yaml").write_text("distil: {objective: fkl}\n")
@@ -65,6 +66,7 @@ def test_bad_prompts_are_refused_by_file_and_row(teacher, tmp_path):
         assert message in found and "prompts.jsonl" in found
 
 
+@pytest.mark.slow
 def test_paths_that_do_not_exist_are_refused(tmp_path, teacher):
     absent = tmp_path / "absent"
     assert f"no prompt file at {absent}" in refused("generate", "--teacher", teacher, "--prompts", absent)
@@ -77,6 +79,7 @@ def test_paths_that_do_not_exist_are_refused(tmp_path, teacher):
     assert "no tokenizer at data/tokenizer" in refused("teach", "teacher", "--prompts", prompts, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_prompt_longer_than_the_model_is_left_out_with_the_reason(teacher, tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps({"id": "long", "prompt": " ".join(WORDS * 2)}) + '\n{"prompt": "w1"}\n')
@@ -86,6 +89,7 @@ def test_a_prompt_longer_than_the_model_is_left_out_with_the_reason(teacher, tmp
     assert "prompt 'long' left out" in message and "exceed the teacher's context of 64: shorten the prompt" in message
 
 
+@pytest.mark.slow
 def test_a_student_with_another_tokenizer_is_refused(teacher, tmp_path):
     prompts = make_prompts(tmp_path / "p.parquet", train=2)
     made = run_cli(
@@ -96,6 +100,7 @@ def test_a_student_with_another_tokenizer_is_refused(teacher, tmp_path):
     assert "is not the teacher's" in refused("distill", "--selection", tmp_path / "out", "--student", stranger)
 
 
+@pytest.mark.slow
 def test_libraries_are_kept_quiet(teacher, tmp_path):
     """Nothing but our own lines on the terminal, with transformers running the teacher."""
     prompts = make_prompts(tmp_path / "p.parquet", train=6, validation=2)
@@ -105,6 +110,7 @@ def test_libraries_are_kept_quiet(teacher, tmp_path):
     assert [line for line in found.stderr.splitlines() if not ours.match(line)] == []
 
 
+@pytest.mark.slow
 def test_nothing_from_a_file_is_taken_for_markup(teacher, tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps({"id": "[red]x[/red] [/oops]", "prompt": " ".join(WORDS * 2)}) + '\n{"prompt": "w1"}\n')

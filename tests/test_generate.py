@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.models import load_config
-from pipeline.prompts import Prompt, prompt_id, write_prompts
+from pipeline.prompts import Prompt, prompt_id, read_prompts, write_prompts
 from pipeline.shards.selection import Selection
 from pipeline.shards.store import RequestFolder
 from pipeline.teachers import Failure
@@ -67,8 +67,11 @@ def test_smaller_requests_are_served_and_larger_ones_make_only_what_is_missing(t
     generate(stub_params(teacher), prompts, tmp_path / "a", engine=Recorder(teacher))
     engine = Recorder(teacher)
     smaller = stub_params(teacher, "generate.k=3", "generate.samples=1", "generate.corrupted=1")
-    fewer = make_prompts(tmp_path / "fewer.parquet", train=10)
+    fewer = make_prompts(tmp_path / "fewer.parquet", train=18)
     assert generate(smaller, fewer, tmp_path / "b", engine=engine).made == 0
+    kept = [prompt for prompt in read_prompts(prompts) if prompt.split == "validation"][:3]
+    write_prompts(tmp_path / "held-out.parquet", kept)
+    assert generate(smaller, tmp_path / "held-out.parquet", tmp_path / "h", engine=engine).cached == 3 + 3 + 3
     assert not engine.sampled and not engine.scored
     assert {row.k for row in Selection(tmp_path / "b").rows("train")} == {3}
     larger = stub_params(teacher, "generate.samples=3")
@@ -167,6 +170,20 @@ def test_rows_that_the_engine_refuses_are_retried_only_when_asked(teacher, promp
     assert engine.sampled == [probe.sampled[3]]
 
 
+def test_rows_that_get_no_answer_or_cannot_be_widened_are_counted(teacher, prompts, tmp_path):
+    class Lossy(Recorder):
+        def score(self, asks, k, stop_token_ids):
+            answers = list(super().score(asks, k, stop_token_ids))
+            yield from [*answers[2:], Failure(answers[1].key, "refused")]  # the first one is dropped
+
+    generate(stub_params(teacher), prompts, tmp_path / "a", engine=Recorder(teacher))
+    wider = stub_params(teacher, "generate.k=12")
+    assert generate(wider, prompts, tmp_path / "b", engine=Lossy(teacher)) == Summary(0, 56, 4)  # two of each request
+    assert generate(wider, prompts, tmp_path / "c", engine=Recorder(teacher)) == Summary(56, 2, 2)
+    assert generate(stub_params(teacher), prompts, tmp_path / "d", engine=Recorder(teacher)) == Summary(60, 0, 0)
+
+
+@pytest.mark.slow
 def test_left_out_rows_show_in_the_exit_code(teacher, tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text(f'{{"prompt": "{" ".join(WORDS * 2)}"}}\n{{"prompt": "w1"}}\n')

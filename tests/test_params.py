@@ -46,6 +46,9 @@ def test_a_partial_file_is_filled_with_defaults_and_options_win(tmp_path):
         ("template=no placeholder", "does not contain {prompt}"),
         ("generate.temperature=0", "temperature 0 is greedy"),
         ("teach.student.optimisation.accumulation=5", "cannot be split into 5 equal micro-batches"),
+        ("teach.teacher.model.heads=5", "must be an even multiple of heads"),
+        ("seed=-1", "greater than or equal to 0, found -1"),
+        ("distill.lam=[", "the value is not valid YAML"),
         ("lam", "expected key=value"),
         ("seed.x=1", "seed"),
     ],
@@ -69,8 +72,9 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path, text):
     (tmp_path / "p.yaml").write_text(text)
     with pytest.raises(UserError, match=r"p\.yaml"):
         load_params(tmp_path / "p.yaml")
-    with pytest.raises(UserError, match="no parameter file at"):
-        load_params(tmp_path / "absent.yaml")
+    for path in (tmp_path / "absent.yaml", tmp_path):
+        with pytest.raises(UserError, match="no parameter file at"):
+            load_params(path)
 
 
 def test_the_smoke_parameters_are_valid():

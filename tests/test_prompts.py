@@ -35,6 +35,8 @@ def test_jsonl_needs_only_a_prompt(tmp_path):
         ([{"question": "hello"}], "row 1 has no column 'prompt'; found question"),
         ([{"prompt": "a"}, {"prompt": " "}], "row 2 has an empty prompt"),
         ([{"prompt": "a", "id": 7}, {"prompt": "b", "id": "7"}], "row 2 repeats id '7' of row 1"),
+        ([{"prompt": "a", "id": 0}, {"prompt": "a", "id": 1}], "row 2 repeats the prompt of row 1"),
+        ([{"prompt": "a", "references": 5}], "row 1: 'references' must be a list"),
         ([{"prompt": "a", "references": "not a list"}], "row 1: 'references' must be a list"),
         ([{"prompt": "a", "split": "dev"}], "row 1 has split 'dev'; known: teach, train"),
         (["{broken"], "row 1 is not JSON"),
@@ -86,9 +88,10 @@ def test_more_prompts_leave_the_first_ones_as_they_are():
 def test_a_task_that_runs_out_of_prompts_says_so():
     from pipeline.tasks import Example, Task
 
-    tiny = Task("tiny", 1, lambda rng: Example(str(rng.randint(0, 5)), ("x",)), list, ())
-    with pytest.raises(UserError, match="too few distinct prompts"):
-        list(draw(tiny, {"teach": 100}, 0))
+    tiny = Task("tiny", 1, lambda rng: Example(str(rng.randint(0, 2000)), ("x",)), list, ())
+    for sizes in ({"teach": 3000}, {"teach": 10, "validation": 500}):
+        with pytest.raises(UserError, match="too few distinct prompts"):
+            list(draw(tiny, sizes, 0))
 
 
 @pytest.mark.parametrize("name", TASKS)

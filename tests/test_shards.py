@@ -239,7 +239,7 @@ def test_the_store_is_where_the_option_or_the_environment_says(tmp_path, own_sto
 def part_of(folder: RequestFolder, order: list[int], k: int) -> Part:
     index, part = folder.index(), Part(folder, REQUEST)
     for number in order:
-        part.add(f"p{number}", f"key{number}", pick(index[f"key{number}"], k))
+        part.add(f"p{number}", f"key{number}", "teacher", pick(index[f"key{number}"], k))
     return part
 
 
@@ -298,3 +298,32 @@ def test_an_earlier_selection_leaves_no_files(tmp_path, folder):
     write_selection(tmp_path / "out", {"train": part_of(folder, [1], 3)}, TEACHER, 3, 0, True)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["manifest.json", "train-00000.parquet"]
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["parts"].keys() == {"train"}
+
+
+def test_only_files_of_a_selection_are_removed_from_its_folder(tmp_path, folder):
+    folder.add([make_row(0)], meta())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "prompts.parquet").write_text("somebody's data")
+    write_selection(tmp_path / "out", {"train": part_of(folder, [0], 3)}, TEACHER, 3, 0, True)
+    assert (tmp_path / "out" / "prompts.parquet").read_text() == "somebody's data"
+
+
+@pytest.mark.parametrize("materialize", [True, False])
+def test_a_row_is_labelled_for_the_experiment_that_reads_it(tmp_path, folder, own_store, materialize):
+    """The store may have got a row under another prompt id, or as a corruption of another reference."""
+    folder.add([replace(make_row(0), origin="corrupted", sample=4), make_row(1)], meta())
+    index, part = folder.index(), Part(folder, REQUEST)
+    for key, origin in (("key0", "reference"), ("key0", "reference"), ("key1", "corrupted")):
+        part.add("mine", key, origin, index[key][0])
+    write_selection(tmp_path / "out", {"scored": part}, TEACHER, 3, 0, materialize)
+    found = [(row.prompt_id, row.origin, row.sample) for row in Selection(tmp_path / "out", own_store).rows("scored")]
+    assert found == [("mine", "reference", 0), ("mine", "corrupted", 0)]
+
+
+def test_a_store_that_holds_other_rows_by_now_is_seen(tmp_path, folder, own_store):
+    shard = folder.add([make_row(0)], meta())
+    write_selection(tmp_path / "out", {"train": part_of(folder, [0], 3)}, TEACHER, 3, 0, False)
+    shard.unlink()
+    folder.add([replace(make_row(0), response_ids=make_row(0).response_ids + 1)], meta())
+    with pytest.raises(UserError, match="holds other rows than"):
+        list(Selection(tmp_path / "out", own_store).rows("train"))

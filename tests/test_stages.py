@@ -153,6 +153,14 @@ def test_calibration_counts_what_lies_inside_the_intervals():
     assert found == {"inside_1_sigma": 0.5, "inside_2_sigma": 0.75, "sigma_at_floor": 0.25}
 
 
+def test_without_corrupted_references_there_is_no_audit_and_a_warning(teacher, student, tmp_path, capsys):
+    prompts = make_prompts(tmp_path / "p.parquet", train=8, validation=4)
+    params = make_params(teacher, "generate.corrupted=0", "reward.optimisation.steps=5")
+    generate(params, prompts, tmp_path / "selection")
+    found = reward(params, tmp_path / "selection", student, tmp_path / "reward", tmp_path / "audit", tmp_path / "runs")
+    assert "audit" not in found and "the reward is not audited" in capsys.readouterr().err
+
+
 def test_a_selection_without_held_out_rows_is_refused(teacher, student, tmp_path):
     prompts = make_prompts(tmp_path / "p.parquet", train=4)
     generate(make_params(teacher), prompts, tmp_path / "selection")
@@ -211,6 +219,31 @@ def test_a_reward_of_another_selection_is_refused(cache, fitted, teacher, studen
         run_distill(tmp_path, teacher, student, tmp_path, reward_path=fitted)
 
 
+def test_the_reward_of_another_teacher_is_refused(cache, fitted, student, tmp_path):
+    other = make_model(tmp_path / "other", seed=5)
+    generate(make_params(other), cache / "prompts.parquet", tmp_path / "selection")
+    with pytest.raises(UserError, match="explains teacher"):
+        run_distill(tmp_path, other, student, tmp_path, reward_path=fitted)
+
+
+def test_a_student_that_cannot_read_the_longest_response_is_refused(cache, teacher, tmp_path):
+    short = make_model(tmp_path / "short", seed=1, width=32, context=5)
+    with pytest.raises(UserError, match="reads at most 5 tokens, and the longest sequence has"):
+        run_distill(cache, teacher, short, tmp_path, "distill.reward=none")
+    with pytest.raises(UserError, match="reads at most 5 tokens"):
+        evaluate(
+            make_params(teacher), cache / "prompts.parquet", {"short": short}, cache / "selection", tmp_path / "out"
+        )
+
+
+def test_a_student_that_cannot_be_saved_keeps_its_checkpoints(cache, teacher, student, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to"):
+        distill(make_params(teacher, "distill.reward=none"), cache / "selection", student, None,
+                tmp_path / "file" / "student", tmp_path / "metrics", tmp_path / "runs")  # fmt: skip
+    assert list(tmp_path.glob("runs/distill/*/checkpoint-*"))
+
+
 def test_a_student_with_another_tokenizer_is_refused(cache, teacher, tmp_path):
     stranger = make_model(tmp_path / "stranger", seed=0, words=[*WORDS, "more"])
     with pytest.raises(UserError, match="is not the teacher's"):
@@ -257,6 +290,14 @@ def test_answers_are_kept_with_their_prompts_and_references(results, cache):
     assert frame.filter(pl.col("mode") == "sampled").height == 3 * 6 * 2
     headline = json.loads((cache / "evaluation" / "metrics.json").read_text())
     assert headline["same"].keys() == {"accuracy", "sampled_accuracy", "kl"}
+
+
+def test_a_model_with_another_tokenizer_is_not_compared(cache, teacher, tmp_path):
+    stranger = make_model(tmp_path / "stranger", seed=0, words=WORDS[::-1])
+    with pytest.raises(UserError, match="is not the teacher's"):
+        evaluate(
+            make_params(teacher), cache / "prompts.parquet", {"s": stranger}, cache / "selection", tmp_path / "out"
+        )
 
 
 def test_evaluation_needs_test_prompts_with_references(cache, teacher, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from pipeline.errors import UserError
 from pipeline.models import load_causal_lm
 from pipeline.params import Optimisation
 from stages.batches import IGNORED, Response, collate, gather_states, scatter_steps
@@ -88,10 +89,11 @@ def test_the_trainer_optimises_and_reports_exactly_that_loss(student, tmp_path):
     """One step of gradient accumulation over uneven micro-batches equals one step on the whole batch."""
     weights = []
     for accumulation in (1, 4):
+        run = tmp_path / f"run-{accumulation}"
         learner = make_learner(student)
         before = held_out(learner, [collate(make_responses(8))], "cpu")
         step = Optimisation(steps=1, batch_size=8, learning_rate=0.01, accumulation=accumulation)
-        history = train("t", learner, make_responses(8), None, step, tmp_path / "run", 0, log_every=1)
+        history = train("t", learner, make_responses(8), None, step, run, 0, log_every=1)
         logged = split_history(history)[0][0]
         for name in ("nll", "kd", "td_nll", "precision", "loss"):
             assert logged[name] == pytest.approx(before[name], rel=1e-3), name
@@ -110,7 +112,6 @@ def test_training_lowers_the_held_out_loss_and_the_best_weights_are_kept(student
     values = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     after = held_out(learner, [collate(responses)], "cpu")["loss"]
     assert len(values) == 6 and after == pytest.approx(min(values), rel=1e-5) and after < 0.9 * before
-    assert not (tmp_path / "run").exists()
 
 
 def test_curves_are_plain_csv(tmp_path):
@@ -119,6 +120,30 @@ def test_curves_are_plain_csv(tmp_path):
     assert training == [{"loss": 2.0, "kd": 1.0, "step": 5}] and held == [{"loss": 3.0, "step": 5}]
     write_csv(tmp_path / "c.csv", training)
     assert (tmp_path / "c.csv").read_text().split() == ["step,kd,loss", "5,1.0,2.0"]
+
+
+def test_a_half_written_checkpoint_is_not_resumed_from(student, tmp_path):
+    """A kill while the Trainer writes a checkpoint leaves one without its state, which it writes last."""
+    from stages.training import _whole_checkpoint
+
+    run = tmp_path / "run"
+    train("t", make_learner(student), make_responses(8), None, Optimisation(steps=4, batch_size=4, learning_rate=0.01),
+          run, 0, log_every=2, save_every=2)  # fmt: skip
+    assert _whole_checkpoint(run).endswith("checkpoint-4")
+    for number, state in ((6, None), (10, "{")):
+        (run / f"checkpoint-{number}").mkdir()
+        (run / f"checkpoint-{number}" / "model.safetensors").write_bytes(b"half")
+        if state:
+            (run / f"checkpoint-{number}" / "trainer_state.json").write_text(state)
+    assert _whole_checkpoint(run).endswith("checkpoint-4")
+    assert not (run / "checkpoint-6").exists() and not (run / "checkpoint-10").exists()
+
+
+def test_several_processes_are_refused(student, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process"):
+        step = Optimisation(steps=1, batch_size=4, learning_rate=0.1)
+        train("t", make_learner(student), make_responses(4), None, step, tmp_path, 0, log_every=1)
 
 
 def start_distilling(selection: Path, student: Path, out: Path, runs: Path) -> subprocess.Popen:

@@ -1,5 +1,6 @@
 """What a shard holds: plain Arrow columns, one row a response, and its self-describing footer."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -58,6 +59,14 @@ class Row:
     def trimmed(self, k: int) -> "Row":
         """The same row with the k most likely tokens only."""
         return replace(self, topk_ids=self.topk_ids[:, :k], topk_logprobs=self.topk_logprobs[:, :k])
+
+
+def row_digest(row: Row) -> bytes:
+    """sha256 of a row's labels, tokens and values."""
+    hasher = hashlib.sha256(f"{row.key} {row.origin} {row.prompt_id} {row.sample} {row.finish}".encode())
+    for values in (row.prompt_ids, row.response_ids, row.logprobs, row.topk_ids, row.topk_logprobs, row.lse):
+        hasher.update(b"-" if values is None else np.ascontiguousarray(values).tobytes())
+    return hasher.digest()
 
 
 def to_table(rows: Sequence[Row]) -> pa.Table:

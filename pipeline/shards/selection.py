@@ -1,53 +1,93 @@
 """The rows of one experiment: `manifest.json` and, unless they stay in the store, the rows rewritten canonically.
 
-The bytes depend on the request and the samples alone: prompt order, fixed file size, k trimmed, no times, hosts or
-paths. So DVC sees a change exactly when the teacher's words change.
+The bytes depend on the request, the samples and the teacher's provenance alone: prompt order, fixed file size, k
+trimmed, no times, hosts or paths. So nothing reruns because of how or when rows got into the store.
 """
 
+import hashlib
 import json
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
-from pipeline.shards.files import sha256_file, write_json_atomically
+from pipeline.shards.files import sha256_file, write_atomically, write_json_atomically, writing_to
 from pipeline.shards.identity import Request
-from pipeline.shards.schema import SCHEMA, SCHEMA_VERSION, Row, footer, from_table, write_shard
+from pipeline.shards.schema import SCHEMA, SCHEMA_VERSION, Row, footer, from_table, row_digest, write_shard
 from pipeline.shards.store import Location, RequestFolder, pick, store_root
 
 ROWS_PER_FILE = 4096
 _ROWS_AT_ONCE = 512
+_FILE = re.compile(r"(train|validation|scored)-\d{5}\.parquet")
 
 
 @dataclass
 class Part:
-    """Rows of one name (a split, or `scored`): prompt id -> keys, and where each key is stored."""
+    """Rows of one name (a split, or `scored`): prompt id -> keys and origins, and where each key is stored."""
 
     folder: RequestFolder
     request: Request
-    keys: "OrderedDict[str, list[str]]" = field(default_factory=OrderedDict)
+    keys: dict[str, list[str]] = field(default_factory=dict)
+    origins: dict[str, list[str]] = field(default_factory=dict)
     locations: dict[str, Location] = field(default_factory=dict)
 
-    def add(self, prompt_id: str, key: str, location: Location) -> None:
-        self.keys.setdefault(prompt_id, []).append(key)
-        self.locations[key] = location
+    def add(self, prompt_id: str, key: str, origin: str, location: Location) -> None:
+        """A key that the prompt already has is not added again."""
+        if key not in self.keys.setdefault(prompt_id, []):
+            self.keys[prompt_id].append(key)
+            self.origins.setdefault(prompt_id, []).append(origin)
+            self.locations[key] = location
 
-    def ordered(self) -> list[str]:
-        return [key for keys in self.keys.values() for key in keys]
+    @property
+    def rows(self) -> int:
+        return sum(map(len, self.keys.values()))
 
-    def rows(self, keys: Sequence[str], k: int) -> list[Row]:
-        return [row.trimmed(k) for row in self.folder.read(self.locations[key] for key in keys)]
+    def describe(self) -> dict:
+        """The manifest's entry, files and counts of tokens apart."""
+        return {
+            "request": self.request.describe(),
+            "request_identity": self.request.identity,
+            "prompts": len(self.keys),
+            "rows": self.rows,
+            "keys": self.keys,
+            "origins": self.origins,
+        }
+
+
+@dataclass(frozen=True)
+class _Label:
+    """What a selection says of a stored row. The store may have got the row for another prompt file or purpose."""
+
+    key: str
+    prompt_id: str
+    origin: str
+    number: int  # among the prompt's rows of this origin
+
+    def apply(self, row: Row, k: int) -> Row:
+        sample = row.sample if self.origin == "teacher" else self.number
+        return replace(row.trimmed(k), prompt_id=self.prompt_id, origin=self.origin, sample=sample)
+
+
+def _labels(part: dict) -> list[_Label]:
+    return [
+        _Label(key, prompt_id, origin, origins[:place].count(origin))
+        for prompt_id, keys in part["keys"].items()
+        for origins in [part["origins"][prompt_id]]
+        for place, (key, origin) in enumerate(zip(keys, origins, strict=True))
+    ]
 
 
 def write_selection(out: Path, parts: dict[str, Part], teacher: dict, k: int, skipped: int, materialize: bool) -> dict:
-    """Write `out` (files of an earlier selection are removed) and return the manifest."""
-    out.mkdir(parents=True, exist_ok=True)
-    for stale in [*out.glob("*.parquet"), out / "manifest.json"]:
-        stale.unlink(missing_ok=True)
+    """Write `out` (files of an earlier selection are removed, no others) and return the manifest."""
+    with writing_to(out):
+        for stale in out.iterdir():
+            if stale.name == "manifest.json" or _FILE.fullmatch(stale.name):
+                stale.unlink()
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "teacher": teacher,
@@ -57,34 +97,27 @@ def write_selection(out: Path, parts: dict[str, Part], teacher: dict, k: int, sk
         "parts": {},
     }
     for name, part in parts.items():
-        keys = part.ordered()
-        described = {
-            "request": part.request.describe(),
-            "request_identity": part.request.identity,
-            "prompts": len(part.keys),
-            "rows": len(keys),
-            "keys": dict(part.keys),
-        }
-        if materialize:
-            tokens, files = _write_files(out, name, part, keys, k, manifest)
-        else:
-            rows = part.folder.read(part.locations[key] for key in keys)
-            tokens, files = sum(len(row.response_ids) for row in rows), []
-            described["shards"] = sorted({part.locations[key].shard.name for key in keys})
+        described = part.describe()
+        labels, tokens, files, content = _labels(described), 0, [], hashlib.sha256()
+        for number, start in enumerate(range(0, len(labels), ROWS_PER_FILE)):
+            some = labels[start : start + ROWS_PER_FILE]
+            stored = part.folder.read(part.locations[label.key] for label in some)
+            rows = [label.apply(row, k) for label, row in zip(some, stored, strict=True)]
+            tokens += sum(len(row.response_ids) for row in rows)
+            if materialize:
+                footing = footer(teacher, part.request.describe(), k)
+                path = write_atomically(
+                    out, partial(write_shard, rows=rows, metadata=footing), f"{name}-{number:05d}.parquet"
+                )
+                files.append({"name": path.name, "rows": len(rows), "sha256": sha256_file(path)})
+            else:
+                for row in rows:
+                    content.update(row_digest(row))
         manifest["parts"][name] = described | {"tokens": tokens, "files": files}
+        if not materialize:
+            manifest["parts"][name]["content"] = content.hexdigest()
     write_json_atomically(out / "manifest.json", manifest)
     return manifest
-
-
-def _write_files(out: Path, name: str, part: Part, keys: list[str], k: int, manifest: dict) -> tuple[int, list[dict]]:
-    tokens, files = 0, []
-    for number, start in enumerate(range(0, len(keys), ROWS_PER_FILE)):
-        rows = part.rows(keys[start : start + ROWS_PER_FILE], k)
-        path = out / f"{name}-{number:05d}.parquet"
-        write_shard(path, rows, footer(manifest["teacher"], part.request.describe(), k))
-        tokens += sum(len(row.response_ids) for row in rows)
-        files.append({"name": path.name, "rows": len(rows), "sha256": sha256_file(path)})
-    return tokens, files
 
 
 class Selection:
@@ -131,11 +164,19 @@ class Selection:
 
     def _rows_in_store(self, part: dict) -> Iterator[Row]:
         folder = RequestFolder(store_root(self.store), self.teacher["identity"], part["request_identity"])
-        index, k = folder.index(), self.manifest["k"]
-        keys = [key for keys in part["keys"].values() for key in keys]
-        for start in range(0, len(keys), ROWS_PER_FILE):
-            locations = [self._locate(index, key, k, folder) for key in keys[start : start + ROWS_PER_FILE]]
-            yield from (row.trimmed(k) for row in folder.read(locations))
+        index, k, content = folder.index(), self.manifest["k"], hashlib.sha256()
+        labels = _labels(part)
+        for start in range(0, len(labels), _ROWS_AT_ONCE):
+            some = labels[start : start + _ROWS_AT_ONCE]
+            stored = folder.read([self._locate(index, label.key, k, folder) for label in some])
+            for label, row in zip(some, stored, strict=True):
+                labelled = label.apply(row, k)
+                content.update(row_digest(labelled))
+                yield labelled
+        if content.hexdigest() != part["content"]:
+            raise UserError(
+                f"the store {folder.path} holds other rows than {self.folder} was made of: run generate again"
+            )
 
     def _locate(self, index: dict[str, list[Location]], key: str, k: int, folder: RequestFolder) -> Location:
         location = pick(index.get(key, []), k)

@@ -7,13 +7,13 @@ import numpy as np
 EDITS = ("replace", "delete", "repeat", "swap")
 
 
-def corrupt(response_ids: np.ndarray, pool: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
-    """Change one or two places of a response: replace a token by one of `pool`, delete, repeat, or swap neighbours.
+def corrupt(response_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+    """Change one or two places: replace a token by another of the response, delete, repeat, or swap neighbours.
 
-    response_ids int32 [T], the last of which (EOS) is kept; pool int32 [M], tokens of other responses. None where
-    the response is too short to change.
+    response_ids int32 [T], the last of which (EOS) is kept. None where the response is too short to change. Its own
+    tokens are the most plausible wrong ones, and make a corruption independent of all other prompts.
     """
-    body, end = list(response_ids[:-1]), response_ids[-1:]
+    body, end, pool = list(response_ids[:-1]), response_ids[-1:], response_ids[:-1]
     if len(body) < 2:
         return None
     for _ in range(rng.integers(1, 3)):
@@ -22,18 +22,18 @@ def corrupt(response_ids: np.ndarray, pool: np.ndarray, rng: np.random.Generator
 
 
 def _edit(body: list[int], edit: str, pool: np.ndarray, rng: np.random.Generator) -> list[int]:
-    place = int(rng.integers(len(body) - 1))
+    place = int(rng.integers(len(body) - (edit == "swap")))
     if edit == "replace":
         return [*body[:place], int(rng.choice(pool)), *body[place + 1 :]]
     if edit == "delete" and len(body) > 2:
         return body[:place] + body[place + 1 :]
-    if edit == "repeat":
+    if edit == "repeat" or place + 1 == len(body):
         return [*body[: place + 1], *body[place:]]
     return [*body[:place], body[place + 1], body[place], *body[place + 2 :]]
 
 
 def corruptions(
-    references: Sequence[np.ndarray], n: int, pool: np.ndarray, seed: int | Sequence[int], attempts: int = 50
+    references: Sequence[np.ndarray], n: int, seed: int | Sequence[int], attempts: int = 50
 ) -> list[np.ndarray]:
     """Up to `n` different corruptions of the first reference, none of which is itself a reference."""
     rng = np.random.default_rng(seed)
@@ -42,7 +42,7 @@ def corruptions(
     for _ in range(attempts):
         if len(found) == n:
             break
-        wrong = corrupt(references[0], pool, rng)
+        wrong = corrupt(references[0], rng)
         if wrong is not None and tuple(wrong) not in known:
             known.add(tuple(wrong))
             found.append(wrong)

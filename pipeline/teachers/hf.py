@@ -55,7 +55,11 @@ class HfEngine:
             sequences = [np.concatenate([ask.prompt_ids, ask.response_ids]) for ask in batch]
             input_ids, mask = _left_padded(sequences, self.model.device)
             positions = (mask.cumsum(-1) - 1).clamp_min(0)
-            logits = self.model(input_ids=input_ids, attention_mask=mask, position_ids=positions).logits
+            # Left padding puts all responses at the end: only those positions go through the head.
+            tail = max(len(ask.response_ids) for ask in batch) + 1
+            logits = self.model(
+                input_ids=input_ids, attention_mask=mask, position_ids=positions, logits_to_keep=tail
+            ).logits
             for i, ask in enumerate(batch):
                 steps = len(ask.response_ids)
                 view = logits[i, -steps - 1 : -1].float()
@@ -97,7 +101,8 @@ class _Capture(LogitsProcessor):
     def __init__(self, seeds: Sequence[int], sampling: Sampling, k: int):
         self.sampling, self.k = sampling, k
         # One uniform number a step, drawn ahead from the sample's own generator.
-        self.uniform = np.stack([np.random.default_rng(seed).random(sampling.max_tokens) for seed in seeds])
+        drawn = np.stack([np.random.default_rng(seed).random(sampling.max_tokens) for seed in seeds])
+        self.uniform = np.minimum(drawn, 1 - 2**-24)  # float32 would round the largest ones to 1
         self.steps: list[tuple[torch.Tensor, ...]] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -114,11 +119,12 @@ class _Capture(LogitsProcessor):
         ordered, ids = (logits / self.sampling.temperature).sort(-1, descending=True)
         below = ordered.softmax(-1).cumsum(-1)
         total = below[:, -1:]
+        last = torch.full_like(ids[:, :1], logits.shape[-1] - 1)
         if self.sampling.top_p < 1:  # the smallest set of likeliest tokens whose mass reaches top_p
-            size = (below < self.sampling.top_p).sum(-1, keepdim=True).clamp_max(logits.shape[-1] - 1)
-            total = below.gather(-1, size)
+            last = (below < self.sampling.top_p).sum(-1, keepdim=True).minimum(last)
+            total = below.gather(-1, last)
         uniform = torch.as_tensor(self.uniform[:, len(self.steps), None], device=logits.device, dtype=below.dtype)
-        rank = torch.searchsorted(below, uniform * total, right=True).clamp_max(logits.shape[-1] - 1)
+        rank = torch.searchsorted(below, uniform * total, right=True).minimum(last)
         return ids.gather(-1, rank).squeeze(-1)
 
     def answers(self, batch: Sequence[Ask], tokens: np.ndarray) -> Iterator[Answer]:

@@ -57,9 +57,11 @@ class Order:
             locations = self.index.get(wanted.key, [])
             if pick(locations, self.k):
                 self.cached.append(wanted)
+            elif reason := known.get(wanted.key, {}).get("reason"):
+                self.skipped[wanted.key] = reason
             elif locations:
                 self.widen.append(wanted)
-            elif reason := known.get(wanted.key, {}).get("reason") or self._too_long(wanted):
+            elif reason := self._too_long(wanted):
                 self.skipped[wanted.key] = reason
             else:
                 self.missing.append(wanted)
@@ -103,7 +105,7 @@ class Order:
         return writer.tokens
 
     def _stored(self, wanted: Sequence[Wanted]) -> list[Row]:
-        return self.folder.read(self.index[row.key][-1] for row in wanted)
+        return self.folder.read(self.index[row.key][0] for row in wanted)
 
     def _record_skips(self) -> None:
         recorded = self.folder.skipped()
@@ -124,7 +126,7 @@ class Order:
         for wanted in self.wanted:
             if location := pick(self.index.get(wanted.key, []), self.k):
                 part = parts.setdefault(wanted.part, Part(self.folder, self.request))
-                part.add(wanted.prompt.id, wanted.key, location)
+                part.add(wanted.prompt.id, wanted.key, wanted.origin, location)
         return parts
 
 

@@ -14,15 +14,17 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+# A scored sequence may fill the context; vLLM wants room for one token more, which is never run.
+os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
 
 import numpy as np
 import torch
 
 from pipeline import console
+from pipeline.models import load_config
 from pipeline.shards.identity import Sampling
 from pipeline.teachers.base import Answer, Ask, Failure, finish_of
 
-_MOST_LOGPROBS = 1024
 _CPU_CACHE_BYTES = 512 * 2**20  # the default asks for nearly all of the machine's memory
 _IN_FLIGHT = 1024  # requests inside vLLM at once: enough to keep it busy, bounded for memory
 
@@ -77,6 +79,7 @@ class VllmEngine:
 
     def __init__(self, folder: Path, dtype: str, context: int, capture_lse: bool = True):
         self.folder, self.dtype, self.context = folder, dtype, context
+        self.vocab_size = load_config(folder).get_text_config().vocab_size
         self.llm = self._start("raw_logits" if capture_lse else "raw_logprobs")
         self.lse = capture_lse and all(self.llm.collective_rpc("xkd_install"))
         if capture_lse and not self.lse:
@@ -103,8 +106,8 @@ class VllmEngine:
         return LLM(
             model=str(self.folder),
             dtype=self.dtype,
-            max_model_len=self.context,
-            max_logprobs=_MOST_LOGPROBS,
+            max_model_len=self.context + 1,
+            max_logprobs=self.vocab_size + 1,
             logprobs_mode=logprobs_mode,
             worker_extension_cls="pipeline.teachers.vllm.Capture",
             generation_config="vllm",

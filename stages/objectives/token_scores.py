@@ -38,6 +38,18 @@ def token_scores(logits: Tensor, labels: Tensor, teacher: TopK | None, divergenc
     return TokenScores(divergence(*bucket(teacher.ids, teacher.logprobs, logits)), logprob, lse)
 
 
+def in_chunks(function: Callable[..., tuple[Tensor, ...]], chunk: int, *columns: Tensor) -> tuple[Tensor, ...]:
+    """`function(*columns)` for columns of N rows, `chunk` rows at a time, each recomputed in the backward pass."""
+    parts = []
+    for start in range(0, len(columns[0]), chunk):
+        rows = [column[start : start + chunk] for column in columns]
+        if torch.is_grad_enabled() and len(columns[0]) > chunk:
+            parts.append(checkpoint(function, *rows, use_reentrant=False))
+        else:
+            parts.append(function(*rows))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
 def chunked_token_scores(
     head: Callable[[Tensor], Tensor],
     hidden: Tensor,
@@ -47,16 +59,8 @@ def chunked_token_scores(
     chunk: int,
 ) -> TokenScores:
     """`token_scores(head(hidden), ...)` of hidden [N, H] in chunks of positions."""
-    parts = []
-    for start in range(0, len(hidden), chunk):
-        rows = slice(start, start + chunk)
-        part = None if teacher is None else TopK(teacher.ids[rows], teacher.logprobs[rows])
 
-        def scores(hidden_rows, labels_rows, part=part):
-            return token_scores(head(hidden_rows), labels_rows, part, divergence)
+    def scores(hidden: Tensor, labels: Tensor, *topk: Tensor) -> TokenScores:
+        return token_scores(head(hidden), labels, TopK(*topk) if topk else None, divergence)
 
-        if torch.is_grad_enabled() and len(hidden) > chunk:
-            parts.append(checkpoint(scores, hidden[rows], labels[rows], use_reentrant=False))
-        else:
-            parts.append(scores(hidden[rows], labels[rows]))
-    return TokenScores(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    return TokenScores(*in_chunks(scores, chunk, hidden, labels, *(teacher or ())))
