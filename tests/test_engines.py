@@ -1,6 +1,8 @@
 """What holds for the engines: one answer a sample whatever its batch, and the same from transformers and from vLLM."""
 
 import importlib.util
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from pipeline.shards.identity import Sampling, sample_seed
 from pipeline.teachers import Answer, Ask, Failure, choose_engine, open_engine
 from pipeline.teachers.hf import HfEngine
 from pipeline.teachers.stub import StubEngine
+from tests.conftest import ROOT
 
 GREEDY, DRAWN = Sampling(0.0, 1.0, 8, (2,)), Sampling(1.0, 1.0, 8, (2,))
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
@@ -173,3 +176,42 @@ def test_a_row_that_vllm_refuses_does_not_end_the_run(vllm):
     failures = [answer for answer in found if isinstance(answer, Failure)]
     assert len(found) == 4 and [failure.key for failure in failures] == [long.key]
     assert "60" in failures[0].reason
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_vllm_reads_a_full_context_and_keeps_the_whole_vocabulary(vllm, hf):
+    """A scored sequence that fills the context, with every token of the vocabulary at every position."""
+    ask = Ask("c" * 32, np.arange(4, 38, dtype=np.int32), 0, np.array([5, 9, 30, 7, 8, 2], np.int32))
+    assert len(ask.prompt_ids) + len(ask.response_ids) == 40
+    (answer,) = vllm.score([ask], 44, (2,))
+    assert_columns_are_those_of_the_model(answer, ask, hf.model, 44, 1e-3)
+
+
+WITHOUT_HOOK = """
+import sys
+from pathlib import Path
+import numpy as np
+from pipeline.teachers import Ask
+from pipeline.teachers import vllm
+from pipeline.shards.identity import Sampling
+
+vllm.Capture.xkd_install = lambda self: False  # a vLLM whose sampler has no hook
+engine = vllm.VllmEngine(Path(sys.argv[1]), "float32", 40)
+(answer,) = engine.sample([Ask("a" * 32, np.array([5, 6, 7], np.int32), 1)], Sampling(0.0, 1.0, 4, (2,)), 5)
+assert answer.lse is None and answer.topk_ids.shape == (len(answer.response_ids), 5)
+np.savez(sys.argv[2], ids=answer.response_ids, logprobs=answer.logprobs, topk=answer.topk_logprobs)
+"""
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_without_the_hook_vllm_gives_log_probabilities_and_no_lse(teacher, hf, tmp_path):
+    command = [sys.executable, "-c", WITHOUT_HOOK, str(teacher), str(tmp_path / "answer.npz")]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert found.returncode == 0, found.stderr[-3000:]
+    answer = np.load(tmp_path / "answer.npz")
+    (oracle,) = hf.sample([Ask("a" * 32, np.array([5, 6, 7], np.int32), 1)], Sampling(0.0, 1.0, 4, (2,)), 5)
+    np.testing.assert_array_equal(answer["ids"], oracle.response_ids)
+    np.testing.assert_allclose(answer["logprobs"], oracle.logprobs, atol=1e-3)
+    np.testing.assert_allclose(answer["topk"], oracle.topk_logprobs, atol=1e-3)

@@ -1,0 +1,75 @@
+"""What holds for the code's shape: imports run one way, and DVC knows the code that each stage runs."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+STAGES = ("prepare", "teach", "generate", "reward", "distill", "evaluate")
+# What every stage runs and no result depends on: changing it reruns nothing.
+EVERYWHERE = {f"pipeline/{name}.py" for name in ("__init__", "console", "errors", "params", "provenance")}
+EVERYWHERE |= {"stages/__init__.py"}
+
+
+def module_file(name: str) -> str | None:
+    path = Path(*name.split("."))
+    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+        if (ROOT / candidate).is_file():
+            return candidate.as_posix()
+    return None
+
+
+@cache
+def imported(file: str) -> frozenset[str]:
+    """Files of ours that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        found |= {module_file(name) for name in names if name.split(".")[0] in ("pipeline", "stages")}
+    return frozenset(found - {None})
+
+
+def closure(file: str) -> set[str]:
+    seen, waiting = set(), [file]
+    while waiting:
+        if (current := waiting.pop()) not in seen:
+            seen.add(current)
+            waiting += imported(current)
+    return seen
+
+
+def files(*folders: str) -> list[str]:
+    return [path.relative_to(ROOT).as_posix() for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dvc_lists_the_code_that_a_stage_runs(stage):
+    definition = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]
+    listed = [dep for dep in definition.get("do", definition)["deps"] if not dep.startswith("data/")]
+    covered = {file for dep in listed for file in ([dep] if dep.endswith(".py") else files(dep))}
+    needed = closure(f"stages/{stage}.py") - EVERYWHERE
+    assert covered >= needed, f"missing in dvc.yaml: {sorted(needed - covered)}"
+    unused = [dep for dep in listed if not {dep, *(files(dep) if not dep.endswith(".py") else [])} & needed]
+    assert unused == []
+
+
+def test_no_stage_imports_another_and_pipeline_imports_no_stage():
+    for stage in STAGES:
+        assert not imported(f"stages/{stage}.py") & {f"stages/{other}.py" for other in STAGES}
+    for file in files("pipeline"):
+        stages = {found for found in imported(file) if found.startswith("stages/")}
+        assert file == "pipeline/cli.py" or not stages, file
+        assert "pipeline/cli.py" not in imported(file)
+
+
+def test_the_objectives_import_nothing_of_ours():
+    for file in files("stages/objectives"):
+        assert {found for found in imported(file) if not found.startswith("stages/objectives/")} == set(), file
