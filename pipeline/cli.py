@@ -11,7 +11,8 @@ from rich.markup import escape
 
 from pipeline import __version__, console
 from pipeline.errors import UserError
-from pipeline.params import Params, Role, load_params, to_yaml
+from pipeline.params import Params, Role
+from pipeline.params_file import load_params, to_yaml
 
 PARAMS_FILE = Path("params.yaml")
 DATA, RUNS = Path("data"), Path("runs")

@@ -150,6 +150,7 @@ def _learner(settings: Distill, student, posterior, scale: float, offset: float)
         student,
         objective=None if seqkd else settings.objective,
         beta=settings.beta,
+        tail=settings.tail,
         nll_weight=settings.nll_weight + seqkd,
         td=None if plain else settings.td,
         reward=settings.reward,

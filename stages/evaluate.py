@@ -31,7 +31,7 @@ from pipeline.teachers import Ask
 from pipeline.teachers.hf import HfEngine
 from stages.batches import collate, from_rows
 from stages.bootstrap import intervals
-from stages.objectives.divergences import forward_kl
+from stages.objectives.token_scores import sparse_divergence
 from stages.students import score_tokens
 
 
@@ -134,7 +134,7 @@ def _kl_to_teacher(model, rows: Sequence[Row], batch_size: int) -> np.ndarray:
     sums, responses = {row.prompt_id: np.zeros(2) for row in rows}, from_rows(rows, topk=True)
     for start in range(0, len(rows), batch_size):
         batch = {key: value.to(model.device) for key, value in collate(responses[start : start + batch_size]).items()}
-        kl = score_tokens(model, batch, forward_kl).divergence.cpu().numpy()
+        kl = score_tokens(model, batch, sparse_divergence("fkl")).divergence.cpu().numpy()
         lengths = [len(row.response_ids) for row in rows[start : start + batch_size]]
         for row, part in zip(rows[start:], np.split(kl, np.cumsum(lengths)[:-1]), strict=False):
             sums[row.prompt_id] += (part.sum(dtype=np.float64), len(part))

@@ -5,8 +5,7 @@ from torch import Tensor, nn
 
 from stages.batches import IGNORED, gather_states, scatter_steps
 from stages.objectives.avril import action_values, gaussian_nll, kl_to_prior, soft_state_values, td_residual
-from stages.objectives.divergences import DIVERGENCES
-from stages.objectives.token_scores import TokenScores, TopK, chunked_token_scores
+from stages.objectives.token_scores import TokenScores, TopK, chunked_token_scores, sparse_divergence
 from stages.training import Learner, Term
 
 
@@ -37,6 +36,7 @@ class StudentLearner(Learner):
         student,
         objective: str | None = None,
         beta: float = 0.5,
+        tail: str = "bucket",
         nll_weight: float = 1.0,
         td: str | None = None,
         reward: str = "zero",
@@ -52,7 +52,8 @@ class StudentLearner(Learner):
     ):
         super().__init__()
         self.student, self.posterior = student, posterior
-        self.objective, self.beta, self.td, self.reward = objective, beta, td, reward
+        self.divergence = sparse_divergence(objective, beta, tail) if objective else None
+        self.td, self.reward = td, reward
         self.q_source, self.gamma, self.terminal = q_source, gamma, terminal
         self.scale, self.offset, self.chunk = scale, offset, chunk
         self.terms = {"nll": Term(nll_weight, "tokens")}
@@ -65,15 +66,9 @@ class StudentLearner(Learner):
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Sums of all terms over the batch."""
-        divergence = None
-        if self.objective:
-
-            def divergence(teacher, student):
-                return DIVERGENCES[self.objective](teacher, student, self.beta)
-
-        scores = score_tokens(self.student, batch, divergence, self.chunk)
+        scores = score_tokens(self.student, batch, self.divergence, self.chunk)
         sums = {"nll": -scores.logprob.sum()}
-        if self.objective:
+        if self.divergence:
             sums["kd"] = scores.divergence.sum()
         return sums | (self._consistency(scores, batch) if self.td else {})
 

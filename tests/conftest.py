@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.console import quiet_libraries
-from pipeline.params import Params, load_params
+from pipeline.params import Params
+from pipeline.params_file import load_params
 from pipeline.prompts import Prompt, prompt_id, write_prompts
 
 quiet_libraries()
@@ -71,6 +72,26 @@ def make_params(teacher: Path, *overrides: str) -> Params:
         "distill.evaluate_every=5", "distill.save_every=5", "evaluate.samples=2", "evaluate.bootstrap=20",
     ]  # fmt: skip
     return load_params(None, [*(o.replace("template={prompt}", "template='{prompt}'") for o in given), *overrides])
+
+
+@pytest.fixture(scope="session")
+def cache(teacher, tmp_path_factory):
+    """A folder with prompts and the cached teacher."""
+    from stages.generate import generate
+
+    folder = tmp_path_factory.mktemp("cache")
+    prompts = make_prompts(folder / "prompts.parquet", train=40, validation=8, test=12)
+    generate(make_params(teacher), prompts, folder / "selection", folder / "store")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fitted(cache, teacher, student):
+    """The folder of the reward fitted on it; its audit lies beside it."""
+    from stages.reward import reward
+
+    reward(make_params(teacher), cache / "selection", student, cache / "reward", cache / "audit", cache / "runs")
+    return cache / "reward"
 
 
 def run_cli(*arguments: str, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:

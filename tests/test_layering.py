@@ -11,7 +11,9 @@ from tests.conftest import ROOT
 
 STAGES = ("prepare", "teach", "generate", "reward", "distill", "evaluate")
 # What every stage runs and no result depends on: changing it reruns nothing.
-EVERYWHERE = {f"pipeline/{name}.py" for name in ("__init__", "console", "errors", "params", "provenance")}
+EVERYWHERE = {
+    f"pipeline/{name}.py" for name in ("__init__", "console", "errors", "params", "params_file", "provenance")
+}
 EVERYWHERE |= {"stages/__init__.py"}
 
 

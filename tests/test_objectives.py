@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from stages.objectives.avril import gaussian_nll, kept_steps, kl_to_prior, td_residual
 from stages.objectives.divergences import DIVERGENCES, forward_kl, jsd, kl, reverse_kl
 from stages.objectives.outcomes import bucket, dense
-from stages.objectives.token_scores import TopK, chunked_token_scores, token_scores
+from stages.objectives.token_scores import TopK, chunked_token_scores, sparse_divergence, token_scores
 from tests import golden
 
 SHARED_GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "objectives.json"
@@ -184,7 +184,7 @@ def test_chunks_do_not_change_values_or_gradients(name):
     for chunk in (3, 10):
         h = hidden.clone().requires_grad_()
         head.zero_grad()
-        scores = chunked_token_scores(head, h, labels, teacher, DIVERGENCES[name], chunk)
+        scores = chunked_token_scores(head, h, labels, teacher, sparse_divergence(name), chunk)
         (scores.divergence.sum() - 0.1 * scores.logprob.sum() + 0.01 * scores.lse.sum()).backward()
         results.append((*scores, h.grad, head.weight.grad.clone()))
     for one, other in zip(*results, strict=True):

@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.params import Params, load_params, to_yaml
+from pipeline.params import Params
+from pipeline.params_file import load_params, to_yaml
 from tests.conftest import ROOT
 
 

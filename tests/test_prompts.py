@@ -6,7 +6,8 @@ import polars as pl
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.params import Params, load_params
+from pipeline.params import Params
+from pipeline.params_file import load_params
 from pipeline.prompts import Prompt, read_prompts, render, write_prompts
 from pipeline.tasks import TASKS
 from stages.prepare import check_disjoint, draw, prepare, split_of

@@ -48,3 +48,6 @@ def log_tail(logprobs: Tensor) -> Tensor:
     """log(1 - sum exp) of log-probabilities [..., k] -> [..., 1], floored at the precision of 1."""
     mass = torch.logsumexp(logprobs, -1, keepdim=True).exp()
     return torch.log((1 - mass).clamp_min(torch.finfo(logprobs.dtype).eps))
+
+
+TAILS = {"bucket": bucket}

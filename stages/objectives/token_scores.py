@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from stages.objectives.outcomes import at_least_float32, bucket
+from stages.objectives.divergences import DIVERGENCES
+from stages.objectives.outcomes import TAILS, at_least_float32
 
 
 class TokenScores(NamedTuple):
@@ -28,14 +29,26 @@ class TopK(NamedTuple):
     logprobs: Tensor  # [N, k], full-vocabulary normalisation
 
 
+def sparse_divergence(name: str, beta: float = 0.5, tail: str = "bucket") -> Callable[[TopK, Tensor], Tensor]:
+    """A divergence of DIVERGENCES between a sparse teacher at N positions and student logits [N, V] -> [N].
+
+    tail: what is made of the mass outside the teacher's top k, one of TAILS.
+    """
+
+    def divergence(teacher: TopK, logits: Tensor) -> Tensor:
+        return DIVERGENCES[name](*TAILS[tail](teacher.ids, teacher.logprobs, logits), beta)
+
+    return divergence
+
+
 def token_scores(logits: Tensor, labels: Tensor, teacher: TopK | None, divergence: Callable | None) -> TokenScores:
-    """Scores of logits [N, V] at labels [N], with a divergence of `divergences` where a teacher is given."""
+    """Scores of logits [N, V] at labels [N], with a `sparse_divergence` where a teacher is given."""
     logits = at_least_float32(logits)
     lse = torch.logsumexp(logits, -1)
     logprob = logits.gather(-1, labels[:, None]).squeeze(-1) - lse
     if divergence is None or teacher is None:
         return TokenScores(torch.zeros_like(lse), logprob, lse)
-    return TokenScores(divergence(*bucket(teacher.ids, teacher.logprobs, logits)), logprob, lse)
+    return TokenScores(divergence(teacher, logits), logprob, lse)
 
 
 def in_chunks(function: Callable[..., tuple[Tensor, ...]], chunk: int, *columns: Tensor) -> tuple[Tensor, ...]:
