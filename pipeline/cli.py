@@ -204,13 +204,20 @@ def distill(
     student: Annotated[Path, typer.Option("--student", help="The student's starting point.")] = START,
     reward: Annotated[Path, typer.Option("--reward", help="Fitted reward; read with distill.reward: frozen.")] = REWARD,
     out: Annotated[Path, typer.Option("--out", help="Folder for the student.")] = STUDENT,
-    metrics: Annotated[Path, typer.Option("--metrics", help="Folder for metrics and curves.")] = CURVES,
+    metrics: Annotated[
+        Path | None,
+        typer.Option(
+            "--metrics", help="Folder for metrics and curves.  [dim]default: data/distill, else OUT-metrics[/dim]"
+        ),
+    ] = None,
     store: StoreOption = None,
     runs: RunsOption = RUNS,
 ) -> None:
     """Train the student on the cached teacher. Killed and started again, it goes on from its last checkpoint."""
     from stages.distill import distill as run
 
+    if metrics is None:  # a student of its own does not write over the pipeline's metrics
+        metrics = CURVES if out == STUDENT else out.with_name(f"{out.name}-metrics")
     run(_load(params, set), selection, student, reward, out, metrics, runs, store)
 
 

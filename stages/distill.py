@@ -9,7 +9,14 @@ import pyarrow.parquet as pq
 
 from pipeline import console
 from pipeline.errors import UserError
-from pipeline.models import load_causal_lm, load_tokenizer, require_context, require_same_tokenizer, save_model
+from pipeline.models import (
+    load_causal_lm,
+    load_tokenizer,
+    require_context,
+    require_replaceable,
+    require_same_tokenizer,
+    save_model,
+)
 from pipeline.params import Distill, Params
 from pipeline.provenance import code_fingerprint, fingerprint, git_commit, versions
 from pipeline.shards.files import digest, write_json_atomically
@@ -41,6 +48,7 @@ def distill(
     residuals do not match.
     """
     settings = params.distill
+    require_replaceable(out)
     selection = Selection(selection_path, store)
     tokenizer = load_tokenizer(student_path)
     require_same_tokenizer(selection.teacher["tokenizer"], tokenizer, student_path)

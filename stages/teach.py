@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline import console
 from pipeline.errors import UserError
-from pipeline.models import ModelSize, build_causal_lm, load_tokenizer, save_model
+from pipeline.models import ModelSize, build_causal_lm, load_tokenizer, require_replaceable, save_model
 from pipeline.params import Params, Role, Teach
 from pipeline.prompts import encode_prompts, encode_response, read_prompts
 from pipeline.provenance import code_fingerprint, fingerprint
@@ -21,6 +21,7 @@ _SEED_OFFSET = {"teacher": 0, "student": 1}  # the two must not start from the s
 def teach(params: Params, role: Role, prompts_path: Path, tokenizer_path: Path, out: Path, runs: Path) -> None:
     """Build a small model for `role`, train it on the references of its split, and save it to `out`."""
     settings: Teach = getattr(params.teach, role)
+    require_replaceable(out)
     seed = params.seed + _SEED_OFFSET[role]
     tokenizer = load_tokenizer(tokenizer_path)
     prompts = [p for p in read_prompts(prompts_path, (settings.split,)) if p.references][: settings.pairs]

@@ -14,6 +14,7 @@ from pipeline.models import (
     load_config,
     load_tokenizer,
     require_same_tokenizer,
+    save_model,
     stop_token_ids,
     word_tokenizer,
 )
@@ -101,6 +102,21 @@ def test_stop_tokens_are_those_of_the_tokenizer_and_of_the_generation_config(tea
     assert stop_token_ids(copy, tokenizer) == (2, 7)
     (copy / "generation_config.json").unlink()
     assert stop_token_ids(copy, tokenizer) == (2,)
+
+
+def test_only_a_folder_of_a_model_is_replaced(teacher, tmp_path):
+    model, tokenizer = load_causal_lm(teacher), load_tokenizer(teacher)
+    for name in ("new", "new"):  # the second time over the first
+        save_model(tmp_path / name, model, tokenizer, "# card\n")
+    (tmp_path / "mine" / "deep").mkdir(parents=True)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.json").write_text("{}")
+    (tmp_path / "file").write_text("mine")
+    for name in ("mine", "notes", "file", "."):
+        with pytest.raises(UserError, match="choose another --out"):
+            save_model(tmp_path / name, model, tokenizer, "# card\n")
+    assert (tmp_path / "mine" / "deep").exists() and (tmp_path / "notes" / "notes.json").exists()
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_hidden_generation_settings_are_not_used(teacher, tmp_path):
