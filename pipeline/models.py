@@ -178,6 +178,8 @@ def save_model(folder: Path, model, tokenizer, card: str, stops: tuple[int, ...]
             tokenizer.save_pretrained(temporary)
             (temporary / "README.md").write_text(card, encoding="utf-8")
             temporary.chmod(0o755)
+            for file in temporary.iterdir():  # safetensors makes its files private
+                file.chmod(0o644)
             if folder.exists():
                 shutil.rmtree(folder)
             temporary.replace(folder)
