@@ -109,7 +109,7 @@ class RequestFolder:
         """Rows that could not be made, by key: {key, prompt_id, reason}. A torn last line is ignored."""
         found = {}
         if self._skipped_path.exists():
-            for line in self._skipped_path.read_text(encoding="utf-8").splitlines():
+            for line in self._skipped_path.read_text(encoding="utf-8").split("\n"):
                 try:
                     entry = json.loads(line)
                 except json.JSONDecodeError:
