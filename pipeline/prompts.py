@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import UserError
+from pipeline.params import Params
+from pipeline.shards.files import digest
 
 TEMPLATE_VERSION = 1  # changes whenever the same template would render other text
 SPLITS = ("teach", "train", "validation", "test")
@@ -30,8 +32,44 @@ def prompt_id(text: str) -> str:
 
 
 def render(template: str, prompt: str) -> str:
-    """The text that a model reads. Plain replacement: braces in a prompt mean nothing."""
+    """`template` with the prompt in it. Plain replacement: braces in a prompt mean nothing."""
     return template.replace("{prompt}", prompt)
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a prompt becomes what a model reads: a template, and for chat models their chat template around it."""
+
+    template: str
+    chat: bool = False
+    system: str = ""  # the system message; empty: none is given, and the chat template may add its own
+
+    @classmethod
+    def of(cls, params: Params) -> "PromptFormat":
+        return cls(params.template, params.chat, params.system)
+
+    def text(self, tokenizer, prompt: str) -> str:
+        """The text that the model reads. Raises UserError where a chat template is wanted and there is none."""
+        text = render(self.template, prompt)
+        if not self.chat:
+            return text
+        if not tokenizer.chat_template:
+            raise UserError("chat is true, but the tokenizer has no chat template: set chat to false")
+        messages = [{"role": "user", "content": text}]
+        if self.system:
+            messages.insert(0, {"role": "system", "content": self.system})
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    def encode(self, tokenizer, prompts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids, int32 each; special tokens are the tokenizer's own, or those of the chat template."""
+        if not prompts:
+            return []
+        texts = [self.text(tokenizer, prompt) for prompt in prompts]
+        return [np.asarray(ids, np.int32) for ids in tokenizer(texts, add_special_tokens=not self.chat)["input_ids"]]
+
+    def chat_identity(self, tokenizer) -> str | None:
+        """Digest of chat template and system message; None without."""
+        return digest([tokenizer.chat_template, self.system])[:16] if self.chat else None
 
 
 def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
@@ -119,14 +157,6 @@ def _parse(row: dict, path: Path, number: int) -> Prompt:
         raise UserError(f"{path}: row {number} has split '{split}'; known: {', '.join(SPLITS)}")
     identity = prompt_id(text) if row.get("id") is None else str(row["id"])
     return Prompt(identity, text, tuple(references), split)
-
-
-def encode_prompts(tokenizer, template: str, prompts: Sequence[Prompt]) -> list[np.ndarray]:
-    """Token ids of the rendered prompts, with the tokenizer's own special tokens; int32 each."""
-    if not prompts:
-        return []
-    texts = [render(template, prompt.prompt) for prompt in prompts]
-    return [np.asarray(ids, np.int32) for ids in tokenizer(texts)["input_ids"]]
 
 
 def encode_response(tokenizer, text: str) -> np.ndarray:

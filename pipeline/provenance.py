@@ -1,6 +1,7 @@
-"""Where results came from: versions, git commit, fingerprints of inputs. No times, hosts or paths."""
+"""Where results came from: versions, git commit, fingerprints of inputs; and what they cost in time."""
 
 import subprocess
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,6 +20,13 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def seconds_since_start() -> float:
+    """Seconds since this process was started, imports included."""
+    import psutil
+
+    return time.time() - psutil.Process().create_time()
 
 
 def git_commit() -> str | None:

@@ -18,7 +18,7 @@ from pipeline.models import (
     save_model,
 )
 from pipeline.params import Distill, Params
-from pipeline.provenance import code_fingerprint, fingerprint, git_commit, versions
+from pipeline.provenance import code_fingerprint, fingerprint, git_commit, seconds_since_start, versions
 from pipeline.shards.files import digest, write_json_atomically
 from pipeline.shards.schema import Row
 from pipeline.shards.selection import Selection
@@ -26,8 +26,8 @@ from stages.batches import from_rows
 from stages.curves import split_history, write_csv
 from stages.residuals import residual_scale
 from stages.reward_model import RewardPosterior, read_description, require_same_residual
-from stages.students import StudentLearner
-from stages.training import seed_everything, train
+from stages.students import StudentLearner, require_plain_head
+from stages.training import FirstStep, seed_everything, train
 
 LAM_EFF_WARNING = 0.1
 
@@ -59,6 +59,7 @@ def distill(
     extras, scale, offset = _reward_inputs(settings, selection, rows, reward_path)
     seed_everything(params.seed)
     student = load_causal_lm(student_path).train()
+    require_plain_head(student, f"the student {student_path}")
     posterior = None
     if settings.reward == "scratch":
         posterior = RewardPosterior(load_causal_lm(student_path).train(), params.reward.sigma_min)
@@ -69,6 +70,7 @@ def distill(
     inputs = [params.seed, settings.model_dump(), params.reward.sigma_min, scale, offset, code_fingerprint()]
     inputs += [fingerprint(path) for path in (selection_path, student_path, *([reward_path] if extras else []))]
     run = runs / "distill" / digest(inputs)[:16]
+    first_step = FirstStep()
     history = train(
         f"distilling ({name_of(settings)})",
         _learner(settings, student, posterior, scale, offset),
@@ -80,6 +82,7 @@ def distill(
         log_every=settings.log_every,
         evaluate_every=settings.evaluate_every if "validation" in responses else None,
         save_every=settings.save_every,
+        callbacks=[first_step],
     )
     metrics = _write_curves(settings, history, scale, metrics_out)
     metrics |= {"objective": name_of(settings), "samples": len(rows["train"]), "parameters": student.num_parameters()}
@@ -89,12 +92,14 @@ def distill(
         "teacher": selection.teacher["identity"],
         "selection": fingerprint(selection_path),
         "student": fingerprint(student_path),
+        "reward": fingerprint(reward_path) if extras else None,
         "git_commit": git_commit(),
         "versions": versions(),
     }
+    cost = {"seconds_to_first_step": first_step.seconds, "seconds": seconds_since_start()}
     numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
     write_json_atomically(metrics_out / "metrics.json", numbers)
-    write_json_atomically(metrics_out / "results.json", metrics | {"provenance": provenance})
+    write_json_atomically(metrics_out / "results.json", metrics | {"cost": cost, "provenance": provenance})
     stops = tuple(selection.part("train")["request"]["sampling"]["stop_token_ids"])
     save_model(out, student, tokenizer, _card(settings, selection, metrics), stops)
     shutil.rmtree(run, ignore_errors=True)
@@ -103,6 +108,7 @@ def distill(
         [
             ("cached responses", f"{len(rows['train']):,}"),
             *((name, f"{value:.4g}") for name, value in metrics.items() if isinstance(value, float)),
+            ("first step after", f"{first_step.seconds or 0:.0f} s"),
             ("student", out),
             ("metrics", metrics_out),
         ],

@@ -19,8 +19,8 @@ from pipeline.models import (
     stop_token_ids,
 )
 from pipeline.params import Evaluate, Params
-from pipeline.prompts import Prompt, encode_prompts, read_prompts
-from pipeline.provenance import fingerprint, git_commit, versions
+from pipeline.prompts import Prompt, PromptFormat, read_prompts
+from pipeline.provenance import fingerprint, git_commit, seconds_since_start, versions
 from pipeline.shards.files import digest, write_json_atomically
 from pipeline.shards.identity import Sampling, sample_seed
 from pipeline.shards.schema import Row
@@ -32,7 +32,7 @@ from pipeline.teachers.hf import HfEngine
 from stages.batches import collate, from_rows
 from stages.bootstrap import intervals
 from stages.objectives.token_scores import sparse_divergence
-from stages.students import score_tokens
+from stages.students import require_plain_head, score_tokens
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ def evaluate(
         "metrics": metrics,
         "differences": differences,
         "candidate": candidate,
+        "counts": {"test": len(prompts), "heldout": len({row.prompt_id for row in rows})},
         "higher_is_better": {metric.name: metric.higher_is_better for metric in task.metrics},
+        "cost": {"seconds": seconds_since_start()},
         "provenance": provenance,
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -102,9 +104,11 @@ def _run(
     if rows:
         require_same_tokenizer(teacher, tokenizer, path)
     model = load_causal_lm(path).to("cuda" if torch.cuda.is_available() else "cpu")
+    if rows:
+        require_plain_head(model, f"the model {path}")
     engine = HfEngine(model, settings.batch_size)
     stops = stop_token_ids(path, tokenizer)
-    ids = encode_prompts(tokenizer, params.template, prompts)
+    ids = PromptFormat.of(params).encode(tokenizer, [prompt.prompt for prompt in prompts])
     longest = max(len(prompt) for prompt in ids) + params.max_tokens
     longest = max([longest, *(len(row.prompt_ids) + len(row.response_ids) for row in rows)])
     require_context(model.config, longest, f"the model {path}")

@@ -11,9 +11,11 @@ from pipeline import console
 from pipeline.errors import UserError
 from pipeline.models import context_length, describe_model, load_config, load_tokenizer, local_folder, stop_token_ids
 from pipeline.params import Params
-from pipeline.prompts import TEMPLATE_VERSION, Prompt, encode_prompts, encode_response, read_prompts, render
-from pipeline.shards.files import digest
+from pipeline.prompts import TEMPLATE_VERSION, Prompt, PromptFormat, encode_response, read_prompts
+from pipeline.provenance import git_commit, seconds_since_start, versions
+from pipeline.shards.files import digest, write_json_atomically
 from pipeline.shards.identity import Request, Sampling, sample_key, score_key
+from pipeline.shards.schema import count_tokens
 from pipeline.shards.selection import Part, write_selection
 from pipeline.shards.store import RequestFolder, store_root
 from pipeline.tasks.corruption import corruptions
@@ -39,12 +41,14 @@ def generate(
     dry_run: bool = False,
     retry_skipped: bool = False,
     engine: Engine | None = None,
+    results: Path | None = None,
 ) -> Summary:
     """Answer the train and validation prompts of a file, score held-out references, and write the selection `out`.
 
+    results: file for what the run found, made and took; apart from `out`, whose bytes do not depend on that.
     `engine` replaces the one that the parameters name. Raises UserError on bad input; what was stored stays.
     """
-    started, settings, root = time.monotonic(), params.generate, store_root(store)
+    settings, root = params.generate, store_root(store)
     prompts = read_prompts(prompts_path, ("train", "validation"))
     if not prompts:
         raise UserError(f"{prompts_path} has no prompts in the splits train and validation")
@@ -72,6 +76,7 @@ def generate(
             engine = open_engine(engine_name, source, teacher["dtype"], longest)
         except (RuntimeError, ValueError, ImportError) as error:
             raise UserError(f"engine {engine_name} cannot start with {source}: {error}. Try --engine hf") from error
+    asked = time.monotonic()
     tokens = sum(order.fulfil(engine, tokenizer, teacher, settings.rows_per_shard) for order in orders)
     for order in orders:
         order.look_up()
@@ -83,8 +88,12 @@ def generate(
     summary = Summary(cached, made, sum(len(order.skipped) for order in orders) + lost)
     if not parts:
         raise UserError("nothing could be made of any prompt; see the warnings above")
-    write_selection(out, parts, teacher, orders[0].k, summary.skipped, settings.materialize)
-    _report(summary, parts, orders, out, tokens, time.monotonic() - started)
+    manifest = write_selection(out, parts, teacher, orders[0].k, summary.skipped, settings.materialize)
+    cost = _cost(summary, manifest, orders, tokens, time.monotonic() - asked, seconds_since_start())
+    if results is not None:
+        provenance = {"engine": engine_name, "teacher": teacher, "k": orders[0].k, "versions": versions()}
+        write_json_atomically(results, {"cost": cost, "provenance": provenance | {"git_commit": git_commit()}})
+    _report(summary, parts, orders, out, cost)
     return summary
 
 
@@ -101,18 +110,18 @@ def _orders(
     """What is to be drawn from the teacher, and what is to be scored by it."""
     settings, stops = params.generate, stop_token_ids(source, tokenizer)
     sampling = Sampling(settings.temperature, settings.top_p, params.max_tokens, stops)
-    drawn = Request("sample", params.template, TEMPLATE_VERSION, params.seed, sampling)
-    given = Request("score", params.template, TEMPLATE_VERSION)
-    encoded = list(zip(prompts, encode_prompts(tokenizer, params.template, prompts), strict=True))
+    form = PromptFormat.of(params)
+    chat = form.chat_identity(tokenizer)
+    drawn = Request("sample", params.template, TEMPLATE_VERSION, params.seed, sampling, chat)
+    given = Request("score", params.template, TEMPLATE_VERSION, chat=chat)
+    asked = _asked(prompts, form, tokenizer)
     counts = {"train": settings.samples, "validation": settings.validation_samples}
     to_draw = [
-        Wanted(
-            prompt.split, prompt, render(params.template, prompt.prompt), ids, sample, sample_key(drawn, ids, sample)
-        )
-        for prompt, ids in encoded
+        Wanted(prompt.split, prompt, text, ids, sample, sample_key(drawn, ids, sample))
+        for prompt, text, ids in asked
         for sample in range(counts[prompt.split])
     ]
-    to_score = list(_references(encoded, params, tokenizer))
+    to_score = list(_references(asked, params, tokenizer))
     k, context = min(settings.k, teacher["vocab_size"]), context_length(load_config(source))
 
     def order(request: Request, wanted: list[Wanted]) -> Order:
@@ -121,16 +130,23 @@ def _orders(
     return order(drawn, to_draw), order(given, to_score)
 
 
-def _references(encoded: list[tuple[Prompt, np.ndarray]], params: Params, tokenizer) -> Iterator[Wanted]:
+def _asked(prompts: list[Prompt], form: PromptFormat, tokenizer) -> list[tuple[Prompt, str, np.ndarray]]:
+    """Prompts with the text and the token ids that the teacher reads."""
+    texts = [prompt.prompt for prompt in prompts]
+    rendered = [form.text(tokenizer, text) for text in texts]
+    return list(zip(prompts, rendered, form.encode(tokenizer, texts), strict=True))
+
+
+def _references(asked: list[tuple[Prompt, str, np.ndarray]], params: Params, tokenizer) -> Iterator[Wanted]:
     """References of the held-out prompts, and corrupted copies of the first of each."""
-    held_out = [(prompt, ids) for prompt, ids in encoded if prompt.split == "validation" and prompt.references]
-    responses = [[encode_response(tokenizer, text) for text in prompt.references] for prompt, _ in held_out]
-    for (prompt, ids), references in zip(held_out, responses, strict=True):
+    for prompt, text, ids in asked:
+        if prompt.split != "validation" or not prompt.references:
+            continue
+        references = [encode_response(tokenizer, reference) for reference in prompt.references]
         wrong = corruptions(references, params.generate.corrupted, [params.seed, *ids.tolist()])
         for origin, given in (("reference", references), ("corrupted", wrong)):
             for number, response in enumerate(given):
-                text, key = render(params.template, prompt.prompt), score_key(ids, response)
-                yield Wanted("scored", prompt, text, ids, number, key, origin, response)
+                yield Wanted("scored", prompt, text, ids, number, score_key(ids, response), origin, response)
 
 
 def _report_dry_run(summary: Summary, orders: tuple[Order, Order], teacher: dict) -> None:
@@ -148,18 +164,38 @@ def _report_dry_run(summary: Summary, orders: tuple[Order, Order], teacher: dict
     )
 
 
-def _report(
-    summary: Summary, parts: dict[str, Part], orders: tuple[Order, Order], out: Path, tokens: int, seconds: float
-) -> None:
-    size = sum(shard.stat().st_size for order in orders for shard in order.folder.path.glob("part-*.parquet"))
+def _cost(
+    summary: Summary, manifest: dict, orders: tuple[Order, Order], tokens: int, asking: float, seconds: float
+) -> dict:
+    """Rows, tokens, bytes and seconds of this run; bytes a token are of the rows' shards, text and ids included."""
+    shards = {location.shard for order in orders for found in order.index.values() for location in found}
+    stored = sum(shard.stat().st_size for shard in shards)
+    held = sum(count_tokens(shard) for shard in shards)
+    return {
+        "rows_found": summary.cached,
+        "rows_made": summary.made,
+        "rows_left_out": summary.skipped,
+        "tokens_selected": sum(part["tokens"] for part in manifest["parts"].values()),
+        "tokens_made": tokens,
+        "seconds_asking": asking if summary.made else 0.0,
+        "seconds": seconds,
+        "tokens_per_second": tokens / asking if summary.made else None,
+        "store_bytes": stored,
+        "bytes_per_token": stored / held if held else None,
+    }
+
+
+def _report(summary: Summary, parts: dict[str, Part], orders: tuple[Order, Order], out: Path, cost: dict) -> None:
+    rate = f", {cost['tokens_per_second']:,.0f} tokens/s without loading" if cost["tokens_per_second"] else ""
+    size = f"{cost['store_bytes'] / 2**20:,.1f} MiB, {cost['bytes_per_token'] or 0:,.0f} bytes a token"
     console.facts(
         "teacher cached",
         [
             ("found in the store", f"{summary.cached:,} rows"),
-            ("made now", f"{summary.made:,} rows, {tokens:,} tokens in {seconds:.0f} s"),
+            ("made now", f"{summary.made:,} rows, {cost['tokens_made']:,} tokens in {cost['seconds']:.0f} s{rate}"),
             ("left out", f"{summary.skipped:,} rows"),
             ("selected", ", ".join(f"{part.rows:,} {name}" for name, part in parts.items())),
-            ("store", f"{orders[0].folder.path.parent} ({size / 2**20:,.1f} MiB)"),
+            ("store", f"{orders[0].folder.path.parent} ({size})"),
             ("selection", out),
         ],
     )

@@ -1,16 +1,20 @@
-"""Draw a built-in task: prompts with references in four disjoint splits, and the task's tokenizer."""
+"""Prompts with references in four disjoint splits, drawn from a built-in task or a data set, and their tokenizer."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
 from pipeline import console
 from pipeline.errors import UserError
-from pipeline.models import word_tokenizer
+from pipeline.models import load_tokenizer, word_tokenizer
 from pipeline.params import Params, Prepare
-from pipeline.prompts import SPLITS, Prompt, prompt_id, write_prompts
+from pipeline.prompts import SPLITS, Prompt, PromptFormat, prompt_id, write_prompts
+from pipeline.records import load_records
+from pipeline.shards.files import write_json_atomically
 from pipeline.tasks import Task, get_task
+from stages.data_sets import draw_records
 
 # A prompt's split is a function of its text, so no prompt can be in two splits, whatever the sizes and seeds.
 _SHARES = {"teach": 0.8, "train": 0.1, "validation": 0.03, "test": 0.07}
@@ -36,7 +40,7 @@ def draw(task: Task, sizes: dict[str, int], seed: int) -> Iterator[Prompt]:
     found: dict[str, dict[str, Prompt]] = {split: {} for split in sizes}
     idle = 0
     while any(len(found[split]) < size for split, size in sizes.items()):
-        example = task.example(rng)
+        example = task.generator.example(rng)
         split = split_of(example.prompt)
         new = len(found.get(split, ())) < sizes.get(split, 0) and example.prompt not in found[split]
         idle = 0 if new else idle + 1
@@ -57,20 +61,37 @@ def check_disjoint(prompts: list[Prompt]) -> None:
 
 
 def prepare(params: Params, prompts_path: Path, tokenizer_path: Path) -> None:
-    """Write the prompt file and the tokenizer folder."""
+    """Write the prompt file, beside it `counts.json` (kept and left out, by reason), and the tokenizer folder."""
     settings: Prepare = params.prepare
     task = get_task(settings.task)
     sizes = {split: getattr(settings, split) for split in SPLITS}
-    prompts = list(draw(task, sizes, params.seed))
+    tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else _word_tokenizer(task, params.template)
+    if settings.dataset.path:
+        records = load_records(settings.dataset.path, settings.dataset.config)
+        form = PromptFormat.of(params)
+        prompts, counts = draw_records(records, settings.dataset, sizes, tokenizer, form, params.seed)
+    else:
+        prompts = list(draw(task, sizes, params.seed))
+        counts = {split: Counter(kept=size) for split, size in sizes.items()}
     check_disjoint(prompts)
     write_prompts(prompts_path, prompts)
-    template_words = params.template.replace("{prompt}", " ").split()
-    word_tokenizer(sorted({*task.lexicon(), *template_words})).save_pretrained(tokenizer_path)
+    write_json_atomically(prompts_path.with_name("counts.json"), counts)
+    tokenizer.save_pretrained(tokenizer_path)
     console.facts(
         f"task {task.name} (version {task.version})",
         [
-            *((split, f"{size:,} prompts") for split, size in sizes.items()),
+            *((split, _say_counts(count)) for split, count in counts.items() if count),
             ("prompts", prompts_path),
             ("tokenizer", tokenizer_path),
         ],
     )
+
+
+def _word_tokenizer(task: Task, template: str):
+    template_words = template.replace("{prompt}", " ").split()
+    return word_tokenizer(sorted({*task.generator.lexicon(), *template_words}))
+
+
+def _say_counts(count: Counter) -> str:
+    left_out = [f"{number:,} {reason}" for reason, number in sorted(count.items()) if reason != "kept"]
+    return f"{count['kept']:,} prompts" + (f" (left out: {', '.join(left_out)})" if left_out else "")

@@ -15,7 +15,7 @@ from pipeline import console
 from pipeline.errors import UserError
 from pipeline.models import load_causal_lm, load_config, load_tokenizer, require_context, require_same_tokenizer
 from pipeline.params import Params, Residual, Reward
-from pipeline.provenance import code_fingerprint, fingerprint, git_commit, versions
+from pipeline.provenance import code_fingerprint, fingerprint, git_commit, seconds_since_start, versions
 from pipeline.shards.files import digest, write_json_atomically
 from pipeline.shards.schema import Row
 from pipeline.shards.selection import Selection
@@ -79,7 +79,7 @@ def reward(
         posterior, metrics[td], curve = _fit(td, residual, params.reward, rows, student_path, params.seed, run)
         description = {"td": td, "residual": residual.model_dump(), "teacher": selection.teacher["identity"]}
         save_posterior(out / td, posterior, description | metrics[td])
-        _write_rewards(out / td / "rewards.parquet", [*rows["train"], *rows["validation"]], posterior)
+        _write_rewards(out / td / "rewards.parquet", [row for part in rows.values() for row in part], posterior)
         write_csv(audit_out / f"{td}.csv", curve)
         shutil.rmtree(run, ignore_errors=True)
     scored = auditable(rows.get("scored", []))
@@ -99,7 +99,9 @@ def reward(
         "git_commit": git_commit(),
         "versions": versions(),
     }
-    write_json_atomically(audit_out / "results.json", metrics | {"provenance": provenance})
+    write_json_atomically(
+        audit_out / "results.json", metrics | {"cost": {"seconds": seconds_since_start()}, "provenance": provenance}
+    )
     write_json_atomically(audit_out / "metrics.json", _headline(metrics))
     _report(metrics, out, audit_out)
     return metrics
@@ -164,7 +166,7 @@ def _posterior_of(
 
 
 def _write_rewards(path: Path, rows: Sequence[Row], posterior: RewardPosterior) -> None:
-    """mu and log sigma of every cached token, once: distillation reads them and never runs the encoder."""
+    """mu and log sigma of every cached token, once: distillation and the report read them, without the encoder."""
     values = _posterior_of(rows, posterior)
     schema = pa.schema({"key": pa.string(), "mu": pa.list_(pa.float32()), "log_sigma": pa.list_(pa.float32())})
     columns = [list(values), [mu for mu, _ in values.values()], [log_sigma for _, log_sigma in values.values()]]

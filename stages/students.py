@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import UserError
 from stages.batches import IGNORED, gather_states, scatter_steps
 from stages.objectives.avril import action_values, gaussian_nll, kl_to_prior, soft_state_values, td_residual
 from stages.objectives.token_scores import TokenScores, TopK, chunked_token_scores, sparse_divergence
@@ -21,6 +22,25 @@ def score_tokens(model, batch: dict[str, Tensor], divergence=None, chunk: int = 
     return chunked_token_scores(
         model.get_output_embeddings(), states, batch["labels"][mask], teacher, divergence, chunk
     )
+
+
+@torch.no_grad()
+def require_plain_head(model, what: str) -> None:
+    """Raises UserError where a model's logits are not its head on its last states (scaled, capped, biased later).
+
+    The losses run the head themselves, on response positions alone; such a model would be trained on other logits.
+    """
+    ids = torch.arange(min(4, model.config.get_text_config().vocab_size), device=model.device)[None]
+    was_training = model.training
+    model.eval()
+    logits = model(input_ids=ids).logits
+    head = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state)
+    model.train(was_training)
+    if not torch.allclose(logits.float(), head.float(), rtol=1e-3, atol=1e-3):
+        raise UserError(
+            f"{what} ({type(model).__name__}) changes its logits after its language-model head (scaling or capping, "
+            "as Gemma 2, Cohere and Granite do); such models cannot be trained here yet, but can be teachers"
+        )
 
 
 class StudentLearner(Learner):

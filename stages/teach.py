@@ -1,67 +1,114 @@
-"""Supervised fine-tuning on references: makes the teacher of a built-in task, and the student's starting point."""
+"""Make a model: new, from a base, cut to fewer layers; and fine-tune it on references."""
 
 import shutil
 from pathlib import Path
 
 from pipeline import console
 from pipeline.errors import UserError
-from pipeline.models import ModelSize, build_causal_lm, load_tokenizer, require_replaceable, save_model
+from pipeline.models import (
+    ModelSize,
+    build_causal_lm,
+    build_from_config,
+    has_weights,
+    keep_layers,
+    licence_of,
+    link_model,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    local_folder,
+    require_context,
+    require_replaceable,
+    save_model,
+    stop_token_ids,
+    tokenizer_identity,
+    weights_digest,
+)
 from pipeline.params import Params, Role, Teach
-from pipeline.prompts import encode_prompts, encode_response, read_prompts
+from pipeline.prompts import PromptFormat, encode_response, read_prompts
 from pipeline.provenance import code_fingerprint, fingerprint
 from pipeline.shards.files import digest
 from stages.batches import from_references
-from stages.students import StudentLearner
+from stages.students import StudentLearner, require_plain_head
 from stages.training import seed_everything, train
 
-CONTEXT = 256  # longest sequence of the built-in models
+CONTEXT = 256  # longest sequence of new models
 _SEED_OFFSET = {"teacher": 0, "student": 1}  # the two must not start from the same weights
 
 
 def teach(params: Params, role: Role, prompts_path: Path, tokenizer_path: Path, out: Path, runs: Path) -> None:
-    """Build a small model for `role`, train it on the references of its split, and save it to `out`."""
+    """Make the model for `role` and save it to `out`: new or from a base, cut, trained on the references of its split.
+
+    A base that is neither cut nor trained is not copied: `out` becomes a link to it.
+    """
     settings: Teach = getattr(params.teach, role)
     require_replaceable(out)
+    if settings.base and not settings.layers and not settings.optimisation.steps and has_weights(settings.base):
+        link_model(out, settings.base, weights_digest(local_folder(settings.base)))
+        console.facts(f"{role} taken as it is", [("model", settings.base), ("link", out)])
+        return
     seed = params.seed + _SEED_OFFSET[role]
-    tokenizer = load_tokenizer(tokenizer_path)
+    seed_everything(seed)
+    model, tokenizer, stops = _starting_point(settings, tokenizer_path, seed)
+    facts = [("parameters", f"{model.num_parameters():,}")]
+    if settings.optimisation.steps:
+        facts += _train(params, role, settings, model, tokenizer, prompts_path, runs, seed)
+    save_model(out, model, tokenizer, _card(role, settings), stops)
+    console.facts(f"{role} made", [*facts, ("model", out)])
+
+
+def _starting_point(settings: Teach, tokenizer_path: Path, seed: int):
+    """Model, tokenizer and stop tokens before any training."""
+    if not settings.base:
+        tokenizer = load_tokenizer(tokenizer_path)
+        size = ModelSize(**settings.model.model_dump())
+        return build_causal_lm(size, tokenizer, CONTEXT, seed), tokenizer, None
+    if not has_weights(settings.base):
+        tokenizer, config = load_tokenizer(tokenizer_path), load_config(settings.base)
+        if settings.layers:
+            config.num_hidden_layers = settings.layers
+        return build_from_config(config, tokenizer, seed), tokenizer, None
+    model, tokenizer = load_causal_lm(settings.base), load_tokenizer(settings.base)
+    if settings.layers:
+        keep_layers(model, settings.layers)
+    return model, tokenizer, stop_token_ids(settings.base, tokenizer)
+
+
+def _train(
+    params: Params, role: Role, settings: Teach, model, tokenizer, prompts_path: Path, runs: Path, seed: int
+) -> list[tuple[str, str]]:
+    """Train `model` on references, in place; returns what to say of it."""
     prompts = [p for p in read_prompts(prompts_path, (settings.split,)) if p.references][: settings.pairs]
     if not prompts:
         raise UserError(f"{prompts_path} has no prompts with references in split '{settings.split}' to teach from")
+    require_plain_head(model, f"the {role}")
     responses = from_references(
-        encode_prompts(tokenizer, params.template, prompts),
+        PromptFormat.of(params).encode(tokenizer, [prompt.prompt for prompt in prompts]),
         [encode_response(tokenizer, prompt.references[0]) for prompt in prompts],
     )
     longest = max(len(r.prompt_ids) + len(r.response_ids) for r in responses)
-    if longest > CONTEXT:
-        raise UserError(
-            f"{prompts_path}: a prompt with its reference has {longest} tokens; the models built here read {CONTEXT}"
-        )
-    seed_everything(seed)
-    model = build_causal_lm(ModelSize(**settings.model.model_dump()), tokenizer, CONTEXT, seed)
-    inputs = [params.template, seed, settings.model_dump(), fingerprint(prompts_path), fingerprint(tokenizer_path)]
-    inputs += [code_fingerprint()]
+    require_context(model.config, longest, f"the {role}")
+    inputs = [params.template, params.chat, params.system, seed, settings.model_dump(), fingerprint(prompts_path)]
+    inputs += [tokenizer_identity(tokenizer), code_fingerprint()]
     run = runs / "teach" / digest([role, *inputs])[:16]
     history = train(
-        f"teaching the {role}", StudentLearner(model), responses, None, settings.optimisation, run, seed,
+        f"teaching the {role}", StudentLearner(model.train()), responses, None, settings.optimisation, run, seed,
         log_every=20, save_every=200,
     )  # fmt: skip
-    save_model(out, model, tokenizer, _card(role, settings))
     shutil.rmtree(run, ignore_errors=True)
     loss = next((entry["loss"] for entry in reversed(history) if "loss" in entry), float("nan"))
-    console.facts(
-        f"{role} taught",
-        [
-            ("parameters", f"{model.num_parameters():,}"),
-            ("pairs", f"{len(responses):,} of split {settings.split}"),
-            ("last loss", f"{loss:.4f} nats a token"),
-            ("model", out),
-        ],
-    )
+    return [("pairs", f"{len(responses):,} of split {settings.split}"), ("last loss", f"{loss:.4f} nats a token")]
 
 
 def _card(role: Role, settings: Teach) -> str:
+    origin = f"Started from `{settings.base}`" if settings.base else "A new small Llama-like model"
+    if settings.layers:
+        origin += f", {settings.layers} of its blocks"
+    steps = settings.optimisation.steps
+    trained = f"{steps} steps on up to {settings.pairs} references of split `{settings.split}`" if steps else "none"
+    licence = licence_of(local_folder(settings.base)) if settings.base else "apache-2.0"
+    front = ["---", *([f"license: {licence}"] if licence else []), "library_name: transformers", "---"]
     return (
-        "---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n"
-        f"# {role} of a built-in task\n\nA small Llama-like model, trained by xkd-pipeline on {settings.pairs} "
-        f"generated pairs of split `{settings.split}` for {settings.optimisation.steps} steps.\n"
+        "\n".join([*front, f"# {role.capitalize()}", "", f"{origin}, made by xkd-pipeline. Training: {trained}."])
+        + "\n"
     )

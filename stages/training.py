@@ -21,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from pipeline import console
 from pipeline.errors import UserError
 from pipeline.params import Optimisation
+from pipeline.provenance import seconds_since_start
 from stages.batches import IGNORED, Response, Responses, collate
 from stages.objectives.avril import kept_steps
 
@@ -146,6 +147,16 @@ class _Bar(TrainerCallback):
         shown = {name: logs[name] for name in ("loss", "eval_loss") if name in (logs or {})}
         if shown:
             self.advance(0, note="  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+
+
+class FirstStep(TrainerCallback):
+    """Seconds from the start of the process to the first optimiser step: what a cached experiment waits for."""
+
+    seconds: float | None = None
+
+    def on_step_begin(self, args, state, control, **_):
+        if self.seconds is None:
+            self.seconds = seconds_since_start()
 
 
 def train(

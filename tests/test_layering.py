@@ -9,7 +9,7 @@ import yaml
 
 from tests.conftest import ROOT
 
-STAGES = ("prepare", "teach", "generate", "reward", "distill", "evaluate")
+STAGES = ("prepare", "teach", "generate", "reward", "distill", "evaluate", "report")
 # What every stage runs and no result depends on: changing it reruns nothing.
 EVERYWHERE = {
     f"pipeline/{name}.py" for name in ("__init__", "console", "errors", "params", "params_file", "provenance")

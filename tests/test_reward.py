@@ -80,7 +80,7 @@ def test_the_posterior_starts_from_the_student(student):
 
 def test_a_reward_is_fitted_for_both_forms_with_its_scale_and_the_rewards_of_all_tokens(fitted, cache, student):
     selection = Selection(cache / "selection")
-    rows = {row.key: row for part in ("train", "validation") for row in selection.rows(part)}
+    rows = {row.key: row for part in ("train", "validation", "scored") for row in selection.rows(part)}
     for td, terminal in (("sarsa", "drop"), ("soft", "zero")):
         description = json.loads((fitted / td / "reward.json").read_text())
         assert description["residual"]["terminal"] == terminal and description["c"] > 0

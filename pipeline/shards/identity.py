@@ -31,12 +31,15 @@ class Request:
     template_version: int
     seed: int = 0
     sampling: Sampling | None = None
+    chat: str | None = None  # digest of the chat template and system message, where there is one
 
     def describe(self) -> dict:
         """Plain values for JSON, with the schema version."""
         description = asdict(self) | {"schema_version": SCHEMA_VERSION}
+        if self.chat is None:
+            del description["chat"]
         if self.kind == "score":  # a score does not depend on how responses are drawn
-            description = {key: description[key] for key in ("kind", "template", "template_version", "schema_version")}
+            description = {key: value for key, value in description.items() if key not in ("seed", "sampling")}
         return description
 
     @property

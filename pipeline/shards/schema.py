@@ -148,3 +148,11 @@ def read_metadata(path: Path) -> dict:
     if found.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(f"schema version {found.get('schema_version')}, expected {SCHEMA_VERSION}")
     return found
+
+
+def count_tokens(path: Path) -> int:
+    """Response tokens in a shard."""
+    import pyarrow.compute as pc
+
+    column = pq.read_table(path, columns=["response_ids"]).column(0)
+    return pc.sum(pc.list_value_length(column)).as_py() or 0

@@ -1,23 +1,28 @@
-"""The built-in tasks, by name."""
+"""The tasks, by name."""
 
 from pipeline.errors import UserError
-from pipeline.tasks import arithmetic, metrics, summarisation, translation
-from pipeline.tasks.base import Example, Task
+from pipeline.tasks import arithmetic, gsm8k, metrics, summarisation, translation
+from pipeline.tasks.base import Example, Generator, Task
 
-__all__ = ["TASKS", "Example", "Task", "get_task"]
+__all__ = ["TASKS", "Example", "Generator", "Task", "get_task"]
 
 TASKS = {
     task.name: task
     for task in (
-        Task("arithmetic", 1, arithmetic.example, arithmetic.lexicon, (metrics.accuracy(arithmetic.extract),)),
-        Task("translation", 1, translation.example, translation.lexicon, (metrics.bleu(), metrics.chrf())),
+        Task(
+            "arithmetic",
+            1,
+            (metrics.accuracy(arithmetic.extract),),
+            Generator(arithmetic.example, arithmetic.lexicon),
+        ),
+        Task("translation", 1, (metrics.bleu(), metrics.chrf()), Generator(translation.example, translation.lexicon)),
         Task(
             "summarisation",
             1,
-            summarisation.example,
-            summarisation.lexicon,
             tuple(metrics.rouge(name) for name in ("rouge2", "rouge1", "rougeL")),
+            Generator(summarisation.example, summarisation.lexicon),
         ),
+        Task("gsm8k", 1, (metrics.accuracy(gsm8k.extract),)),
     )
 }
 

@@ -16,11 +16,18 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Generator:
+    """A source of built-in prompts."""
+
+    example: Callable[[Random], Example]  # draws one example
+    lexicon: Callable[[], list[str]]  # every token that an example can contain, sorted
+
+
+@dataclass(frozen=True)
 class Task:
-    """A built-in task. `version` changes whenever the same seed would give other examples."""
+    """A task. `version` changes whenever the same seed would give other examples, or the same answer another score."""
 
     name: str
     version: int
-    example: Callable[[Random], Example]  # draws one example
-    lexicon: Callable[[], list[str]]  # every token that an example can contain, sorted
     metrics: tuple[Metric, ...]  # the first one is the headline
+    generator: Generator | None = None  # None: its prompts come from data sets

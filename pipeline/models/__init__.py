@@ -1,0 +1,42 @@
+"""Models and tokenizers: building, loading, saving, and knowing whether two are the same."""
+
+from pipeline.models.building import ModelSize, build_causal_lm, build_from_config, keep_layers
+from pipeline.models.identity import describe_model, licence_of, weights_digest
+from pipeline.models.loading import (
+    context_length,
+    has_weights,
+    link_model,
+    load_causal_lm,
+    load_config,
+    local_folder,
+    require_context,
+    resolve,
+    stop_token_ids,
+)
+from pipeline.models.saving import require_replaceable, save_model
+from pipeline.models.tokenizers import load_tokenizer, require_same_tokenizer, tokenizer_identity, word_tokenizer
+
+__all__ = [
+    "ModelSize",
+    "build_causal_lm",
+    "build_from_config",
+    "context_length",
+    "describe_model",
+    "has_weights",
+    "keep_layers",
+    "licence_of",
+    "link_model",
+    "load_causal_lm",
+    "load_config",
+    "load_tokenizer",
+    "local_folder",
+    "require_context",
+    "require_replaceable",
+    "require_same_tokenizer",
+    "resolve",
+    "save_model",
+    "stop_token_ids",
+    "tokenizer_identity",
+    "weights_digest",
+    "word_tokenizer",
+]

@@ -1,0 +1,75 @@
+"""Models made here: tiny ones from a size, students cut from larger models or built from a configuration."""
+
+from dataclasses import dataclass
+
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Shape of a tiny Llama-like model."""
+
+    width: int
+    layers: int
+    heads: int
+    intermediate: int
+
+
+def build_causal_lm(size: ModelSize, tokenizer, context: int, seed: int):
+    """A new Llama-like model with tied embeddings (RMSNorm, RoPE, SwiGLU), weights drawn with `seed`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        intermediate_size=size.intermediate,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        initializer_range=size.width**-0.5 / 2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def build_from_config(config, tokenizer, seed: int):
+    """A new causal model of `config`'s shape for the vocabulary of `tokenizer`, weights drawn with `seed`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config.vocab_size = max(config.vocab_size, len(tokenizer))
+    config.eos_token_id, config.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+
+def keep_layers(model, layers: int):
+    """The same model with `layers` of its blocks, evenly spaced and with the first and the last among them, in place.
+
+    Raises UserError where it has not more blocks than that, or keeps them in an unknown place.
+    """
+    from torch import nn
+
+    blocks = getattr(model.base_model, "layers", None)
+    if not isinstance(blocks, nn.ModuleList):
+        raise UserError(f"cannot cut layers of {type(model).__name__}: its blocks are not in `layers`")
+    if layers >= len(blocks):
+        raise UserError(f"cannot keep {layers} layers of a model with {len(blocks)}")
+    kept = [len(blocks) - 1] if layers == 1 else [round(i * (len(blocks) - 1) / (layers - 1)) for i in range(layers)]
+    model.base_model.layers = nn.ModuleList(blocks[i] for i in kept)
+    for number, block in enumerate(model.base_model.layers):
+        if hasattr(block, "self_attn"):
+            block.self_attn.layer_idx = number  # its place in the key-value cache
+    model.config.num_hidden_layers = layers
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[i] for i in kept]
+    return model

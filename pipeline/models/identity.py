@@ -1,0 +1,73 @@
+"""What identifies a teacher, and where it came from."""
+
+import json
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.models.loading import linked_weights, load_config, local_folder, resolve
+from pipeline.models.tokenizers import load_tokenizer, tokenizer_identity
+from pipeline.shards.files import digest, sha256_file
+
+_NOT_IDENTITY = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "id2label", "label2id"}
+
+
+def weights_digest(folder: Path) -> str:
+    """Digest of the weight files of a local folder, whatever their names and number of names.
+
+    Raises UserError where there are none: other formats than safetensors are refused.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} has no .safetensors weights (other formats are not loaded)")
+    return digest(sorted(sha256_file(file) for file in files))
+
+
+def describe_model(source: str | Path, dtype: str) -> dict:
+    """What identifies a teacher, and where it came from.
+
+    `identity` is a digest of weights, configuration (without paths and versions), tokenizer and dtype: the same
+    weights at another path or under another name are the same teacher. `name`, `commit` and `licence` are provenance.
+    """
+    linked, source = linked_weights(source), resolve(source)
+    folder = local_folder(source)
+    weights = weights_digest(folder)
+    if linked not in (None, weights):
+        raise UserError(
+            f"the weights of {source} have changed since it was made the teacher: dvc repro -f teach@teacher"
+        )
+    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    if dtype == "auto":
+        dtype = str(config.dtype).removeprefix("torch.") if config.dtype is not None else "float32"
+    # The file, not the loaded object: that also holds the defaults of the installed transformers.
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = {key: value for key, value in stored.items() if key not in _NOT_IDENTITY}
+    identity = digest(
+        {
+            "weights": weights,
+            "config": settings,
+            "tokenizer": tokenizer_identity(tokenizer),
+            "dtype": dtype,
+        }
+    )
+    from_hub = not Path(source).is_dir()
+    return {
+        "identity": identity[:16],
+        "tokenizer": tokenizer_identity(tokenizer)[:16],
+        "vocab_size": config.get_text_config().vocab_size,
+        "dtype": dtype,
+        "licence": licence_of(folder),
+        "name": str(source) if from_hub else None,
+        "commit": folder.name if from_hub else None,
+    }
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that a model's card states, if any."""
+    from huggingface_hub import metadata_load
+
+    card = folder / "README.md"
+    try:
+        metadata = (metadata_load(card) if card.is_file() else None) or {}
+    except ValueError:  # a card whose front matter is not YAML says nothing about the licence
+        return None
+    return metadata.get("license")

@@ -1,0 +1,123 @@
+"""Loading models from a folder, a hub name, or a link to either.
+
+Weights are safetensors only, and no code that comes with a model is run. A link is a folder with a `link.json`: a
+model of gigabytes is used where it lies, and DVC still tracks which one it is.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.models.saving import require_replaceable
+from pipeline.shards.files import write_json_atomically
+
+_LINK = "link.json"
+
+
+def link_model(folder: Path, source: str | Path, weights: str) -> None:
+    """Make `folder` stand for the model `source` (folder or hub name), whose weights have the digest `weights`."""
+    require_replaceable(folder)
+    if folder.exists():
+        shutil.rmtree(folder)
+    where = str(Path(source).resolve()) if Path(source).is_dir() else str(source)
+    write_json_atomically(folder / _LINK, {"source": where, "weights": weights})
+
+
+def resolve(source: str | Path) -> str | Path:
+    """What a link stands for; anything else is itself."""
+    link = Path(source) / _LINK
+    return json.loads(link.read_text(encoding="utf-8"))["source"] if link.is_file() else source
+
+
+def linked_weights(source: str | Path) -> str | None:
+    """The digest of the weights that a link was made for; None where `source` is no link."""
+    link = Path(source) / _LINK
+    return json.loads(link.read_text(encoding="utf-8"))["weights"] if link.is_file() else None
+
+
+def has_weights(source: str | Path) -> bool:
+    """False for a folder that holds a configuration alone; a hub name is taken to have weights."""
+    folder = Path(resolve(source))
+    return not folder.is_dir() or any(folder.glob("*.safetensors"))
+
+
+def load_config(source: str | Path):
+    """The configuration of a folder or hub name."""
+    from transformers import AutoConfig
+
+    return load_pretrained(AutoConfig, source, "model")
+
+
+def load_causal_lm(source: str | Path, dtype: str = "float32"):
+    """A causal language model in evaluation mode; `dtype` as in `generate.dtype`."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    config = load_config(source)
+    if config.is_encoder_decoder:
+        raise UserError(f"{source} is an encoder-decoder model; only causal models are supported")
+    model = load_pretrained(AutoModelForCausalLM, source, "model", dtype=dtype, use_safetensors=True)
+    # Nothing hidden in a model's own generation_config may change how it is sampled here.
+    model.generation_config = GenerationConfig()
+    return model.eval()
+
+
+def load_pretrained(auto_class, source: str | Path, what: str, **options) -> Any:
+    """`auto_class.from_pretrained` with clear errors. A Path is a folder; text may also be a hub name."""
+    source = resolve(source)
+    local, text = Path(source), str(source)
+    may_be_hub_name = isinstance(source, str) and text.count("/") == 1 and text[0] not in "./~"
+    if not local.is_dir() and not may_be_hub_name:
+        raise UserError(
+            f"no {what} at {source}" + (": not a folder, and not a hub name" if isinstance(source, str) else "")
+        )
+    try:
+        return auto_class.from_pretrained(str(source), trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        where = "" if local.is_dir() else " (no folder of that name here, so it was looked for on the hub)"
+        raise UserError(f"cannot load the {what} of {source}{where}: {reason}") from error
+
+
+def stop_token_ids(source: str | Path, tokenizer) -> tuple[int, ...]:
+    """Tokens that end a response: the tokenizer's EOS and those of the model's generation_config."""
+    from transformers import GenerationConfig
+
+    ids = {tokenizer.eos_token_id}
+    try:
+        eos = GenerationConfig.from_pretrained(str(resolve(source))).eos_token_id
+    except OSError:  # a model without a generation_config.json
+        eos = None
+    ids.update([eos] if isinstance(eos, int) else eos or [])
+    return tuple(sorted(ids))
+
+
+def context_length(config) -> int | None:
+    """Most tokens that the model can attend to, where its configuration says."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def local_folder(source: str | Path) -> Path:
+    """The folder of a model, which a hub name is downloaded to (weights, configuration, tokenizer)."""
+    source = resolve(source)
+    if Path(source).is_dir():
+        return Path(source)
+    load_config(source)  # a clear error for what is neither a folder nor on the hub
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            str(source), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
+        )
+    )
+
+
+def require_context(config, longest: int, what: str) -> None:
+    """Raises UserError where `longest` tokens do not fit into a model's context."""
+    context = context_length(config)
+    if context is not None and longest > context:
+        raise UserError(
+            f"{what} reads at most {context} tokens, and the longest sequence has {longest}: use a model with a longer "
+            "context, shorter prompts or a lower max_tokens"
+        )

@@ -1,0 +1,307 @@
+"""One page about one experiment: quality, curves, the reward on its tokens, samples, costs, provenance."""
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import polars as pl
+
+from pipeline import console
+from pipeline.errors import UserError
+from pipeline.models import load_tokenizer
+from pipeline.params import Report
+from pipeline.shards.files import write_atomically
+from pipeline.shards.selection import Selection
+from stages.reporting import figures
+from stages.reporting.page import Block, Card, Figure, Sample, Section, Table, render_page
+from stages.reporting.rewarded import rewarded_prompts
+
+_KL = "KL(teacher ‖ model) on held-out teacher samples, nats a token, over the top k and the rest (a lower bound)"
+
+
+def report(settings: Report, data: Path, out: Path, store: Path | None = None) -> None:
+    """Write the page `out` from the folder `data` that the stages filled.
+
+    What a stage has not written is left out and named. Raises UserError where not even an evaluation is there.
+    """
+    if not (data / "evaluation" / "results.json").is_file():
+        raise UserError(f"no evaluation at {data / 'evaluation'}: run `xkd-pipeline evaluate` (or `dvc repro`) first")
+    found = {name: _read(data / name / "results.json") for name in ("evaluation", "distill", "audit", "generate")}
+    sections = [
+        _quality(found["evaluation"]),
+        _diversity(found["evaluation"]),
+        _training(found["distill"], data / "distill"),
+        _reward(found["audit"], data, store, settings.rewarded_prompts),
+        _samples(data / "evaluation" / "predictions.parquet", found["evaluation"], settings.samples),
+        _costs(found),
+        _provenance(found, data),
+    ]
+    absent = [name for name, results in found.items() if not results]
+    if absent:
+        console.warn(f"left out of the report, no results in {data}: {', '.join(absent)}")
+    objective = found["distill"].get("objective", "student")
+    task = found["evaluation"]["provenance"]["task"]["name"]
+    page = render_page(
+        f"{task}: {objective}",
+        _subtitle(found),
+        _cards(found),
+        [section for section in sections if section],
+    )
+    write_atomically(out.parent, lambda path: path.write_text(page, encoding="utf-8"), out.name)
+    console.facts("report written", [("page", out), ("size", f"{out.stat().st_size / 1024:,.0f} KiB")])
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _interval(value: Mapping[str, float], form: str = ".1f", sign: str = "") -> str:
+    return f"{value['value']:{sign}{form}} [{value['low']:{sign}{form}}, {value['high']:{sign}{form}}]"
+
+
+def _headline(evaluation: dict) -> str:
+    return next(iter(evaluation["higher_is_better"]))
+
+
+def _subtitle(found: dict) -> str:
+    evaluation = found["evaluation"]
+    teacher = found["generate"].get("provenance", {}).get("teacher", {})
+    name = teacher.get("name") or teacher.get("source") or "a local model"
+    counts = evaluation.get("counts", {})
+    test = f"{counts['test']:,} test prompts, " if counts else ""
+    return f"Teacher: {name} ({evaluation['provenance']['teacher']}). {test}95 % bootstrap intervals over prompts."
+
+
+def _cards(found: dict) -> list[Card]:
+    evaluation = found["evaluation"]
+    metric, metrics = _headline(evaluation), evaluation["metrics"]
+    cards = [Card(f"{modes['greedy'][metric]['value']:.1f}", f"{metric}, {name}") for name, modes in metrics.items()]
+    kls = {name: modes["heldout"]["kl_to_teacher"]["value"] for name, modes in metrics.items() if "heldout" in modes}
+    if "undistilled" in kls and "distilled" in kls:
+        cards.append(Card(f"{kls['undistilled']:.2f} → {kls['distilled']:.2f}", "KL to the teacher, nats a token"))
+    if cost := found["generate"].get("cost"):
+        cards.append(Card(f"{cost['tokens_selected']:,}", "cached teacher tokens"))
+    return cards
+
+
+def _quality(evaluation: dict) -> Section:
+    metrics, names = evaluation["metrics"], list(evaluation["higher_is_better"])
+    section = Section("quality", "Quality", [f"KL: {_KL}."])
+    columns = ["model", *names, f"{names[0]}, sampled", "KL"]
+    section.tables.append(
+        Table(
+            columns,
+            [
+                [
+                    model,
+                    *(_interval(modes["greedy"][name]) for name in names),
+                    _interval(modes["sampled"][names[0]]),
+                    _interval(modes["heldout"]["kl_to_teacher"], ".3f") if "heldout" in modes else "-",
+                ]
+                for model, modes in metrics.items()
+            ],
+            "Scores on the test prompts, greedy unless said otherwise",
+        )
+    )
+    if evaluation["differences"]:
+        section.tables.append(
+            Table(
+                columns,
+                [
+                    [
+                        f"− {model}",
+                        *(_interval(modes["greedy"][name], sign="+") for name in names),
+                        _interval(modes["sampled"][names[0]], sign="+"),
+                        _interval(modes["heldout"]["kl_to_teacher"], ".3f", "+") if "heldout" in modes else "-",
+                    ]
+                    for model, modes in evaluation["differences"].items()
+                ],
+                f"{evaluation['candidate']} minus the others, paired over prompts",
+            )
+        )
+    drawn = {model: modes["greedy"][names[0]] for model, modes in metrics.items()}
+    section.figures.append(Figure(figures.intervals(drawn, f"{names[0]}, greedy"), f"{names[0]} of the greedy answers"))
+    kls = {model: modes["heldout"]["kl_to_teacher"] for model, modes in metrics.items() if "heldout" in modes}
+    if kls:
+        section.figures.append(Figure(figures.intervals(kls, "nats a token"), "KL(teacher ‖ model)"))
+    return section
+
+
+def _diversity(evaluation: dict) -> Section:
+    metrics, metric = evaluation["metrics"], _headline(evaluation)
+    section = Section(
+        "diversity",
+        "Quality and diversity",
+        ["Of several sampled answers to each prompt. Lower Self-BLEU and higher distinct-n mean more diverse."],
+    )
+    section.tables.append(
+        Table(
+            ["model", f"{metric}, sampled", "distinct-1", "distinct-2", "Self-BLEU"],
+            [
+                [
+                    model,
+                    _interval(modes["sampled"][metric]),
+                    *(f"{modes['diversity'][name]:.2f}" for name in ("distinct_1", "distinct_2")),
+                    f"{modes['diversity']['self_bleu']:.1f}",
+                ]
+                for model, modes in metrics.items()
+            ],
+        )
+    )
+    points = {
+        model: (modes["diversity"]["self_bleu"], modes["sampled"][metric]["value"]) for model, modes in metrics.items()
+    }
+    caption = f"{metric} of sampled answers against their Self-BLEU: up and to the left is better"
+    section.figures.append(Figure(figures.trade_off(points, "Self-BLEU", f"{metric}, sampled"), caption))
+    return section
+
+
+def _curve(path: Path) -> dict[str, list[float]]:
+    """Columns of a curve's CSV file; empty where there is none."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else ())}
+
+
+def _training(distill: dict, folder: Path) -> Section | None:
+    if not distill:
+        return None
+    section = Section("training", "Distillation", [f"{distill['samples']:,} cached responses, {distill['objective']}."])
+    curves = {name: _curve(folder / f"{name}.csv") for name in ("training", "heldout")}
+    for term, caption in (
+        ("kd", "Distillation loss"),
+        ("nll", "Negative log-likelihood of the teacher's tokens"),
+        ("td_nll", "TD consistency, −log N(δ/c; μ, σ²)"),
+    ):
+        drawn = {
+            name.replace("heldout", "held out"): (curve["step"], curve[term])
+            for name, curve in curves.items()
+            if term in curve
+        }
+        if drawn:
+            section.figures.append(Figure(figures.lines(drawn, "step", "nats"), caption))
+    return section
+
+
+def _reward(audit: dict, data: Path, store: Path | None, prompts: int) -> Section | None:
+    if not audit:
+        return None
+    section = Section("reward", "The recovered reward")
+    fits = {td: audit[td] for td in ("sarsa", "soft")}
+    section.tables.append(
+        Table(
+            ["posterior", "−log q", "phi_kl", "c", "within 1 σ", "within 2 σ", "σ at floor"],
+            [
+                [
+                    td, f"{fit['heldout_nll']:.3f}", f"{fit['phi_kl']:g}", f"{fit['c']:.2f}",
+                    *(f"{fit[name]:.0%}" for name in ("inside_1_sigma", "inside_2_sigma", "sigma_at_floor")),
+                ]
+                for td, fit in fits.items()
+            ],
+            "Fit on held-out teacher text (calibrated: 68 % and 95 % within 1 and 2 σ)",
+        )
+    )  # fmt: skip
+    if "audit" in audit:
+        section.tables.append(
+            Table(
+                ["judge", "mean over tokens", "sum over tokens", "mean, pooled"],
+                [
+                    [judge, *(_auc(found[how]) for how in ("within_mean", "within_sum", "pooled_mean"))]
+                    for judge, found in audit["audit"].items()
+                ],
+                "AUC: held-out references over their corruptions, within prompts",
+            )
+        )
+    drawn = {td: _curve(data / "audit" / f"{td}.csv") for td in fits}
+    drawn = {td: (curve["step"], curve["nll"]) for td, curve in drawn.items() if curve}
+    if drawn:
+        section.figures.append(Figure(figures.lines(drawn, "step", "nats a step"), "Held-out −log q of the fits"))
+    rewards = data / "reward" / "soft" / "rewards.parquet"
+    if rewards.is_file() and (data / "models" / "student").is_dir():
+        tokenizer = load_tokenizer(data / "models" / "student")
+        section.rewarded = list(rewarded_prompts(Selection(data / "teacher", store), rewards, tokenizer, prompts))
+    for number, (_, responses) in enumerate(section.rewarded, start=1):
+        bands = {r.origin: ([t.mu for t in r.tokens], [t.sigma for t in r.tokens]) for r in responses}
+        caption = f"Reward over the tokens of prompt {number}'s responses below; bands are one σ"
+        section.figures.append(Figure(figures.band(bands, "token", "reward, in units of c"), caption))
+    if section.rewarded:
+        section.texts.append(
+            "Below, each token's colour is the mean reward μ of the soft posterior (orange low, blue high, white the "
+            "median of the responses shown), and the thickness of the line under it the uncertainty σ."
+        )
+    return section
+
+
+def _auc(value: dict[str, float]) -> str:
+    return f"{value['auc']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def _samples(path: Path, evaluation: dict, count: int) -> Section | None:
+    if not path.is_file() or not count:
+        return None
+    frame = pl.read_parquet(path).filter(pl.col("mode") == "greedy")
+    section = Section("samples", "Answers side by side", [f"The first {count} test prompts, greedy."])
+    for group in frame.partition_by("prompt_id", maintain_order=True)[:count]:
+        rows = group.to_dicts()
+        answers = [("reference", rows[0]["references"][0]), *((row["model"], row["response"]) for row in rows)]
+        section.samples.append(Sample(rows[0]["prompt"], answers))
+    return section
+
+
+def _costs(found: dict[str, dict]) -> Section | None:
+    section = Section("costs", "Cache and cost")
+    if cost := found["generate"].get("cost"):
+        speed = f"{cost['tokens_per_second']:,.0f}" if cost["tokens_per_second"] else "- (all cached)"
+        section.tables.append(
+            Table(
+                ["teacher cache", ""],
+                [
+                    ["rows found in the store", f"{cost['rows_found']:,}"],
+                    ["rows made by this run", f"{cost['rows_made']:,}"],
+                    ["rows left out", f"{cost['rows_left_out']:,}"],
+                    ["tokens in this selection", f"{cost['tokens_selected']:,}"],
+                    ["tokens made by this run", f"{cost['tokens_made']:,}"],
+                    ["tokens a second, without loading", speed],
+                    ["bytes a token in the store", f"{cost['bytes_per_token'] or 0:,.0f}"],
+                    ["size of these requests in the store", f"{cost['store_bytes'] / 2**20:,.1f} MiB"],
+                ],
+            )
+        )
+    times = {
+        {"audit": "reward", "evaluation": "evaluate"}.get(name, name): results["cost"]
+        for name, results in found.items()
+        if "cost" in results
+    }
+    order = [stage for stage in ("generate", "reward", "distill", "evaluate") if stage in times]
+    rows = [[stage, f"{times[stage]['seconds']:,.0f}"] for stage in order]
+    if first := times.get("distill", {}).get("seconds_to_first_step"):
+        rows.append(["distill, from its start to the first step", f"{first:,.1f}"])
+    section.tables.append(Table(["stage", "seconds"], rows))
+    return section
+
+
+def _provenance(found: dict[str, dict], data: Path) -> Section:
+    section = Section("provenance", "Provenance")
+    counts = _read(data / "prompts" / "counts.json")
+    if counts:
+        section.tables.append(
+            Table(
+                ["split", "kept", "left out"],
+                [
+                    [
+                        split, f"{reasons.get('kept', 0):,}",
+                        ", ".join(f"{n:,} {why}" for why, n in reasons.items() if why != "kept") or "none",
+                    ]
+                    for split, reasons in counts.items()
+                    if reasons
+                ],
+            )
+        )  # fmt: skip
+    for name, results in found.items():
+        if results:
+            text = json.dumps(results["provenance"], indent=2, ensure_ascii=False)
+            section.blocks.append(Block(f"{name}: inputs, parameters, versions", text))
+    return section

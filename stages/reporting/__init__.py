@@ -1,0 +1,1 @@
+"""The report: what the stages wrote, read from their files and drawn on one page."""
