@@ -23,13 +23,16 @@ def own_store(tmp_path, monkeypatch):
     return tmp_path / "store"
 
 
-def make_model(folder: Path, seed: int, words=WORDS, width=64, layers=2, context=64, sharpen=2.0) -> Path:
+def make_model(
+    folder: Path, seed: int, words=WORDS, width=64, layers=2, context=64, sharpen=2.0, chat_template: str | None = None
+) -> Path:
     """A tiny causal model whose weights are scaled up, so that its distributions are not uniform."""
     import torch
 
     from pipeline.models import ModelSize, build_causal_lm, save_model, word_tokenizer
 
     tokenizer = word_tokenizer(list(words))
+    tokenizer.chat_template = chat_template
     model = build_causal_lm(ModelSize(width, layers, width // 32, 2 * width), tokenizer, context, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -37,6 +40,18 @@ def make_model(folder: Path, seed: int, words=WORDS, width=64, layers=2, context
                 parameter.mul_(sharpen)
     save_model(folder, model, tokenizer, "---\nlicense: apache-2.0\n---\n# a test model\n")
     return folder
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def make_chat_model(folder: Path, seed: int, layers: int = 2) -> Path:
+    """`make_model` with a chat template whose marks are words of the tokenizer."""
+    words = [*WORDS, "<user>", "<system>", "<assistant>"]
+    return make_model(folder, seed, words, width=32, layers=layers, chat_template=CHAT_TEMPLATE)
 
 
 @pytest.fixture(scope="session")

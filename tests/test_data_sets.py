@@ -90,7 +90,7 @@ def test_columns_are_mapped_without_running_anything_in_the_data():
 def test_a_missing_column_names_file_split_and_row(tokenizer):
     with pytest.raises(UserError, match=r"here, split train, row 1: no column 'text'; found question, answer"):
         draw_records(records(rows(9)), settings(prompt="{text}"), SIZES, tokenizer, PLAIN, 0)
-    with pytest.raises(UserError, match="no split 'training'.*found train"):
+    with pytest.raises(UserError, match=r"no split 'training'.*found train"):
         draw_records(records(rows(9)), settings(train_split="training"), SIZES, tokenizer, PLAIN, 0)
 
 

@@ -9,15 +9,22 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.models import (
+    build_from_config,
     describe_model,
+    keep_layers,
+    link_model,
     load_causal_lm,
     load_config,
     load_tokenizer,
+    local_folder,
     require_same_tokenizer,
+    resolve,
     save_model,
     stop_token_ids,
+    weights_digest,
     word_tokenizer,
 )
+from stages.students import require_plain_head
 from tests.conftest import WORDS, make_model
 
 
@@ -126,3 +133,61 @@ def test_hidden_generation_settings_are_not_used(teacher, tmp_path):
         json.dumps({"repetition_penalty": 5.0, "temperature": 0.1, "do_sample": True})
     )
     assert load_causal_lm(copy).generation_config.repetition_penalty in (None, 1.0)
+
+
+def test_kept_layers_are_the_base_s_own_and_the_cut_model_is_loaded_again(tmp_path, teacher):
+    deep = load_causal_lm(make_model(tmp_path / "deep", seed=3, layers=7))
+    tokenizer = load_tokenizer(teacher)
+    before = [block.mlp.up_proj.weight.clone() for block in deep.model.layers]
+    cut = keep_layers(deep, 3)
+    for block, number in zip(cut.model.layers, (0, 3, 6), strict=True):
+        assert torch.equal(block.mlp.up_proj.weight, before[number])
+    save_model(tmp_path / "cut", cut, tokenizer, "")
+    again = load_causal_lm(tmp_path / "cut")
+    ids = torch.arange(4, 12)[None]
+    assert torch.equal(again(ids).logits, cut.eval()(ids).logits) and again.config.num_hidden_layers == 3
+    # Its key-value cache works: generation is what repeated forward passes say.
+    generated = again.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for _ in range(5):
+        ids = torch.cat([ids, again(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(generated, ids)
+    with pytest.raises(UserError, match=r"cannot keep 7 layers of a model with 3"):
+        keep_layers(again, 7)
+
+
+def test_a_link_stands_for_a_model_and_notices_other_weights(tmp_path, teacher):
+    shutil.copytree(teacher, tmp_path / "model")
+    link_model(tmp_path / "link", tmp_path / "model", weights_digest(tmp_path / "model"))
+    direct, linked = describe_model(tmp_path / "model", "auto"), describe_model(tmp_path / "link", "auto")
+    assert direct == linked
+    assert resolve(tmp_path / "link") == str(tmp_path / "model") and local_folder(tmp_path / "link").is_dir()
+    assert torch.equal(
+        load_causal_lm(tmp_path / "link").lm_head.weight, load_causal_lm(tmp_path / "model").lm_head.weight
+    )
+    weights = safetensors.torch.load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    safetensors.torch.save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="have changed since it was made the teacher"):
+        describe_model(tmp_path / "link", "auto")
+    link_model(tmp_path / "link", tmp_path / "model", weights_digest(tmp_path / "model"))  # replaced, not refused
+    assert describe_model(tmp_path / "link", "auto")["identity"] != direct["identity"]
+
+
+def test_a_configuration_alone_becomes_a_new_model_for_the_tokenizer(teacher):
+    tokenizer = load_tokenizer(teacher)
+    one, same, other = (build_from_config(load_config(teacher), tokenizer, seed) for seed in (0, 0, 1))
+    assert torch.equal(one.lm_head.weight, same.lm_head.weight) and not torch.equal(
+        one.lm_head.weight, other.lm_head.weight
+    )
+    assert one.config.hidden_size == 64 and one.config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_model_that_changes_its_logits_after_the_head_is_refused(teacher):
+    from transformers import CohereConfig, CohereForCausalLM
+
+    require_plain_head(load_causal_lm(teacher), "a plain model")
+    config = CohereConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, logit_scale=0.1
+    )
+    with pytest.raises(UserError, match=r"CohereForCausalLM.*after its language-model head"):
+        require_plain_head(CohereForCausalLM(config), "the student")
