@@ -294,6 +294,35 @@ def report(
     run(_load(params, set).report, data, out, store)
 
 
+@app.command(
+    epilog=_example("xkd-pipeline compare data other/data", "xkd-pipeline compare jsd zero   # DVC experiments by name")
+)
+def compare(
+    results: Annotated[
+        list[str], typer.Argument(metavar="RESULT...", help="Folder with results, DVC experiment, or git revision.")
+    ],
+) -> None:
+    """Put any set of results into one table."""
+    from stages.comparison import compare as run
+
+    run(results, DATA)
+
+
+@app.command(epilog=_example("xkd-pipeline doctor"))
+def doctor(store: StoreOption = None) -> None:
+    """Check engine, threads, memory, disk and store, and say what to do. Exit code 1 where something is broken."""
+    from pipeline.doctor import BAD, examine
+
+    findings = list(examine(store))
+    marks = {"ok": "[green]ok  [/green]", "look": "[yellow]look[/yellow]", "bad": "[red]bad [/red]"}
+    for finding in findings:
+        console.console.print(f"{marks[finding.state]} {finding.what}: {escape(finding.found)}", soft_wrap=True)
+        if finding.advice:
+            console.console.print(f"       {escape(finding.advice)}", soft_wrap=True)
+    if any(finding.state == BAD for finding in findings):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Run the command line; a UserError becomes a short message and exit code 2 (3 for rows left out)."""
     try:

@@ -92,7 +92,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     console.print(f"[bold]{escape(title)}[/bold]")
     drawn = Table(header_style="dim", box=box.SIMPLE_HEAD)
     for number, column in enumerate(columns):
-        drawn.add_column(escape(column), justify="right" if number else "left", no_wrap=True)
+        drawn.add_column(escape(column), justify="right" if number else "left")
     for row in rows:
         drawn.add_row(*(escape(str(cell)) for cell in row))
     console.print(drawn)

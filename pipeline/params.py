@@ -225,6 +225,15 @@ class Reward(Section):
     """Resamples for the audit's intervals."""
 
 
+class Lora(Section):
+    rank: Count = 0
+    """Rank of the adapters on all linear layers of the blocks; 0: all weights are trained."""
+    alpha: PositiveFloat = 16
+    """Scale of the adapters, divided by the rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before the adapters."""
+
+
 class Distill(Section):
     objective: Literal["seqkd", "fkl", "rkl", "jsd"] = "fkl"
     """Distillation loss."""
@@ -253,6 +262,29 @@ class Distill(Section):
     """Steps between held-out evaluations."""
     save_every: Positive = 100
     """Steps between checkpoints that a killed run resumes from."""
+    seed: Count = 0
+    """Added to the seed in this stage: another run on the same cached teacher and reward."""
+    best: Literal["", "loss", "kd", "nll"] = ""
+    """Keep the student with the lowest held-out value of this term; empty: the last one."""
+    patience: Count = 0
+    """Held-out evaluations without improvement of it before training stops; 0: train to the end."""
+    lora: Lora = Lora()
+    """Train low-rank adapters (LoRA, arXiv 2106.09685) and merge them into the student at the end."""
+    report_to: list[str] = []
+    """Trackers that follow the run (tensorboard, wandb, mlflow, dvclive, ...); each must be installed."""
+
+    @model_validator(mode="after")
+    def _best_is_watched(self):
+        if self.patience and not self.best:
+            raise ValueError("patience waits for the best held-out value: set best to loss, kd or nll as well")
+        if self.best and self.save_every % self.evaluate_every:
+            raise ValueError(
+                f"best keeps checkpoints that were evaluated: save_every ({self.save_every}) must be a multiple of "
+                f"evaluate_every ({self.evaluate_every})"
+            )
+        if self.best == "kd" and self.objective == "seqkd":
+            raise ValueError("objective seqkd has no term kd: set best to loss or nll")
+        return self
 
     @model_validator(mode="after")
     def _bounded_below(self):

@@ -37,3 +37,8 @@ def intervals(
 def _summary(value: float, drawn: np.ndarray) -> dict[str, float]:
     low, high = np.percentile(drawn, [2.5, 97.5])
     return {"value": float(value), "low": float(low), "high": float(high)}
+
+
+def say_interval(value: Mapping[str, float], form: str = ".1f", sign: str = "") -> str:
+    """`77.5 [73.5, 81.5]`; sign "+" for differences."""
+    return " ".join((f"{value['value']:{sign}{form}}", f"[{value['low']:{sign}{form}}, {value['high']:{sign}{form}}]"))

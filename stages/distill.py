@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+from transformers import EarlyStoppingCallback
 
 from pipeline import console
 from pipeline.errors import UserError
@@ -17,7 +18,7 @@ from pipeline.models import (
     require_same_tokenizer,
     save_model,
 )
-from pipeline.params import Distill, Params
+from pipeline.params import Distill, Lora, Params
 from pipeline.provenance import code_fingerprint, fingerprint, git_commit, seconds_since_start, versions
 from pipeline.shards.files import digest, write_json_atomically
 from pipeline.shards.schema import Row
@@ -57,9 +58,11 @@ def distill(
         raise UserError(f"{selection_path} holds no training responses")
 
     extras, scale, offset = _reward_inputs(settings, selection, rows, reward_path)
-    seed_everything(params.seed)
+    seed = params.seed + settings.seed
+    seed_everything(seed)
     student = load_causal_lm(student_path).train()
     require_plain_head(student, f"the student {student_path}")
+    adapted = _with_adapters(student, settings.lora) if settings.lora.rank else None
     posterior = None
     if settings.reward == "scratch":
         posterior = RewardPosterior(load_causal_lm(student_path).train(), params.reward.sigma_min)
@@ -67,6 +70,8 @@ def distill(
     responses = {name: from_rows(part, topk, extras) for name, part in rows.items()}
     longest = max(len(row.prompt_ids) + len(row.response_ids) for part in rows.values() for row in part)
     require_context(student.config, longest, f"the student {student_path}")
+    if settings.best and not rows.get("validation"):
+        raise UserError(f"distill.best needs held-out responses, and {selection_path} has no part validation")
     inputs = [params.seed, settings.model_dump(), params.reward.sigma_min, scale, offset, code_fingerprint()]
     inputs += [fingerprint(path) for path in (selection_path, student_path, *([reward_path] if extras else []))]
     run = runs / "distill" / digest(inputs)[:16]
@@ -78,12 +83,16 @@ def distill(
         responses.get("validation"),
         settings.optimisation,
         run,
-        params.seed,
+        seed,
         log_every=settings.log_every,
         evaluate_every=settings.evaluate_every if "validation" in responses else None,
         save_every=settings.save_every,
-        callbacks=[first_step],
+        best=settings.best or None,
+        callbacks=[first_step, *([EarlyStoppingCallback(settings.patience)] if settings.patience else [])],
+        report_to=settings.report_to,
     )
+    if adapted is not None:
+        student = adapted.merge_and_unload()
     metrics = _write_curves(settings, history, scale, metrics_out)
     metrics |= {"objective": name_of(settings), "samples": len(rows["train"]), "parameters": student.num_parameters()}
     provenance = {
@@ -101,7 +110,7 @@ def distill(
     write_json_atomically(metrics_out / "metrics.json", numbers)
     write_json_atomically(metrics_out / "results.json", metrics | {"cost": cost, "provenance": provenance})
     stops = tuple(selection.part("train")["request"]["sampling"]["stop_token_ids"])
-    save_model(out, student, tokenizer, _card(settings, selection, metrics), stops)
+    save_model(out, student, tokenizer, _card(settings, selection, metrics, fingerprint(student_path)), stops)
     shutil.rmtree(run, ignore_errors=True)
     console.facts(
         f"student distilled with {name_of(settings)}",
@@ -114,6 +123,20 @@ def distill(
         ],
     )
     return metrics
+
+
+def _with_adapters(student, lora: Lora):
+    """The PEFT model around `student`, whose linear layers get adapters in place; nothing else is trained."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(student, config)
 
 
 def name_of(settings: Distill) -> str:
@@ -181,7 +204,7 @@ def _learner(settings: Distill, student, posterior, scale: float, offset: float)
 
 
 def _write_curves(settings: Distill, history: list[dict], scale: float, out: Path) -> dict:
-    """Training and held-out curves as CSV, with lam_eff; returns the last held-out values."""
+    """Training and held-out curves as CSV, with lam_eff; returns the held-out values of the student that is kept."""
     training, held_out = split_history(history)
     for row in [*training, *held_out]:
         if "precision" in row:
@@ -194,11 +217,16 @@ def _write_curves(settings: Distill, history: list[dict], scale: float, out: Pat
         )
     write_csv(out / "training.csv", training)
     write_csv(out / "heldout.csv", held_out)
-    last = {f"heldout_{name}": value for name, value in (held_out[-1] if held_out else {}).items() if name != "step"}
-    return last | {"train_loss": training[-1]["loss"]} if training else last
+    kept: dict = {}
+    if held_out:
+        kept = min(held_out, key=lambda row: row[settings.best]) if settings.best else held_out[-1]
+    found = {f"heldout_{name}": value for name, value in kept.items() if name != "step"}
+    if settings.best:
+        found["best_step"] = kept["step"]
+    return found | {"train_loss": training[-1]["loss"]} if training else found
 
 
-def _card(settings: Distill, selection: Selection, metrics: dict) -> str:
+def _card(settings: Distill, selection: Selection, metrics: dict, started_from: str) -> str:
     teacher = selection.teacher
     lines = [
         "---",
@@ -209,7 +237,13 @@ def _card(settings: Distill, selection: Selection, metrics: dict) -> str:
         "",
         f"- Objective: {name_of(settings)}",
         f"- Teacher: {teacher['name'] or 'local model'}, identity `{teacher['identity']}`",
-        f"- Cached responses: {metrics['samples']}",
+        f"- Cached responses: {metrics['samples']:,} (training), top {selection.manifest['k']} tokens a position",
+        f"- Started from: model `{started_from}`",
+        f"- Training: {settings.optimisation.steps} steps of {settings.optimisation.batch_size} responses",
+        *([f"- LoRA: rank {settings.lora.rank}, alpha {settings.lora.alpha:g}, merged"] if settings.lora.rank else []),
+        "",
+        "Held out, in nats a token where it is a loss:",
+        "",
         *(f"- {name}: {value:.4g}" for name, value in metrics.items() if isinstance(value, float)),
     ]
     return "\n".join(lines) + "\n"

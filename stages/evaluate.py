@@ -30,7 +30,7 @@ from pipeline.tasks.diversity import distinct_n, self_bleu
 from pipeline.teachers import Ask
 from pipeline.teachers.hf import HfEngine
 from stages.batches import collate, from_rows
-from stages.bootstrap import intervals
+from stages.bootstrap import intervals, say_interval
 from stages.objectives.token_scores import sparse_divergence
 from stages.students import require_plain_head, score_tokens
 
@@ -224,16 +224,13 @@ def _write_predictions(path: Path, outputs: Mapping[str, Outputs], prompts: Sequ
 def _report(results: dict, headline: str, out: Path) -> None:
     metrics, candidate = results["metrics"], results["candidate"]
 
-    def cell(value: dict[str, float], form: str = ".1f") -> str:
-        return f"{value['value']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"
-
     console.table(
         f"{headline} on the test prompts, KL(teacher || model) on held-out samples",
         ("model", "greedy", "sampled", "KL, nats a token"),
         [
             (
-                name, cell(modes["greedy"][headline]), cell(modes["sampled"][headline]),
-                cell(modes["heldout"]["kl_to_teacher"], ".3f") if "heldout" in modes else "-",
+                name, say_interval(modes["greedy"][headline]), say_interval(modes["sampled"][headline]),
+                say_interval(modes["heldout"]["kl_to_teacher"], ".3f") if "heldout" in modes else "-",
             )
             for name, modes in metrics.items()
         ],
@@ -250,7 +247,7 @@ def _report(results: dict, headline: str, out: Path) -> None:
         f"{headline} of {candidate} minus that of (paired over prompts, 95 % intervals)",
         ("model", "greedy", "sampled"),
         [
-            (name, cell(d["greedy"][headline]), cell(d["sampled"][headline]))
+            (name, say_interval(d["greedy"][headline]), say_interval(d["sampled"][headline]))
             for name, d in results["differences"].items()
         ],
     )

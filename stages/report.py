@@ -2,7 +2,6 @@
 
 import csv
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import polars as pl
@@ -13,6 +12,7 @@ from pipeline.models import load_tokenizer
 from pipeline.params import Report
 from pipeline.shards.files import write_atomically
 from pipeline.shards.selection import Selection
+from stages.bootstrap import say_interval
 from stages.reporting import figures
 from stages.reporting.page import Block, Card, Figure, Sample, Section, Table, render_page
 from stages.reporting.rewarded import rewarded_prompts
@@ -56,10 +56,6 @@ def _read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _interval(value: Mapping[str, float], form: str = ".1f", sign: str = "") -> str:
-    return f"{value['value']:{sign}{form}} [{value['low']:{sign}{form}}, {value['high']:{sign}{form}}]"
-
-
 def _headline(evaluation: dict) -> str:
     return next(iter(evaluation["higher_is_better"]))
 
@@ -95,9 +91,9 @@ def _quality(evaluation: dict) -> Section:
             [
                 [
                     model,
-                    *(_interval(modes["greedy"][name]) for name in names),
-                    _interval(modes["sampled"][names[0]]),
-                    _interval(modes["heldout"]["kl_to_teacher"], ".3f") if "heldout" in modes else "-",
+                    *(say_interval(modes["greedy"][name]) for name in names),
+                    say_interval(modes["sampled"][names[0]]),
+                    say_interval(modes["heldout"]["kl_to_teacher"], ".3f") if "heldout" in modes else "-",
                 ]
                 for model, modes in metrics.items()
             ],
@@ -111,9 +107,9 @@ def _quality(evaluation: dict) -> Section:
                 [
                     [
                         f"− {model}",
-                        *(_interval(modes["greedy"][name], sign="+") for name in names),
-                        _interval(modes["sampled"][names[0]], sign="+"),
-                        _interval(modes["heldout"]["kl_to_teacher"], ".3f", "+") if "heldout" in modes else "-",
+                        *(say_interval(modes["greedy"][name], sign="+") for name in names),
+                        say_interval(modes["sampled"][names[0]], sign="+"),
+                        say_interval(modes["heldout"]["kl_to_teacher"], ".3f", "+") if "heldout" in modes else "-",
                     ]
                     for model, modes in evaluation["differences"].items()
                 ],
@@ -141,7 +137,7 @@ def _diversity(evaluation: dict) -> Section:
             [
                 [
                     model,
-                    _interval(modes["sampled"][metric]),
+                    say_interval(modes["sampled"][metric]),
                     *(f"{modes['diversity'][name]:.2f}" for name in ("distinct_1", "distinct_2")),
                     f"{modes['diversity']['self_bleu']:.1f}",
                 ]

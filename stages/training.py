@@ -172,15 +172,19 @@ def train(
     save_every: int | None = None,
     best: str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    report_to: Sequence[str] = (),
 ) -> list[dict]:
     """Train in place and return the Trainer's log history.
 
     run: folder of the checkpoints. The newest whole checkpoint that is already there is resumed from, so a killed run
     goes on where it was; the caller removes the folder once what was trained is saved. With `best` the learner ends
-    with the weights of the best held-out value of that term.
+    with the weights of the best held-out value of that term. report_to: trackers of transformers, by name; what
+    TensorBoard reads is written to `logs` beside the stages' folders of checkpoints.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("training runs in one process: start it without torchrun or accelerate launch")
+    _require_trackers(report_to)
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.parents[1] / "logs" / run.name))
     arguments = TrainingArguments(
         output_dir=str(run),
         max_steps=optimisation.steps,
@@ -204,7 +208,7 @@ def train(
         metric_for_best_model=f"eval_{best}" if best else None,
         greater_is_better=False,
         remove_unused_columns=False,
-        report_to=[],
+        report_to=list(report_to),
         disable_tqdm=True,
         dataloader_num_workers=0,
         use_cpu=not torch.cuda.is_available(),
@@ -228,6 +232,18 @@ def train(
         trainer.train(resume_from_checkpoint=checkpoint)
     learner.to("cpu")
     return trainer.state.log_history
+
+
+def _require_trackers(names: Sequence[str]) -> None:
+    """Raises UserError for trackers that are unknown or not installed."""
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UserError(f"report_to: unknown tracker '{name}'; known: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
+        if name not in get_available_reporting_integrations():
+            raise UserError(f"report_to: {name} is not installed: pip install {name}")
 
 
 def _whole_checkpoint(run: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""What holds for the presets: each one resolves, and its pipeline runs on tiny models and rows of its data set's shape."""
+"""What holds for the presets: each resolves, and its pipeline runs on tiny models and rows of its data set's shape."""
 
 import json
 from pathlib import Path

@@ -1,0 +1,99 @@
+"""What holds for how a student is trained: seeds, the best checkpoint, early stopping, adapters, trackers, the card."""
+
+import polars as pl
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from pipeline.models import load_causal_lm
+from pipeline.shards.selection import Selection
+from stages.batches import collate, from_rows
+from stages.distill import distill
+from stages.students import StudentLearner
+from stages.training import held_out
+from tests.conftest import make_params
+
+
+def trained(cache, student, tmp_path, *overrides):
+    params = make_params("unused", "distill.reward=none", *overrides)
+    out = tmp_path / "student"
+    metrics = distill(params, cache / "selection", student, None, out, tmp_path / "metrics", tmp_path / "runs")
+    return metrics, load_causal_lm(out)
+
+
+def test_another_seed_of_distill_is_another_run_on_the_same_cache(cache, student, tmp_path):
+    models = [
+        trained(cache, student, tmp_path / name, f"distill.seed={seed}")[1]
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    weights = [model.model.layers[0].mlp.up_proj.weight for model in models]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_the_best_student_is_kept_and_training_stops_when_it_no_longer_improves(cache, student, tmp_path):
+    """A learning rate that is far too high makes the held-out loss rise after a few steps."""
+    given = ["distill.optimisation.steps=60", "distill.optimisation.learning_rate=0.3", "distill.evaluate_every=1",
+             "distill.save_every=1", "distill.best=kd", "distill.patience=3"]  # fmt: skip
+    metrics, model = trained(cache, student, tmp_path, *given)
+    curve = pl.read_csv(tmp_path / "metrics" / "heldout.csv")
+    assert len(curve) < 60
+    assert metrics["heldout_kd"] == pytest.approx(curve["kd"].min())
+    assert metrics["best_step"] == curve["step"][curve["kd"].arg_min()] == curve["step"].max() - 3
+    rows = list(Selection(cache / "selection").rows("validation"))
+    learner = StudentLearner(model, objective="fkl", nll_weight=0)
+    found = held_out(learner, [collate(from_rows(rows, topk=True))], "cpu")
+    assert found["kd"] == pytest.approx(metrics["heldout_kd"], abs=1e-5)
+
+
+def test_adapters_are_trained_alone_and_merged_into_a_plain_model(cache, student, tmp_path):
+    metrics, model = trained(cache, student, tmp_path, "distill.lora.rank=2", "distill.optimisation.steps=20")
+    start = load_causal_lm(student)
+    assert model.state_dict().keys() == start.state_dict().keys()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, start.state_dict()[name])}
+    linear = {f"model.layers.0.{n}.weight" for n in (
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    )}  # fmt: skip
+    assert changed == linear
+    for name in linear:
+        difference = model.state_dict()[name] - start.state_dict()[name]
+        assert torch.linalg.matrix_rank(difference, atol=1e-6) <= 2
+    curve = pl.read_csv(tmp_path / "metrics" / "heldout.csv")
+    assert curve["kd"][-1] < curve["kd"][0] and metrics["heldout_kd"] == curve["kd"][-1]
+    assert "LoRA: rank 2" in (tmp_path / "student" / "README.md").read_text()
+
+
+def test_a_run_can_be_followed_by_a_tracker(cache, student, tmp_path, monkeypatch):
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    trained(cache, student, tmp_path, "distill.report_to=[tensorboard]")
+    events = list((tmp_path / "runs" / "logs").rglob("events.out.tfevents.*"))
+    assert len(events) == 1 and events[0].stat().st_size > 1000
+    with pytest.raises(UserError, match="unknown tracker 'diary'"):
+        trained(cache, student, tmp_path / "other", "distill.report_to=[diary]")
+
+
+def test_the_card_names_teacher_data_objective_and_metrics(cache, student, tmp_path):
+    metrics, _ = trained(cache, student, tmp_path, "distill.objective=rkl")
+    card = (tmp_path / "student" / "README.md").read_text()
+    identity = Selection(cache / "selection").teacher["identity"]
+    for said in (
+        "license: apache-2.0",
+        identity,
+        "Objective: rkl",
+        "Cached responses: 80",
+        f"{metrics['heldout_kd']:.4g}",
+    ):
+        assert said in card
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["distill.patience=2"], "set best to"),
+        (["distill.best=loss", "distill.save_every=7"], "multiple of"),
+        (["distill.best=kd", "distill.objective=seqkd"], "no term kd"),
+    ],
+)
+def test_settings_of_the_best_student_that_cannot_work_are_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        make_params("unused", *given)
