@@ -125,6 +125,7 @@ def teach(
     epilog=_example(
         "xkd-pipeline generate",
         "xkd-pipeline generate --teacher path/to/model --prompts questions.jsonl --samples 4 -k 32 --out cache",
+        "xkd-pipeline generate --responses answers.jsonl --engine text",
         "xkd-pipeline generate --dry-run",
     )
 )
@@ -142,7 +143,11 @@ def generate(
         ),
     ] = None,
     store: StoreOption = None,
-    engine: Annotated[str | None, typer.Option("--engine", help="auto, vllm, hf or stub.")] = None,
+    engine: Annotated[str | None, typer.Option("--engine", help="auto, vllm, hf, stub or text.")] = None,
+    responses: Annotated[
+        str | None,
+        typer.Option("--responses", help="Responses made elsewhere (.jsonl, .parquet): scored, not sampled."),
+    ] = None,
     samples: Annotated[int | None, typer.Option("--samples", "-n", help="Responses a training prompt.")] = None,
     k: Annotated[int | None, typer.Option("--topk", "-k", help="Tokens kept at every position.")] = None,
     temperature: Annotated[
@@ -164,6 +169,7 @@ def generate(
     """
     given = {
         "generate.teacher": teacher, "generate.engine": engine, "generate.samples": samples, "generate.k": k,
+        "generate.responses": responses,
         "generate.temperature": temperature, "max_tokens": max_tokens, "template": template,
     }  # fmt: skip
     overrides = [*(set or []), *(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)]

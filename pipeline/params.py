@@ -168,8 +168,12 @@ class TeachBoth(Section):
 class Generate(Section):
     teacher: str = "data/models/teacher"
     """Folder or hub name of the teacher."""
-    engine: Literal["auto", "vllm", "hf", "stub"] = "auto"
-    """What runs the teacher; auto is vllm where it is installed, else hf."""
+    engine: Literal["auto", "vllm", "hf", "stub", "text"] = "auto"
+    """What runs the teacher; auto is vllm where it is installed, else hf; text runs none and keeps `responses`."""
+    responses: str = ""
+    """File (.jsonl or .parquet) of prompt and response made elsewhere: scored by the teacher in place of sampling."""
+    accept: Literal["all", "correct"] = "all"
+    """Training responses to select: all, or those that the task's checker finds correct (rejection sampling)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number type of the teacher's weights; auto is the one they are stored in."""
     samples: Annotated[int, Field(gt=0, le=32767)] = 2
@@ -190,6 +194,12 @@ class Generate(Section):
     """Rows that may be left out (too long, failed) before the stage counts as failed."""
     materialize: bool = True
     """Copy the selected rows into data/teacher, so that `dvc push` shares them; else read them from the store."""
+
+    @model_validator(mode="after")
+    def _text_needs_responses(self):
+        if self.engine == "text" and not self.responses:
+            raise ValueError("engine text runs no teacher: set responses to a file of prompts and responses")
+        return self
 
     @model_validator(mode="after")
     def _greedy_is_one_sample(self):

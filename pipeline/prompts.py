@@ -115,6 +115,37 @@ def read_prompts(path: Path, splits: Sequence[str] | None = None) -> list[Prompt
     return prompts
 
 
+@dataclass(frozen=True)
+class GivenResponse:
+    """A response by another tool."""
+
+    response: str
+    ends: bool  # by itself; false where its tool cut it off
+
+
+def read_responses(path: Path) -> dict[str, list[GivenResponse]]:
+    """Prompt text -> responses of a Parquet or JSONL file, in file order; equal ones of a prompt count once.
+
+    Columns `prompt` (before any template) and `response` are required; `finish` may be stop or length. Raises
+    UserError that names the file and the row of what is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no file of responses at {path}")
+    found: dict[str, list[GivenResponse]] = {}
+    for number, row in enumerate(_read_rows(path), start=1):
+        for column in ("prompt", "response"):
+            if not isinstance(row.get(column), str) or not row[column].strip():
+                raise UserError(f"{path}: row {number} has no text in column '{column}'")
+        finish = row.get("finish") or "stop"
+        if finish not in ("stop", "length"):
+            raise UserError(f"{path}: row {number} has finish '{finish}'; known: stop, length")
+        given = GivenResponse(row["response"], finish == "stop")
+        if given not in found.setdefault(row["prompt"], []):
+            found[row["prompt"]].append(given)
+    return found
+
+
 def _read_rows(path: Path) -> list[dict]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -159,7 +190,7 @@ def _parse(row: dict, path: Path, number: int) -> Prompt:
     return Prompt(identity, text, tuple(references), split)
 
 
-def encode_response(tokenizer, text: str) -> np.ndarray:
-    """Token ids of a response that ends by itself: no leading special tokens, EOS at the end; int32."""
+def encode_response(tokenizer, text: str, ends: bool = True) -> np.ndarray:
+    """Token ids of a response: no leading special tokens; EOS at the end where it ends by itself; int32."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return np.asarray([*ids, tokenizer.eos_token_id], np.int32)
+    return np.asarray([*ids, tokenizer.eos_token_id] if ends else ids, np.int32)

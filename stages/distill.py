@@ -17,6 +17,7 @@ from pipeline.models import (
     require_replaceable,
     require_same_tokenizer,
     save_model,
+    stop_token_ids,
 )
 from pipeline.params import Distill, Lora, Params
 from pipeline.provenance import code_fingerprint, fingerprint, git_commit, seconds_since_start, versions
@@ -51,6 +52,8 @@ def distill(
     settings = params.distill
     require_replaceable(out)
     selection = Selection(selection_path, store)
+    if settings.objective != "seqkd" or settings.reward != "none":
+        selection.require_teacher(name_of(settings))
     tokenizer = load_tokenizer(student_path)
     require_same_tokenizer(selection.teacher["tokenizer"], tokenizer, student_path)
     rows = {name: list(selection.rows(name)) for name in ("train", "validation") if name in selection.parts}
@@ -109,7 +112,8 @@ def distill(
     numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
     write_json_atomically(metrics_out / "metrics.json", numbers)
     write_json_atomically(metrics_out / "results.json", metrics | {"cost": cost, "provenance": provenance})
-    stops = tuple(selection.part("train")["request"]["sampling"]["stop_token_ids"])
+    drawn = selection.part("train")["request"].get("sampling")  # absent where responses were given
+    stops = tuple(drawn["stop_token_ids"]) if drawn else stop_token_ids(student_path, tokenizer)
     save_model(out, student, tokenizer, _card(settings, selection, metrics, fingerprint(student_path)), stops)
     shutil.rmtree(run, ignore_errors=True)
     console.facts(

@@ -61,7 +61,8 @@ def evaluate(
     if not prompts:
         raise UserError(f"{prompts_path} has no test prompts with references")
     selection = Selection(selection_path, store)
-    rows = list(selection.rows("validation")) if "validation" in selection.parts else []
+    has_teacher = "validation" in selection.parts and selection.manifest["k"] > 0
+    rows = list(selection.rows("validation")) if has_teacher else []
     outputs = {
         name: _run(name, path, prompts, rows, selection.teacher["tokenizer"], params) for name, path in models.items()
     }

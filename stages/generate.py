@@ -9,15 +9,24 @@ import numpy as np
 
 from pipeline import console
 from pipeline.errors import UserError
-from pipeline.models import context_length, describe_model, load_config, load_tokenizer, local_folder, stop_token_ids
+from pipeline.models import (
+    context_length,
+    describe_model,
+    load_config,
+    load_tokenizer,
+    local_folder,
+    stop_token_ids,
+    tokenizer_identity,
+)
 from pipeline.params import Params
-from pipeline.prompts import TEMPLATE_VERSION, Prompt, PromptFormat, encode_response, read_prompts
+from pipeline.prompts import TEMPLATE_VERSION, Prompt, PromptFormat, encode_response, read_prompts, read_responses
 from pipeline.provenance import git_commit, seconds_since_start, versions
 from pipeline.shards.files import digest, write_json_atomically
 from pipeline.shards.identity import Request, Sampling, sample_key, score_key
 from pipeline.shards.schema import count_tokens
 from pipeline.shards.selection import Part, write_selection
 from pipeline.shards.store import RequestFolder, store_root
+from pipeline.tasks import get_task
 from pipeline.tasks.corruption import corruptions
 from pipeline.teachers import Engine, choose_engine, open_engine
 from pipeline.teachers.orders import Order, Wanted
@@ -54,8 +63,11 @@ def generate(
         raise UserError(f"{prompts_path} has no prompts in the splits train and validation")
     engine_name = choose_engine(settings.engine)
     source = local_folder(settings.teacher)
-    teacher = _teacher(settings.teacher, settings.dtype, engine_name)
     tokenizer = load_tokenizer(source)
+    teacher = _teacher(settings.teacher, settings.dtype, engine_name, tokenizer)
+    task = get_task(params.prepare.task)
+    if settings.accept == "correct" and not task.checked:
+        raise UserError(f"generate.accept: correct needs a task whose answers are right or wrong; {task.name} has none")
 
     orders = _orders(params, prompts, source, tokenizer, root, teacher)
     for order in orders:
@@ -71,7 +83,8 @@ def generate(
 
     if to_make and engine is None:
         longest = max(order.length(wanted) for order in orders for wanted in [*order.missing, *order.widen])
-        console.say(f"loading the teacher from {source} with engine {engine_name}")
+        if engine_name != "text":
+            console.say(f"loading the teacher from {source} with engine {engine_name}")
         try:
             engine = open_engine(engine_name, source, teacher["dtype"], longest)
         except (RuntimeError, ValueError, ImportError) as error:
@@ -80,6 +93,9 @@ def generate(
     tokens = sum(order.fulfil(engine, tokenizer, teacher, settings.rows_per_shard) for order in orders)
     for order in orders:
         order.look_up()
+    rejected = sum(order.reject("train", task.accepts) for order in orders if settings.accept == "correct")
+    if rejected:
+        console.say(f"{rejected:,} training responses are wrong by the task's checker and were not selected")
     parts = {name: part for order in orders for name, part in order.parts().items()}
     made = sum(len(order.cached) for order in orders) - cached
     lost = sum(len(order.missing) + len(order.widen) for order in orders)
@@ -87,7 +103,8 @@ def generate(
         console.warn(f"the engine gave no answer for {lost} rows; run the same command to ask again")
     summary = Summary(cached, made, sum(len(order.skipped) for order in orders) + lost)
     if not parts:
-        raise UserError("nothing could be made of any prompt; see the warnings above")
+        reason = "no training response was accepted" if rejected else "see the warnings above"
+        raise UserError(f"nothing could be made of any prompt: {reason}")
     manifest = write_selection(out, parts, teacher, orders[0].k, summary.skipped, settings.materialize)
     cost = _cost(summary, manifest, orders, tokens, time.monotonic() - asked, seconds_since_start())
     if results is not None:
@@ -97,7 +114,13 @@ def generate(
     return summary
 
 
-def _teacher(source: str, dtype: str, engine: str) -> dict:
+def _teacher(source: str, dtype: str, engine: str, tokenizer) -> dict:
+    if engine == "text":  # no weights are needed: what counts is how text becomes tokens
+        found = tokenizer_identity(tokenizer)[:16]
+        return {
+            "identity": digest({"text": found})[:16], "tokenizer": found, "vocab_size": len(tokenizer), "dtype": None,
+            "licence": None, "name": "text only", "commit": None,
+        }  # fmt: skip
     teacher = describe_model(source, dtype)
     if engine == "stub":  # fake answers must never be found under a real teacher's identity
         teacher |= {"identity": digest({"stub": teacher["identity"]})[:16], "name": "stub"}
@@ -115,14 +138,20 @@ def _orders(
     drawn = Request("sample", params.template, TEMPLATE_VERSION, params.seed, sampling, chat)
     given = Request("score", params.template, TEMPLATE_VERSION, chat=chat)
     asked = _asked(prompts, form, tokenizer)
+    text_only = choose_engine(settings.engine) == "text"
     counts = {"train": settings.samples, "validation": settings.validation_samples}
+    if settings.responses:
+        counts = dict.fromkeys(counts, 0)
     to_draw = [
         Wanted(prompt.split, prompt, text, ids, sample, sample_key(drawn, ids, sample))
         for prompt, text, ids in asked
         for sample in range(counts[prompt.split])
     ]
-    to_score = list(_references(asked, params, tokenizer))
-    k, context = min(settings.k, teacher["vocab_size"]), context_length(load_config(source))
+    to_score = [] if text_only else list(_references(asked, params, tokenizer))
+    if settings.responses:
+        to_score = [*_given(asked, Path(settings.responses), tokenizer), *to_score]
+    k = 0 if text_only else min(settings.k, teacher["vocab_size"])
+    context = None if text_only else context_length(load_config(source))
 
     def order(request: Request, wanted: list[Wanted]) -> Order:
         return Order(request, RequestFolder(root, teacher["identity"], request.identity), wanted, k, stops, context)
@@ -135,6 +164,21 @@ def _asked(prompts: list[Prompt], form: PromptFormat, tokenizer) -> list[tuple[P
     texts = [prompt.prompt for prompt in prompts]
     rendered = [form.text(tokenizer, text) for text in texts]
     return list(zip(prompts, rendered, form.encode(tokenizer, texts), strict=True))
+
+
+def _given(asked: list[tuple[Prompt, str, np.ndarray]], path: Path, tokenizer) -> Iterator[Wanted]:
+    """The responses that another tool gave to these prompts."""
+    given = read_responses(path)
+    unasked = len(given.keys() - {prompt.prompt for prompt, _, _ in asked})
+    unanswered = sum(prompt.prompt not in given for prompt, _, _ in asked)
+    if unasked or unanswered:
+        console.warn(
+            f"{path}: {unasked:,} of its prompts are not in the prompt file; {unanswered:,} prompts have no response"
+        )
+    for prompt, text, ids in asked:
+        for number, each in enumerate(given.get(prompt.prompt, ())):
+            response = encode_response(tokenizer, each.response, each.ends)
+            yield Wanted(prompt.split, prompt, text, ids, number, score_key(ids, response), "teacher", response)
 
 
 def _references(asked: list[tuple[Prompt, str, np.ndarray]], params: Params, tokenizer) -> Iterator[Wanted]:

@@ -61,6 +61,7 @@ def reward(
     Returns the metrics. Raises UserError where the selection holds nothing to fit, to validate or to audit with.
     """
     selection = Selection(selection_path, store)
+    selection.require_teacher("a reward")
     require_same_tokenizer(selection.teacher["tokenizer"], load_tokenizer(student_path), student_path)
     rows = {name: list(selection.rows(name)) for name in ("train", "validation", "scored") if name in selection.parts}
     for name in ("train", "validation"):

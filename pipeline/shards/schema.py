@@ -47,7 +47,7 @@ class Row:
     prompt_ids: np.ndarray  # int32 [P]
     response_ids: np.ndarray  # int32 [T]
     finish: str  # stop | length
-    logprobs: np.ndarray  # float32 [T], full vocabulary, temperature 1
+    logprobs: np.ndarray | None  # float32 [T], full vocabulary, temperature 1; None in text-only rows
     topk_ids: np.ndarray  # int32 [T, k], in rank order
     topk_logprobs: np.ndarray  # float16 [T, k]
     lse: np.ndarray | None  # float32 [T], log-sum-exp of the raw logits

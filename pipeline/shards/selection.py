@@ -146,6 +146,15 @@ class Selection:
         if not path.is_file() or sha256_file(path) != file["sha256"]:
             raise UserError(f"{path} is missing or not what manifest.json says: run `xkd-pipeline generate` again")
 
+    def require_teacher(self, what: str) -> None:
+        """Raises UserError where the rows are text alone, without a teacher's log-probabilities."""
+        if self.manifest["k"] == 0:
+            raise UserError(
+                f"{self.folder} holds text only, no teacher's log-probabilities: {what} needs them. Use "
+                "distill.objective=seqkd with distill.reward=none, or have a teacher score the responses "
+                "(generate.engine other than text)"
+            )
+
     def part(self, name: str) -> dict:
         """The manifest's entry of `train`, `validation` or `scored`."""
         if name not in self.parts:

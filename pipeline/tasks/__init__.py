@@ -14,6 +14,7 @@ TASKS = {
             1,
             (metrics.accuracy(arithmetic.extract),),
             Generator(arithmetic.example, arithmetic.lexicon),
+            checked=True,
         ),
         Task("translation", 1, (metrics.bleu(), metrics.chrf()), Generator(translation.example, translation.lexicon)),
         Task(
@@ -22,7 +23,7 @@ TASKS = {
             tuple(metrics.rouge(name) for name in ("rouge2", "rouge1", "rougeL")),
             Generator(summarisation.example, summarisation.lexicon),
         ),
-        Task("gsm8k", 1, (metrics.accuracy(gsm8k.extract),)),
+        Task("gsm8k", 1, (metrics.accuracy(gsm8k.extract),), checked=True),
     )
 }
 

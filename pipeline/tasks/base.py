@@ -1,6 +1,6 @@
 """What a task is: a seeded source of prompts with references, the words it is made of, and its metrics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -31,3 +31,8 @@ class Task:
     version: int
     metrics: tuple[Metric, ...]  # the first one is the headline
     generator: Generator | None = None  # None: its prompts come from data sets
+    checked: bool = False  # an answer is right or wrong: the headline metric says which
+
+    def accepts(self, response: str, references: Sequence[str]) -> bool:
+        """Whether a checked task's answer is right."""
+        return bool(self.metrics[0].statistics([response], [references])[0, 0])

@@ -1,4 +1,4 @@
-"""Teacher engines behind one interface: vllm, hf (transformers) and stub."""
+"""Teacher engines behind one interface: vllm, hf (transformers), text (none at all) and stub."""
 
 import importlib.util
 from pathlib import Path
@@ -29,6 +29,10 @@ def open_engine(name: str, folder: Path, dtype: str, context: int) -> Engine:
         from pipeline.teachers.hf import HfEngine
 
         return HfEngine.load(folder, dtype)
+    if name == "text":
+        from pipeline.teachers.text import TextEngine
+
+        return TextEngine()
     from pipeline.teachers.stub import StubEngine
 
     return StubEngine.load(folder)

@@ -30,7 +30,7 @@ class Answer:
     key: str
     response_ids: np.ndarray  # int32 [T]; ends with the stop token where finish is `stop`
     finish: str  # stop | length
-    logprobs: np.ndarray  # float32 [T]
+    logprobs: np.ndarray | None  # float32 [T]; None where no teacher was run
     topk_ids: np.ndarray  # int32 [T, k]
     topk_logprobs: np.ndarray  # float32 [T, k]
     lse: np.ndarray | None  # float32 [T]

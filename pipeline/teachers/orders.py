@@ -1,6 +1,6 @@
 """Ask a teacher for what the store does not hold, and keep every answer as it comes."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
@@ -47,6 +47,7 @@ class Order:
     missing: list[Wanted] = field(default_factory=list)
     widen: list[Wanted] = field(default_factory=list)  # stored with fewer than k tokens a position
     skipped: dict[str, str] = field(default_factory=dict)  # key -> reason
+    rejected: set[str] = field(default_factory=set)  # keys that are cached and not selected
 
     def look_up(self, retry_skipped: bool = False, set_aside: bool = True) -> None:
         """Sort the wanted rows into cached, missing, widen and skipped. Damaged shards count as absent."""
@@ -124,10 +125,22 @@ class Order:
         """The cached rows by part, in the order they were wanted; call after a last `look_up`."""
         parts: dict[str, Part] = {}
         for wanted in self.wanted:
-            if location := pick(self.index.get(wanted.key, []), self.k):
+            location = pick(self.index.get(wanted.key, []), self.k)
+            if location and wanted.key not in self.rejected:
                 part = parts.setdefault(wanted.part, Part(self.folder, self.request))
                 part.add(wanted.prompt.id, wanted.key, wanted.origin, location)
         return parts
+
+    def reject(self, part: str, accepts: Callable[[str, Sequence[str]], bool]) -> int:
+        """Leave cached rows of a part out of the selection that `accepts(response, references)` does not; how many."""
+        wanted = [wanted for wanted in self.cached if wanted.part == part]
+        rows = self.folder.read(pick(self.index[each.key], self.k) for each in wanted)
+        self.rejected = {
+            each.key
+            for each, row in zip(wanted, rows, strict=True)
+            if not accepts(row.response, each.prompt.references)
+        }
+        return len(self.rejected)
 
 
 class _Writer:

@@ -1,0 +1,25 @@
+"""No teacher at all: given responses are kept as they are, without log-probabilities, for sequence-level KD."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from pipeline.shards.identity import Sampling
+from pipeline.teachers.base import Answer, Ask, Failure, finish_of
+
+
+class TextEngine:
+    """`score` passes responses through, with k = 0; there is nobody to `sample` from."""
+
+    def __init__(self):
+        self.description = {"engine": "text"}
+
+    def sample(self, asks: Sequence[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:
+        for ask in asks:
+            yield Failure(ask.key, "engine text draws no samples")
+
+    def score(self, asks: Sequence[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]:
+        for ask in asks:
+            empty = np.empty((len(ask.response_ids), 0))
+            finish = finish_of(ask.response_ids, stop_token_ids)
+            yield Answer(ask.key, ask.response_ids, finish, None, empty.astype(np.int32), empty, None)
