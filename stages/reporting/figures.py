@@ -13,8 +13,6 @@ COLOURS = ("#3366aa", "#dd7733", "#338855", "#aa4477", "#777777", "#997700")
 _STYLE = {
     "svg.hashsalt": "xkd",
     "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["Helvetica", "Arial", "sans-serif"],
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
