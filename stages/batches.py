@@ -116,10 +116,35 @@ def _collate_extras(responses: Sequence[Response], steps: int) -> dict[str, Tens
     return extras
 
 
-def gather_states(hidden: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-    """Hidden states [B, L, H] at the response positions of `mask` [B, R] -> [N, H], row by row."""
-    rows = torch.arange(len(hidden), device=hidden.device)[:, None].expand_as(positions)
-    return hidden[rows[mask], positions[mask]]
+def response_states(backbone, batch: dict[str, Tensor]) -> Tensor:
+    """Hidden states [N, H] of a model without its head at the response positions, row by row.
+
+    A causal model reads prompt and response; an encoder-decoder reads the prompt, and its decoder the response.
+    """
+    mask = batch["labels"] != IGNORED
+    if not backbone.config.is_encoder_decoder:
+        hidden = backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        rows = torch.arange(len(hidden), device=hidden.device)[:, None].expand_as(mask)
+        return hidden[rows[mask], batch["positions"][mask]]
+    lengths = batch["positions"][:, :1] + 1  # of the prompts
+    prompts = batch["input_ids"][:, : int(lengths.max())]
+    read = (torch.arange(prompts.shape[1], device=prompts.device) < lengths).long()
+    start = torch.full_like(batch["labels"][:, :1], backbone.config.decoder_start_token_id)
+    before = torch.cat([start, batch["labels"][:, :-1].clamp_min(0)], 1)
+    return decoder_states(backbone, prompts, read, before)[mask]
+
+
+def decoder_states(model, prompts: Tensor, read: Tensor, before: Tensor) -> Tensor:
+    """Last states [B, R, H] of a decoder over the tokens `before` each response token [B, R].
+
+    prompts [B, P] with attention mask `read`. Not every encoder-decoder model has a base model without a head (T5 has
+    none), but each has its two halves.
+    """
+    encoded = model.get_encoder()(input_ids=prompts, attention_mask=read).last_hidden_state
+    decoder = model.get_decoder()
+    return decoder(
+        input_ids=before, encoder_hidden_states=encoded, encoder_attention_mask=read, use_cache=False
+    ).last_hidden_state
 
 
 def scatter_steps(values: Tensor, mask: Tensor) -> Tensor:

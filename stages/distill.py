@@ -11,7 +11,7 @@ from transformers import EarlyStoppingCallback
 from pipeline import console
 from pipeline.errors import UserError
 from pipeline.models import (
-    load_causal_lm,
+    load_lm,
     load_tokenizer,
     require_context,
     require_replaceable,
@@ -63,12 +63,12 @@ def distill(
     extras, scale, offset = _reward_inputs(settings, selection, rows, reward_path)
     seed = params.seed + settings.seed
     seed_everything(seed)
-    student = load_causal_lm(student_path).train()
+    student = load_lm(student_path).train()
     require_plain_head(student, f"the student {student_path}")
     adapted = _with_adapters(student, settings.lora) if settings.lora.rank else None
     posterior = None
     if settings.reward == "scratch":
-        posterior = RewardPosterior(load_causal_lm(student_path).train(), params.reward.sigma_min)
+        posterior = RewardPosterior(load_lm(student_path).train(), params.reward.sigma_min)
     topk = settings.objective != "seqkd"
     responses = {name: from_rows(part, topk, extras) for name, part in rows.items()}
     longest = max(len(row.prompt_ids) + len(row.response_ids) for part in rows.values() for row in part)
@@ -138,7 +138,7 @@ def _with_adapters(student, lora: Lora):
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules="all-linear",
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if student.config.is_encoder_decoder else "CAUSAL_LM",
     )
     return get_peft_model(student, config)
 

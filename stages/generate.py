@@ -61,8 +61,9 @@ def generate(
     prompts = read_prompts(prompts_path, ("train", "validation"))
     if not prompts:
         raise UserError(f"{prompts_path} has no prompts in the splits train and validation")
-    engine_name = choose_engine(settings.engine)
     source = local_folder(settings.teacher)
+    seq2seq = settings.engine != "text" and load_config(source).is_encoder_decoder
+    engine_name = choose_engine(settings.engine, seq2seq)
     tokenizer = load_tokenizer(source)
     teacher = _teacher(settings.teacher, settings.dtype, engine_name, tokenizer)
     task = get_task(params.prepare.task)
@@ -138,7 +139,7 @@ def _orders(
     drawn = Request("sample", params.template, TEMPLATE_VERSION, params.seed, sampling, chat)
     given = Request("score", params.template, TEMPLATE_VERSION, chat=chat)
     asked = _asked(prompts, form, tokenizer)
-    text_only = choose_engine(settings.engine) == "text"
+    text_only = settings.engine == "text"
     counts = {"train": settings.samples, "validation": settings.validation_samples}
     if settings.responses:
         counts = dict.fromkeys(counts, 0)

@@ -13,7 +13,7 @@ from transformers import EarlyStoppingCallback
 
 from pipeline import console
 from pipeline.errors import UserError
-from pipeline.models import load_causal_lm, load_config, load_tokenizer, require_context, require_same_tokenizer
+from pipeline.models import load_config, load_lm, load_tokenizer, require_context, require_same_tokenizer
 from pipeline.params import Params, Residual, Reward
 from pipeline.provenance import code_fingerprint, fingerprint, git_commit, seconds_since_start, versions
 from pipeline.shards.files import digest, write_json_atomically
@@ -185,7 +185,7 @@ def auditable(rows: Sequence[Row]) -> list[Row]:
 def _audit(rows: Sequence[Row], posterior: RewardPosterior, student_path: Path, params: Params) -> dict:
     """Rank held-out references against their corruptions by the soft reward, beside the log-probability baselines."""
     rewards = _posterior_of(rows, posterior)
-    student = _student_logprobs(rows, load_causal_lm(student_path))
+    student = _student_logprobs(rows, load_lm(student_path))
     judges = {
         "reward": {key: mu for key, (mu, _) in rewards.items()},
         "student_logprob": student,

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.models import load_causal_lm
+from pipeline.models import load_lm
 from pipeline.params import Residual
-from stages.batches import IGNORED, gather_states, scatter_steps
+from stages.batches import IGNORED, response_states, scatter_steps
 from stages.objectives.outcomes import at_least_float32
 from stages.objectives.token_scores import in_chunks
+from stages.students import head_scale
 
 CHUNK = 4096  # response positions that go through the action head at once
 
@@ -44,7 +45,7 @@ class RewardPosterior(nn.Module):
     """A separate encoder and an ActionHead."""
 
     def __init__(self, encoder, sigma_min: float):
-        """encoder: a causal language model, the student's starting point; its backbone is used."""
+        """encoder: a language model, the student's starting point; its backbone is used."""
         super().__init__()
         self.encoder = encoder.base_model
         config = encoder.config.get_text_config()
@@ -53,17 +54,16 @@ class RewardPosterior(nn.Module):
     @classmethod
     def from_student(cls, folder: Path, sigma_min: float) -> "RewardPosterior":
         """Encoder and action head start as the student's: an encoder that knows nothing of the task learns nothing."""
-        student = load_causal_lm(folder).train()
+        student = load_lm(folder).train()
         posterior = cls(student, sigma_min)
         with torch.no_grad():
-            posterior.head.actions.weight.copy_(student.get_output_embeddings().weight)
+            posterior.head.actions.weight.copy_(student.get_output_embeddings().weight * head_scale(student))
         return posterior
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """mu, log_sigma [B, R] of a batch of `stages.batches.collate`; zero at padding."""
         mask = batch["labels"] != IGNORED
-        hidden = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        states = gather_states(hidden, batch["positions"], mask)
+        states = response_states(self.encoder, batch)
         mu, log_sigma = in_chunks(self.head, CHUNK, states, batch["labels"][mask])
         return scatter_steps(mu, mask), scatter_steps(log_sigma, mask)
 
@@ -77,7 +77,7 @@ def save_posterior(folder: Path, posterior: RewardPosterior, description: dict) 
 
 def load_posterior(folder: Path, student: Path, sigma_min: float) -> RewardPosterior:
     """The posterior in `folder`; `student` gives the encoder's shape."""
-    posterior = RewardPosterior(load_causal_lm(student), sigma_min)
+    posterior = RewardPosterior(load_lm(student), sigma_min)
     safetensors.torch.load_model(posterior, str(folder / "reward.safetensors"))
     return posterior
 

@@ -4,20 +4,24 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from stages.batches import IGNORED, gather_states, scatter_steps
+from stages.batches import IGNORED, decoder_states, response_states, scatter_steps
 from stages.objectives.avril import action_values, gaussian_nll, kl_to_prior, soft_state_values, td_residual
 from stages.objectives.token_scores import TokenScores, TopK, chunked_token_scores, sparse_divergence
 from stages.training import Learner, Term
 
 
+def head_scale(model) -> float:
+    """Factor of a model's last states before its head: d_model^-1/2 for T5 with tied embeddings, else 1."""
+    return model.config.d_model**-0.5 if getattr(model.config, "scale_decoder_outputs", False) else 1.0
+
+
 def score_tokens(model, batch: dict[str, Tensor], divergence=None, chunk: int = 4096) -> TokenScores:
-    """Per-token scores of a causal language model at the response positions, flat [N] each.
+    """Per-token scores of a language model at the response positions, flat [N] each.
 
     The backbone runs on the whole sequence, the head on response positions only.
     """
     mask = batch["labels"] != IGNORED
-    hidden = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    states = gather_states(hidden, batch["positions"], mask)
+    states = response_states(model.base_model, batch) * head_scale(model)
     teacher = TopK(batch["topk_ids"][mask], batch["topk_logprobs"][mask]) if "topk_ids" in batch else None
     return chunked_token_scores(
         model.get_output_embeddings(), states, batch["labels"][mask], teacher, divergence, chunk
@@ -33,8 +37,13 @@ def require_plain_head(model, what: str) -> None:
     ids = torch.arange(min(4, model.config.get_text_config().vocab_size), device=model.device)[None]
     was_training = model.training
     model.eval()
-    logits = model(input_ids=ids).logits
-    head = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state)
+    if model.config.is_encoder_decoder:
+        logits = model(input_ids=ids, decoder_input_ids=ids).logits
+        states = decoder_states(model, ids, torch.ones_like(ids), ids)
+    else:
+        logits = model(input_ids=ids).logits
+        states = model.base_model(input_ids=ids).last_hidden_state
+    head = model.get_output_embeddings()(states * head_scale(model))
     model.train(was_training)
     if not torch.allclose(logits.float(), head.float(), rtol=1e-3, atol=1e-3):
         raise UserError(

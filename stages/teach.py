@@ -13,8 +13,8 @@ from pipeline.models import (
     keep_layers,
     licence_of,
     link_model,
-    load_causal_lm,
     load_config,
+    load_lm,
     load_tokenizer,
     local_folder,
     require_context,
@@ -68,7 +68,7 @@ def _starting_point(settings: Teach, tokenizer_path: Path, seed: int):
         if settings.layers:
             config.num_hidden_layers = settings.layers
         return build_from_config(config, tokenizer, seed), tokenizer, None
-    model, tokenizer = load_causal_lm(settings.base), load_tokenizer(settings.base)
+    model, tokenizer = load_lm(settings.base), load_tokenizer(settings.base)
     if settings.layers:
         keep_layers(model, settings.layers)
     return model, tokenizer, stop_token_ids(settings.base, tokenizer)

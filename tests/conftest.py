@@ -42,6 +42,29 @@ def make_model(
     return folder
 
 
+def make_seq2seq_model(folder: Path, seed: int, width: int = 32, tied: bool = True) -> Path:
+    """A tiny T5; with tied embeddings it scales its last states, as the first T5 models do."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    from pipeline.models import save_model, word_tokenizer
+
+    tokenizer = word_tokenizer(WORDS)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=width, d_kv=16, d_ff=2 * width, num_layers=2, num_heads=2,
+        decoder_start_token_id=0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=tied, feed_forward_proj="gated-gelu", dropout_rate=0.0,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name and "lm_head" not in name:  # an untied head is large as it is
+                parameter.mul_(2.0)
+    save_model(folder, model, tokenizer, "---\nlicense: apache-2.0\n---\n# a test model\n")
+    return folder
+
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.models import load_causal_lm, load_tokenizer
+from pipeline.models import load_lm, load_tokenizer
 from pipeline.shards.selection import Selection
 from stages.batches import collate, from_rows
 from stages.distill import distill
@@ -41,8 +41,8 @@ def test_every_objective_learns_plain_and_with_every_reward(cache, fitted, teach
     )
     assert (metrics.get("heldout_lam_eff", 0) > 0) == (kind != "none")
     assert metrics["objective"].startswith("x-" if kind != "none" else objective)
-    model = load_causal_lm(tmp_path / "student")
-    assert not torch.equal(model.base_model.embed_tokens.weight, load_causal_lm(student).base_model.embed_tokens.weight)
+    model = load_lm(tmp_path / "student")
+    assert not torch.equal(model.base_model.embed_tokens.weight, load_lm(student).base_model.embed_tokens.weight)
     assert load_tokenizer(tmp_path / "student").vocab_size == 44
     card = (tmp_path / "student" / "README.md").read_text()
     assert metrics["objective"] in card and "apache-2.0" in card
@@ -115,5 +115,5 @@ def test_a_shard_of_a_larger_vocabulary_trains_a_smaller_student(cache, student)
     highest = max(row.topk_ids.max() for row in rows)
     padded = [replace(row, topk_ids=np.where(row.topk_ids == highest, 60, row.topk_ids)) for row in rows]
     assert any((row.topk_ids == 60).any() for row in padded)
-    kl = score_tokens(load_causal_lm(student), collate(from_rows(padded, True)), sparse_divergence("fkl")).divergence
+    kl = score_tokens(load_lm(student), collate(from_rows(padded, True)), sparse_divergence("fkl")).divergence
     assert kl.isfinite().all() and (kl >= -1e-6).all()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.models import load_causal_lm
+from pipeline.models import load_lm
 from pipeline.shards.selection import Selection
 from stages.batches import collate, from_rows
 from stages.distill import distill
@@ -18,7 +18,7 @@ def trained(cache, student, tmp_path, *overrides):
     params = make_params("unused", "distill.reward=none", *overrides)
     out = tmp_path / "student"
     metrics = distill(params, cache / "selection", student, None, out, tmp_path / "metrics", tmp_path / "runs")
-    return metrics, load_causal_lm(out)
+    return metrics, load_lm(out)
 
 
 def test_another_seed_of_distill_is_another_run_on_the_same_cache(cache, student, tmp_path):
@@ -47,7 +47,7 @@ def test_the_best_student_is_kept_and_training_stops_when_it_no_longer_improves(
 
 def test_adapters_are_trained_alone_and_merged_into_a_plain_model(cache, student, tmp_path):
     metrics, model = trained(cache, student, tmp_path, "distill.lora.rank=2", "distill.optimisation.steps=20")
-    start = load_causal_lm(student)
+    start = load_lm(student)
     assert model.state_dict().keys() == start.state_dict().keys()
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, start.state_dict()[name])}
     linear = {f"model.layers.0.{n}.weight" for n in (

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.models import load_causal_lm
+from pipeline.models import load_lm
 from pipeline.shards.identity import Sampling, sample_seed
 from pipeline.teachers import Answer, Ask, Failure, choose_engine, open_engine
 from pipeline.teachers.hf import HfEngine
@@ -36,7 +36,7 @@ def by_key(answers) -> dict[str, Answer]:
 
 @pytest.fixture(scope="module")
 def hf(teacher) -> HfEngine:
-    return HfEngine(load_causal_lm(teacher), batch_size=7)
+    return HfEngine(load_lm(teacher), batch_size=7)
 
 
 def assert_columns_are_those_of_the_model(answer: Answer, ask: Ask, model, k: int, tolerance: float) -> None:

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.models import load_causal_lm, load_tokenizer
+from pipeline.models import load_lm, load_tokenizer
 from pipeline.prompts import Prompt, encode_response, read_prompts, write_prompts
 from pipeline.shards.selection import Selection
 from stages.batches import collate, from_rows
@@ -72,7 +72,7 @@ def test_a_teacher_scores_the_responses_of_another_tool(given, teacher, tmp_path
     selection = Selection(tmp_path / "selection")
     rows = [row for part in ("train", "validation") for row in selection.rows(part)]
     assert len(rows) == 14 and {row.k for row in rows} == {8} and "scored" in selection.parts
-    model = load_causal_lm(teacher)
+    model = load_lm(teacher)
     expected = score_tokens(model, collate(from_rows(rows, topk=False))).logprob.detach().numpy()
     np.testing.assert_allclose(np.concatenate([row.logprobs for row in rows]), expected, atol=1e-4)
 

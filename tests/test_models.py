@@ -13,8 +13,8 @@ from pipeline.models import (
     describe_model,
     keep_layers,
     link_model,
-    load_causal_lm,
     load_config,
+    load_lm,
     load_tokenizer,
     local_folder,
     require_same_tokenizer,
@@ -75,7 +75,7 @@ def test_other_weight_formats_are_refused(teacher, tmp_path):
     with pytest.raises(UserError, match=r"no \.safetensors weights"):
         describe_model(copy, "float32")
     with pytest.raises(UserError, match="cannot load the model"):
-        load_causal_lm(copy)
+        load_lm(copy)
 
 
 @pytest.mark.parametrize("source", ["/absent/model", "./absent", "absent/deep/model", "absent"])
@@ -112,7 +112,7 @@ def test_stop_tokens_are_those_of_the_tokenizer_and_of_the_generation_config(tea
 
 
 def test_only_a_folder_of_a_model_is_replaced(teacher, tmp_path):
-    model, tokenizer = load_causal_lm(teacher), load_tokenizer(teacher)
+    model, tokenizer = load_lm(teacher), load_tokenizer(teacher)
     for name in ("new", "new"):  # the second time over the first
         save_model(tmp_path / name, model, tokenizer, "# card\n")
     (tmp_path / "mine" / "deep").mkdir(parents=True)
@@ -132,18 +132,18 @@ def test_hidden_generation_settings_are_not_used(teacher, tmp_path):
     (copy / "generation_config.json").write_text(
         json.dumps({"repetition_penalty": 5.0, "temperature": 0.1, "do_sample": True})
     )
-    assert load_causal_lm(copy).generation_config.repetition_penalty in (None, 1.0)
+    assert load_lm(copy).generation_config.repetition_penalty in (None, 1.0)
 
 
 def test_kept_layers_are_the_base_s_own_and_the_cut_model_is_loaded_again(tmp_path, teacher):
-    deep = load_causal_lm(make_model(tmp_path / "deep", seed=3, layers=7))
+    deep = load_lm(make_model(tmp_path / "deep", seed=3, layers=7))
     tokenizer = load_tokenizer(teacher)
     before = [block.mlp.up_proj.weight.clone() for block in deep.model.layers]
     cut = keep_layers(deep, 3)
     for block, number in zip(cut.model.layers, (0, 3, 6), strict=True):
         assert torch.equal(block.mlp.up_proj.weight, before[number])
     save_model(tmp_path / "cut", cut, tokenizer, "")
-    again = load_causal_lm(tmp_path / "cut")
+    again = load_lm(tmp_path / "cut")
     ids = torch.arange(4, 12)[None]
     assert torch.equal(again(ids).logits, cut.eval()(ids).logits) and again.config.num_hidden_layers == 3
     # Its key-value cache works: generation is what repeated forward passes say.
@@ -161,9 +161,7 @@ def test_a_link_stands_for_a_model_and_notices_other_weights(tmp_path, teacher):
     direct, linked = describe_model(tmp_path / "model", "auto"), describe_model(tmp_path / "link", "auto")
     assert direct == linked
     assert resolve(tmp_path / "link") == str(tmp_path / "model") and local_folder(tmp_path / "link").is_dir()
-    assert torch.equal(
-        load_causal_lm(tmp_path / "link").lm_head.weight, load_causal_lm(tmp_path / "model").lm_head.weight
-    )
+    assert torch.equal(load_lm(tmp_path / "link").lm_head.weight, load_lm(tmp_path / "model").lm_head.weight)
     weights = safetensors.torch.load_file(tmp_path / "model" / "model.safetensors")
     weights["model.norm.weight"] += 1
     safetensors.torch.save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
@@ -185,7 +183,7 @@ def test_a_configuration_alone_becomes_a_new_model_for_the_tokenizer(teacher):
 def test_a_model_that_changes_its_logits_after_the_head_is_refused(teacher):
     from transformers import CohereConfig, CohereForCausalLM
 
-    require_plain_head(load_causal_lm(teacher), "a plain model")
+    require_plain_head(load_lm(teacher), "a plain model")
     config = CohereConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, logit_scale=0.1
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.models import load_causal_lm
+from pipeline.models import load_lm
 from pipeline.params import Residual
 from pipeline.shards.schema import Row
 from pipeline.shards.selection import Selection
@@ -72,7 +72,7 @@ def test_the_action_head_computes_its_formula_and_its_sigma_has_a_floor():
 
 
 def test_the_posterior_starts_from_the_student(student):
-    posterior, model = RewardPosterior.from_student(student, 0.3), load_causal_lm(student)
+    posterior, model = RewardPosterior.from_student(student, 0.3), load_lm(student)
     torch.testing.assert_close(posterior.head.actions.weight, model.get_output_embeddings().weight)
     for one, other in zip(posterior.encoder.parameters(), model.base_model.parameters(), strict=True):
         torch.testing.assert_close(one, other)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ import safetensors.torch
 import torch
 
 from pipeline.errors import UserError
-from pipeline.models import load_causal_lm
+from pipeline.models import load_lm
 from pipeline.params import Optimisation
-from stages.batches import IGNORED, Response, collate, gather_states, scatter_steps
+from stages.batches import IGNORED, Response, collate, response_states, scatter_steps
 from stages.curves import split_history, write_csv
 from stages.students import StudentLearner, score_tokens
 from stages.training import count, held_out, total_loss, train
@@ -44,13 +45,18 @@ def test_a_batch_says_where_each_response_token_is_predicted():
     assert batch["labels"].tolist() == [[9, 2, IGNORED], [6, 7, 4]]
     assert batch["positions"].tolist() == [[1, 2, 0], [0, 1, 2]]
     mask = batch["labels"] != IGNORED
-    states = gather_states(batch["input_ids"][..., None], batch["positions"], mask)[:, 0]
+
+    def echo(input_ids, attention_mask):
+        return SimpleNamespace(last_hidden_state=input_ids[..., None])
+
+    echo.config = SimpleNamespace(is_encoder_decoder=False)
+    states = response_states(echo, batch)[:, 0]
     assert states.tolist() == [8, 9, 5, 6, 7]  # the token before each response token
     assert scatter_steps(torch.arange(1, 6), mask).tolist() == [[1, 2, 0], [3, 4, 5]]
 
 
 def test_scores_are_those_of_the_whole_model_one_response_at_a_time(teacher):
-    model, responses = load_causal_lm(teacher), make_responses(6)
+    model, responses = load_lm(teacher), make_responses(6)
     together = score_tokens(model, collate(responses)).logprob.split([len(r.response_ids) for r in responses])
     for response, found in zip(responses, together, strict=True):
         ids = torch.tensor(np.concatenate([response.prompt_ids, response.response_ids]))[None]
@@ -62,7 +68,7 @@ def test_scores_are_those_of_the_whole_model_one_response_at_a_time(teacher):
 
 def make_learner(student, reward: str = "frozen") -> StudentLearner:
     return StudentLearner(
-        load_causal_lm(student), "jsd", 0.3, nll_weight=0.5, td="sarsa", reward=reward, lam=0.1, scale=1.7, chunk=5
+        load_lm(student), "jsd", 0.3, nll_weight=0.5, td="sarsa", reward=reward, lam=0.1, scale=1.7, chunk=5
     )
 
 

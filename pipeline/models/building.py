@@ -40,16 +40,17 @@ def build_causal_lm(size: ModelSize, tokenizer, context: int, seed: int):
 
 
 def build_from_config(config, tokenizer, seed: int):
-    """A new causal model of `config`'s shape for the vocabulary of `tokenizer`, weights drawn with `seed`."""
+    """A new model of `config`'s shape for the vocabulary of `tokenizer`, weights drawn with `seed`."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config.vocab_size = max(config.vocab_size, len(tokenizer))
     config.eos_token_id, config.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
     config.pad_token_id = tokenizer.pad_token_id
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        return auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def keep_layers(model, layers: int):

@@ -50,16 +50,17 @@ def load_config(source: str | Path):
     return load_pretrained(AutoConfig, source, "model")
 
 
-def load_causal_lm(source: str | Path, dtype: str = "float32"):
-    """A causal language model in evaluation mode; `dtype` as in `generate.dtype`."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
+def load_lm(source: str | Path, dtype: str = "float32"):
+    """A causal or an encoder-decoder language model in evaluation mode; `dtype` as in `generate.dtype`."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
-    config = load_config(source)
-    if config.is_encoder_decoder:
-        raise UserError(f"{source} is an encoder-decoder model; only causal models are supported")
-    model = load_pretrained(AutoModelForCausalLM, source, "model", dtype=dtype, use_safetensors=True)
+    seq2seq = load_config(source).is_encoder_decoder
+    auto_class = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    model = load_pretrained(auto_class, source, "model", dtype=dtype, use_safetensors=True)
     # Nothing hidden in a model's own generation_config may change how it is sampled here.
     model.generation_config = GenerationConfig()
+    if seq2seq:
+        model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id
     return model.eval()
 
 

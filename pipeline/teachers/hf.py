@@ -16,25 +16,25 @@ from pipeline.teachers.base import Answer, Ask, Failure, finish_of
 
 
 class HfEngine:
-    """Batched, left-padded generation of a causal model, longest prompts first."""
+    """Batched generation, longest prompts first; left-padded for causal models, right-padded for encoders."""
 
     def __init__(self, model, batch_size: int = 64):
         import transformers
 
-        self.model, self.batch_size = model, batch_size
+        self.model, self.batch_size, self.seq2seq = model, batch_size, model.config.is_encoder_decoder
         self.description = {"engine": "hf", "transformers": transformers.__version__, "torch": torch.__version__}
 
     @classmethod
     def load(cls, folder: Path, dtype: str) -> "HfEngine":
-        from pipeline.models import load_causal_lm
+        from pipeline.models import load_lm
 
-        return cls(load_causal_lm(folder, dtype).to("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(load_lm(folder, dtype).to("cuda" if torch.cuda.is_available() else "cpu"))
 
     @torch.inference_mode()
     def sample(self, asks: Sequence[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:
         for batch in self._batches(asks, lambda ask: len(ask.prompt_ids)):
             capture = _Capture([ask.seed for ask in batch], sampling, k)
-            input_ids, mask = _left_padded([ask.prompt_ids for ask in batch], self.model.device)
+            input_ids, mask = self._padded([ask.prompt_ids for ask in batch])
             output = self.model.generate(
                 input_ids,
                 attention_mask=mask,
@@ -43,26 +43,21 @@ class HfEngine:
                     do_sample=False,
                     eos_token_id=list(sampling.stop_token_ids),
                     pad_token_id=sampling.stop_token_ids[0],
+                    decoder_start_token_id=self.model.generation_config.decoder_start_token_id,
                 ),
                 logits_processor=LogitsProcessorList([capture]),
             )
-            tokens = output[:, input_ids.shape[1] :].cpu().numpy().astype(np.int32)
+            given = 1 if self.seq2seq else input_ids.shape[1]  # a decoder is given its start token
+            tokens = output[:, given:].cpu().numpy().astype(np.int32)
             yield from capture.answers(batch, tokens)
 
     @torch.inference_mode()
     def score(self, asks: Sequence[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]:
         for batch in self._batches(asks, lambda ask: len(ask.prompt_ids) + len(ask.response_ids)):
-            sequences = [np.concatenate([ask.prompt_ids, ask.response_ids]) for ask in batch]
-            input_ids, mask = _left_padded(sequences, self.model.device)
-            positions = (mask.cumsum(-1) - 1).clamp_min(0)
-            # Left padding puts all responses at the end: only those positions go through the head.
-            tail = max(len(ask.response_ids) for ask in batch) + 1
-            logits = self.model(
-                input_ids=input_ids, attention_mask=mask, position_ids=positions, logits_to_keep=tail
-            ).logits
+            logits = self._decoder_logits(batch) if self.seq2seq else self._causal_logits(batch)
             for i, ask in enumerate(batch):
                 steps = len(ask.response_ids)
-                view = logits[i, -steps - 1 : -1].float()
+                view = (logits[i, :steps] if self.seq2seq else logits[i, -steps - 1 : -1]).float()
                 values, ids, lse = _top_k(view, k)
                 response = torch.tensor(ask.response_ids, device=view.device).long()
                 logprobs = view.gather(-1, response[:, None]).squeeze(-1) - lse
@@ -71,20 +66,38 @@ class HfEngine:
                     *(array.cpu().numpy() for array in (logprobs, ids.int(), values, lse)),
                 )  # fmt: skip
 
+    def _causal_logits(self, batch: Sequence[Ask]) -> torch.Tensor:
+        """[B, 1 + R, V]; left padding puts all responses at the end, and only those positions go through the head."""
+        input_ids, mask = self._padded([np.concatenate([ask.prompt_ids, ask.response_ids]) for ask in batch])
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        tail = max(len(ask.response_ids) for ask in batch) + 1
+        return self.model(input_ids=input_ids, attention_mask=mask, position_ids=positions, logits_to_keep=tail).logits
+
+    def _decoder_logits(self, batch: Sequence[Ask]) -> torch.Tensor:
+        """[B, R, V] of a decoder that reads its start token and the responses."""
+        input_ids, mask = self._padded([ask.prompt_ids for ask in batch])
+        start = np.asarray([self.model.config.decoder_start_token_id], np.int32)
+        decoder_ids, _ = self._padded([np.concatenate([start, ask.response_ids[:-1]]) for ask in batch])
+        return self.model(input_ids=input_ids, attention_mask=mask, decoder_input_ids=decoder_ids).logits
+
+    def _padded(self, sequences: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        return _padded(sequences, self.model.device, left=not self.seq2seq)
+
     def _batches(self, asks: Sequence[Ask], length) -> Iterator[list[Ask]]:
         ordered = sorted(asks, key=length, reverse=True)
         for start in range(0, len(ordered), self.batch_size):
             yield ordered[start : start + self.batch_size]
 
 
-def _left_padded(sequences: Sequence[np.ndarray], device) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(sequences: Sequence[np.ndarray], device, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, [B, L] each; padding is masked, so its id means nothing."""
     longest = max(map(len, sequences))
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, sequence in enumerate(sequences):
-        ids[i, longest - len(sequence) :] = torch.tensor(sequence)
-        mask[i, longest - len(sequence) :] = 1
+        start = longest - len(sequence) if left else 0
+        ids[i, start : start + len(sequence)] = torch.tensor(sequence)
+        mask[i, start : start + len(sequence)] = 1
     return ids.to(device), mask.to(device)
 
 
