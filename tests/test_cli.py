@@ -51,7 +51,9 @@ def test_unknown_objectives_and_typos_are_refused(tmp_path):
     (tmp_path / "params.yaml").write_text("distil: {objective: fkl}\n")
     message = refused("prepare", cwd=tmp_path)
     assert "params.yaml" in message and "distil: unknown parameter; did you mean 'distill'?" in message
-    assert "'arithmetic', 'translation', 'summarisation' or 'gsm8k'" in refused("prepare", "--set", "prepare.task=poetry")
+    assert "'arithmetic', 'translation', 'summarisation' or 'gsm8k'" in refused(
+        "prepare", "--set", "prepare.task=poetry"
+    )
     assert "--model nonsense: expected NAME=FOLDER" in refused("evaluate", "--model", "nonsense")
 
 

@@ -82,3 +82,29 @@ def test_a_folder_without_results_and_a_file_of_another_kind_are_named(tmp_path)
     (tmp_path / "results.json").write_text('{"metrics": {}}')
     with pytest.raises(UserError, match=r"results\.json holds no results"):
         compare([str(tmp_path)], Path("data"))
+
+
+@pytest.mark.slow
+def test_a_dvc_experiment_is_read_by_its_name(tmp_path, monkeypatch):
+    """Its results are outputs in DVC's cache and not in git; the workspace has moved on since."""
+
+    def sh(*command: str) -> None:
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+
+    for name, score in (("fkl", 30.0), ("rkl", 40.0)):
+        write(tmp_path / "made" / name, score, name)
+    (tmp_path / "params.yaml").write_text("objective: fkl\n")
+    (tmp_path / "dvc.yaml").write_text(
+        "stages:\n  make:\n    cmd: rm -rf data && cp -r made/${objective} data\n    deps: [made]\n"
+        "    params: [objective]\n    outs: [data/evaluation/results.json, data/distill/results.json]\n"
+    )
+    for command in (
+        ("git", "init", "-q"), ("git", "config", "user.email", "t@t"), ("git", "config", "user.name", "t"),
+        ("dvc", "init", "-q"), ("dvc", "repro", "-q"), ("git", "add", "-A"), ("git", "commit", "-qm", "first"),
+        ("dvc", "exp", "run", "-q", "-n", "other", "-S", "objective=rkl"), ("git", "checkout", "-q", "."),
+        ("dvc", "checkout", "-q", "--force"),
+    ):  # fmt: skip
+        sh(*command)
+    monkeypatch.chdir(tmp_path)
+    rows = [row for row in compare(["data", "other"], Path("data")) if row["model"] == "distilled"]
+    assert [(row["result"], row["objective"]) for row in rows] == [("data", "fkl"), ("other", "rkl")]
