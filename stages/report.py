@@ -63,7 +63,7 @@ def _headline(evaluation: dict) -> str:
 def _subtitle(found: dict) -> str:
     evaluation = found["evaluation"]
     teacher = found["generate"].get("provenance", {}).get("teacher", {})
-    name = teacher.get("name") or teacher.get("source") or "a local model"
+    name = teacher.get("name") or "a local model"
     counts = evaluation.get("counts", {})
     test = f"{counts['test']:,} test prompts, " if counts else ""
     return f"Teacher: {name} ({evaluation['provenance']['teacher']}). {test}95 % bootstrap intervals over prompts."
