@@ -11,7 +11,6 @@ from rich.markup import escape
 
 from pipeline import __version__, console
 from pipeline.errors import UserError
-from pipeline.models.loading import resolve
 from pipeline.params import Params, Role
 from pipeline.params_file import load_params, to_yaml
 
@@ -196,6 +195,8 @@ def _limit_threads(teacher: str) -> None:
 
     Must happen before torch is imported; an OMP_NUM_THREADS of the user's stays.
     """
+    from pipeline.models.loading import resolve
+
     folder = Path(resolve(teacher))
     weights = list(folder.glob("*.safetensors")) if folder.is_dir() else []
     if weights and sum(file.stat().st_size for file in weights) < _TINY_WEIGHTS:

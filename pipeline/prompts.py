@@ -62,9 +62,12 @@ class PromptFormat:
 
     def encode(self, tokenizer, prompts: Sequence[str]) -> list[np.ndarray]:
         """Token ids, int32 each; special tokens are the tokenizer's own, or those of the chat template."""
-        if not prompts:
+        return self.encode_texts(tokenizer, [self.text(tokenizer, prompt) for prompt in prompts])
+
+    def encode_texts(self, tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+        """The same for texts that `text` made."""
+        if not texts:
             return []
-        texts = [self.text(tokenizer, prompt) for prompt in prompts]
         return [np.asarray(ids, np.int32) for ids in tokenizer(texts, add_special_tokens=not self.chat)["input_ids"]]
 
     def chat_identity(self, tokenizer) -> str | None:

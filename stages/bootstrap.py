@@ -39,6 +39,7 @@ def _summary(value: float, drawn: np.ndarray) -> dict[str, float]:
     return {"value": float(value), "low": float(low), "high": float(high)}
 
 
-def say_interval(value: Mapping[str, float], form: str = ".1f", sign: str = "") -> str:
-    """`77.5 [73.5, 81.5]`; sign "+" for differences."""
-    return " ".join((f"{value['value']:{sign}{form}}", f"[{value['low']:{sign}{form}}, {value['high']:{sign}{form}}]"))
+def say_interval(found: Mapping[str, float], form: str = ".1f", sign: str = "", of: str = "value") -> str:
+    """`77.5 [73.5, 81.5]`; sign "+" for differences; of: the estimate's name beside low and high."""
+    value, low, high = (f"{found[name]:{sign}{form}}" for name in (of, "low", "high"))
+    return f"{value} [{low}, {high}]"

@@ -76,7 +76,9 @@ def distill(
     if settings.best and not rows.get("validation"):
         raise UserError(f"distill.best needs held-out responses, and {selection_path} has no part validation")
     inputs = [params.seed, settings.model_dump(), params.reward.sigma_min, scale, offset, code_fingerprint()]
-    inputs += [fingerprint(path) for path in (selection_path, student_path, *([reward_path] if extras else []))]
+    origins = {"selection": fingerprint(selection_path), "student": fingerprint(student_path)}
+    origins["reward"] = fingerprint(reward_path) if extras else None
+    inputs.append(origins)
     run = runs / "distill" / digest(inputs)[:16]
     first_step = FirstStep()
     history = train(
@@ -102,9 +104,7 @@ def distill(
         "seed": params.seed,
         "parameters": settings.model_dump(),
         "teacher": selection.teacher["identity"],
-        "selection": fingerprint(selection_path),
-        "student": fingerprint(student_path),
-        "reward": fingerprint(reward_path) if extras else None,
+        **origins,
         "git_commit": git_commit(),
         "versions": versions(),
     }
@@ -114,7 +114,7 @@ def distill(
     write_json_atomically(metrics_out / "results.json", metrics | {"cost": cost, "provenance": provenance})
     drawn = selection.part("train")["request"].get("sampling")  # absent where responses were given
     stops = tuple(drawn["stop_token_ids"]) if drawn else stop_token_ids(student_path, tokenizer)
-    save_model(out, student, tokenizer, _card(settings, selection, metrics, fingerprint(student_path)), stops)
+    save_model(out, student, tokenizer, _card(settings, selection, metrics, origins["student"]), stops)
     shutil.rmtree(run, ignore_errors=True)
     console.facts(
         f"student distilled with {name_of(settings)}",

@@ -162,9 +162,8 @@ def _orders(
 
 def _asked(prompts: list[Prompt], form: PromptFormat, tokenizer) -> list[tuple[Prompt, str, np.ndarray]]:
     """Prompts with the text and the token ids that the teacher reads."""
-    texts = [prompt.prompt for prompt in prompts]
-    rendered = [form.text(tokenizer, text) for text in texts]
-    return list(zip(prompts, rendered, form.encode(tokenizer, texts), strict=True))
+    texts = [form.text(tokenizer, prompt.prompt) for prompt in prompts]
+    return list(zip(prompts, texts, form.encode_texts(tokenizer, texts), strict=True))
 
 
 def _given(asked: list[tuple[Prompt, str, np.ndarray]], path: Path, tokenizer) -> Iterator[Wanted]:

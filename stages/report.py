@@ -85,43 +85,31 @@ def _quality(evaluation: dict) -> Section:
     metrics, names = evaluation["metrics"], list(evaluation["higher_is_better"])
     section = Section("quality", "Quality", [f"KL: {_KL}."])
     columns = ["model", *names, f"{names[0]}, sampled", "KL"]
-    section.tables.append(
-        Table(
-            columns,
-            [
-                [
-                    model,
-                    *(say_interval(modes["greedy"][name]) for name in names),
-                    say_interval(modes["sampled"][names[0]]),
-                    say_interval(modes["heldout"]["kl_to_teacher"], ".3f") if "heldout" in modes else "-",
-                ]
-                for model, modes in metrics.items()
-            ],
-            "Scores on the test prompts, greedy unless said otherwise",
-        )
-    )
+    title = "Scores on the test prompts, greedy unless said otherwise"
+    scores = [[model, *_scores(modes, names)] for model, modes in metrics.items()]
+    section.tables.append(Table(columns, scores, title))
     if evaluation["differences"]:
-        section.tables.append(
-            Table(
-                columns,
-                [
-                    [
-                        f"− {model}",
-                        *(say_interval(modes["greedy"][name], sign="+") for name in names),
-                        say_interval(modes["sampled"][names[0]], sign="+"),
-                        say_interval(modes["heldout"]["kl_to_teacher"], ".3f", "+") if "heldout" in modes else "-",
-                    ]
-                    for model, modes in evaluation["differences"].items()
-                ],
-                f"{evaluation['candidate']} minus the others, paired over prompts",
-            )
-        )
+        title = f"{evaluation['candidate']} minus the others, paired over prompts"
+        differences = [
+            [f"− {model}", *_scores(modes, names, "+")] for model, modes in evaluation["differences"].items()
+        ]
+        section.tables.append(Table(columns, differences, title))
     drawn = {model: modes["greedy"][names[0]] for model, modes in metrics.items()}
     section.figures.append(Figure(figures.intervals(drawn, f"{names[0]}, greedy"), f"{names[0]} of the greedy answers"))
     kls = {model: modes["heldout"]["kl_to_teacher"] for model, modes in metrics.items() if "heldout" in modes}
     if kls:
         section.figures.append(Figure(figures.intervals(kls, "nats a token"), "KL(teacher ‖ model)"))
     return section
+
+
+def _scores(modes: dict, names: list[str], sign: str = "") -> list[str]:
+    """Cells of one model, or of one difference: all metrics greedy, the headline sampled, KL."""
+    kl = modes.get("heldout", {}).get("kl_to_teacher")
+    return [
+        *(say_interval(modes["greedy"][name], sign=sign) for name in names),
+        say_interval(modes["sampled"][names[0]], sign=sign),
+        say_interval(kl, ".3f", sign) if kl else "-",
+    ]
 
 
 def _diversity(evaluation: dict) -> Section:
@@ -205,7 +193,13 @@ def _reward(audit: dict, data: Path, store: Path | None, prompts: int) -> Sectio
             Table(
                 ["judge", "mean over tokens", "sum over tokens", "mean, pooled"],
                 [
-                    [judge, *(_auc(found[how]) for how in ("within_mean", "within_sum", "pooled_mean"))]
+                    [
+                        judge,
+                        *(
+                            say_interval(found[how], ".3f", of="auc")
+                            for how in ("within_mean", "within_sum", "pooled_mean")
+                        ),
+                    ]
                     for judge, found in audit["audit"].items()
                 ],
                 "AUC: held-out references over their corruptions, within prompts",
@@ -229,10 +223,6 @@ def _reward(audit: dict, data: Path, store: Path | None, prompts: int) -> Sectio
             "median of the responses shown), and the thickness of the line under it the uncertainty σ."
         )
     return section
-
-
-def _auc(value: dict[str, float]) -> str:
-    return f"{value['auc']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
 def _samples(path: Path, evaluation: dict, count: int) -> Section | None:

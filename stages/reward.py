@@ -21,6 +21,7 @@ from pipeline.shards.schema import Row
 from pipeline.shards.selection import Selection
 from stages.audit import Scored, audit, calibration
 from stages.batches import IGNORED, collate, from_rows
+from stages.bootstrap import say_interval
 from stages.curves import split_history, write_csv
 from stages.objectives.avril import gaussian_nll, kept_steps, kl_to_prior
 from stages.residuals import residual_scale, teacher_residual
@@ -72,7 +73,8 @@ def reward(
 
     longest = max(len(row.prompt_ids) + len(row.response_ids) for part in rows.values() for row in part)
     require_context(load_config(student_path), longest, f"the student {student_path}")
-    inputs = [params.seed, fingerprint(selection_path), fingerprint(student_path), code_fingerprint()]
+    origins = {"selection": fingerprint(selection_path), "student": fingerprint(student_path)}
+    inputs = [params.seed, origins, code_fingerprint()]
     metrics: dict[str, dict] = {}
     for td in POSTERIORS:
         residual: Residual = getattr(params.reward, td)
@@ -95,8 +97,7 @@ def reward(
         "seed": params.seed,
         "parameters": params.reward.model_dump(),
         "teacher": selection.teacher["identity"],
-        "selection": fingerprint(selection_path),
-        "student": fingerprint(student_path),
+        **origins,
         "git_commit": git_commit(),
         "versions": versions(),
     }
@@ -232,10 +233,7 @@ def _report(metrics: dict, out: Path, audit_out: Path) -> None:
             [
                 (
                     judge,
-                    *(
-                        f"{r[how]['auc']:.3f} [{r[how]['low']:.3f}, {r[how]['high']:.3f}]"
-                        for how in ("within_mean", "within_sum")
-                    ),
+                    *(say_interval(r[how], ".3f", of="auc") for how in ("within_mean", "within_sum")),
                     f"{r['pooled_mean']['auc']:.3f}",
                 )
                 for judge, r in metrics["audit"].items()

@@ -1,5 +1,7 @@
 """The learner that every student is trained with: a distillation loss, likelihood, and the X term, by configuration."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +10,12 @@ from stages.batches import IGNORED, decoder_states, response_states, scatter_ste
 from stages.objectives.avril import action_values, gaussian_nll, kl_to_prior, soft_state_values, td_residual
 from stages.objectives.token_scores import TokenScores, TopK, chunked_token_scores, sparse_divergence
 from stages.training import Learner, Term
+
+
+def output_head(model) -> Callable[[Tensor], Tensor]:
+    """Last states -> logits; the scale is applied only where there is one, since this runs at every training step."""
+    head, scale = model.get_output_embeddings(), head_scale(model)
+    return head if scale == 1.0 else lambda states: head(states * scale)
 
 
 def head_scale(model) -> float:
@@ -21,11 +29,9 @@ def score_tokens(model, batch: dict[str, Tensor], divergence=None, chunk: int = 
     The backbone runs on the whole sequence, the head on response positions only.
     """
     mask = batch["labels"] != IGNORED
-    states = response_states(model.base_model, batch) * head_scale(model)
+    states = response_states(model.base_model, batch)
     teacher = TopK(batch["topk_ids"][mask], batch["topk_logprobs"][mask]) if "topk_ids" in batch else None
-    return chunked_token_scores(
-        model.get_output_embeddings(), states, batch["labels"][mask], teacher, divergence, chunk
-    )
+    return chunked_token_scores(output_head(model), states, batch["labels"][mask], teacher, divergence, chunk)
 
 
 @torch.no_grad()
@@ -43,7 +49,7 @@ def require_plain_head(model, what: str) -> None:
     else:
         logits = model(input_ids=ids).logits
         states = model.base_model(input_ids=ids).last_hidden_state
-    head = model.get_output_embeddings()(states * head_scale(model))
+    head = output_head(model)(states)
     model.train(was_training)
     if not torch.allclose(logits.float(), head.float(), rtol=1e-3, atol=1e-3):
         raise UserError(

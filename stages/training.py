@@ -184,7 +184,8 @@ def train(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("training runs in one process: start it without torchrun or accelerate launch")
     _require_trackers(report_to)
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.parents[1] / "logs" / run.name))
+    if "tensorboard" in report_to:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.parents[1] / "logs" / run.name))
     arguments = TrainingArguments(
         output_dir=str(run),
         max_steps=optimisation.steps,

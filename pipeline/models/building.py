@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.errors import UserError
+from pipeline.models.loading import lm_class
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,7 @@ class ModelSize:
 
 def build_causal_lm(size: ModelSize, tokenizer, context: int, seed: int):
     """A new Llama-like model with tied embeddings (RMSNorm, RoPE, SwiGLU), weights drawn with `seed`."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -30,27 +30,20 @@ def build_causal_lm(size: ModelSize, tokenizer, context: int, seed: int):
         max_position_embeddings=context,
         tie_word_embeddings=True,
         initializer_range=size.width**-0.5 / 2,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+    return build_from_config(config, tokenizer, seed)
 
 
 def build_from_config(config, tokenizer, seed: int):
     """A new model of `config`'s shape for the vocabulary of `tokenizer`, weights drawn with `seed`."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config.vocab_size = max(config.vocab_size, len(tokenizer))
     config.eos_token_id, config.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
     config.pad_token_id = tokenizer.pad_token_id
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        return auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        return lm_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def keep_layers(model, layers: int):

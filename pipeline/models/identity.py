@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.models.loading import linked_weights, load_config, local_folder, resolve
+from pipeline.models.loading import load_config, local_folder, read_link
 from pipeline.models.tokenizers import load_tokenizer, tokenizer_identity
 from pipeline.shards.files import digest, sha256_file
 
@@ -28,14 +28,14 @@ def describe_model(source: str | Path, dtype: str) -> dict:
     `identity` is a digest of weights, configuration (without paths and versions), tokenizer and dtype: the same
     weights at another path or under another name are the same teacher. `name`, `commit` and `licence` are provenance.
     """
-    linked, source = linked_weights(source), resolve(source)
-    folder = local_folder(source)
+    link = read_link(source)
+    source, folder = link["source"], local_folder(source)
     weights = weights_digest(folder)
-    if linked not in (None, weights):
+    if link["weights"] not in (None, weights):
         raise UserError(
             f"the weights of {source} have changed since it was made the teacher: dvc repro -f teach@teacher"
         )
-    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    config, tokenizer = load_config(folder), tokenizer_identity(load_tokenizer(folder))
     if dtype == "auto":
         dtype = str(config.dtype).removeprefix("torch.") if config.dtype is not None else "float32"
     # The file, not the loaded object: that also holds the defaults of the installed transformers.
@@ -45,14 +45,14 @@ def describe_model(source: str | Path, dtype: str) -> dict:
         {
             "weights": weights,
             "config": settings,
-            "tokenizer": tokenizer_identity(tokenizer),
+            "tokenizer": tokenizer,
             "dtype": dtype,
         }
     )
     from_hub = not Path(source).is_dir()
     return {
         "identity": identity[:16],
-        "tokenizer": tokenizer_identity(tokenizer)[:16],
+        "tokenizer": tokenizer[:16],
         "vocab_size": config.get_text_config().vocab_size,
         "dtype": dtype,
         "licence": licence_of(folder),

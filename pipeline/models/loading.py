@@ -25,16 +25,15 @@ def link_model(folder: Path, source: str | Path, weights: str) -> None:
     write_json_atomically(folder / _LINK, {"source": where, "weights": weights})
 
 
+def read_link(source: str | Path) -> dict:
+    """What a link stands for, `source`, and the digest of its `weights`; anything else is itself, with None."""
+    link = Path(source) / _LINK
+    return json.loads(link.read_text(encoding="utf-8")) if link.is_file() else {"source": source, "weights": None}
+
+
 def resolve(source: str | Path) -> str | Path:
     """What a link stands for; anything else is itself."""
-    link = Path(source) / _LINK
-    return json.loads(link.read_text(encoding="utf-8"))["source"] if link.is_file() else source
-
-
-def linked_weights(source: str | Path) -> str | None:
-    """The digest of the weights that a link was made for; None where `source` is no link."""
-    link = Path(source) / _LINK
-    return json.loads(link.read_text(encoding="utf-8"))["weights"] if link.is_file() else None
+    return read_link(source)["source"]
 
 
 def has_weights(source: str | Path) -> bool:
@@ -50,16 +49,21 @@ def load_config(source: str | Path):
     return load_pretrained(AutoConfig, source, "model")
 
 
+def lm_class(config):
+    """The transformers class that makes a language model of a configuration."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
 def load_lm(source: str | Path, dtype: str = "float32"):
     """A causal or an encoder-decoder language model in evaluation mode; `dtype` as in `generate.dtype`."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+    from transformers import GenerationConfig
 
-    seq2seq = load_config(source).is_encoder_decoder
-    auto_class = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-    model = load_pretrained(auto_class, source, "model", dtype=dtype, use_safetensors=True)
+    model = load_pretrained(lm_class(load_config(source)), source, "model", dtype=dtype, use_safetensors=True)
     # Nothing hidden in a model's own generation_config may change how it is sampled here.
     model.generation_config = GenerationConfig()
-    if seq2seq:
+    if model.config.is_encoder_decoder:
         model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id
     return model.eval()
 
