@@ -11,15 +11,32 @@ from rich.markup import escape
 
 from pipeline import __version__, console
 from pipeline.errors import UserError
+from pipeline.options import (
+    AUDIT,
+    CURVES,
+    DATA,
+    EVALUATION,
+    PARAMS_FILE,
+    PROMPTS,
+    REWARD,
+    RUNS,
+    SCORED,
+    SELECTION,
+    START,
+    STUDENT,
+    TOKENIZER,
+    ParamsOption,
+    PromptsOption,
+    RetryOption,
+    RunsOption,
+    ScoredOption,
+    SelectionOption,
+    SetOption,
+    StoreOption,
+    StudentOption,
+)  # fmt: skip
 from pipeline.params import Params, Role
 from pipeline.params_file import load_params, to_yaml
-
-PARAMS_FILE = Path("params.yaml")
-DATA, RUNS = Path("data"), Path("runs")
-PROMPTS, TOKENIZER = DATA / "prompts" / "prompts.parquet", DATA / "tokenizer"
-START, STUDENT = DATA / "models" / "student", DATA / "student"
-SELECTION, REWARD, AUDIT = DATA / "teacher", DATA / "reward", DATA / "audit"
-CURVES, EVALUATION = DATA / "distill", DATA / "evaluation"
 
 LEFT_OUT = 3  # exit code: done, but more rows were left out than generate.max_skipped allows
 _TINY_WEIGHTS = 64 * 2**20
@@ -32,27 +49,10 @@ app = typer.Typer(
     help=(
         "Offline knowledge distillation: run the teacher [bold]once[/bold], keep what it said, distil as often as you "
         "like.\n\nThe stages in order: [cyan]prepare[/cyan], [cyan]teach[/cyan], [cyan]generate[/cyan], "
-        "[cyan]reward[/cyan], [cyan]distill[/cyan], [cyan]evaluate[/cyan], "
+        "[cyan]score[/cyan], [cyan]reward[/cyan], [cyan]distill[/cyan], [cyan]evaluate[/cyan], "
         "[cyan]report[/cyan]. [cyan]dvc repro[/cyan] runs them all."
     ),
 )
-
-ParamsOption = Annotated[
-    Path | None,
-    typer.Option("--params", help="Parameter file, may be partial.  [dim]default: params.yaml if it exists[/dim]"),
-]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one parameter; repeatable.")
-]
-StoreOption = Annotated[
-    Path | None,
-    typer.Option("--store", help="Teacher store.  [dim]default: $XKD_STORE, else the user's cache directory[/dim]"),
-]
-PromptsOption = Annotated[
-    Path,
-    typer.Option("--prompts", help="Prompt file (.parquet or .jsonl): prompt, and optionally id, references, split."),
-]
-RunsOption = Annotated[Path, typer.Option("--runs", help="Checkpoints of unfinished training.")]
 
 
 def _load(params: Path | None, overrides: list[str] | None) -> Params:
@@ -157,9 +157,7 @@ def generate(
         str | None, typer.Option("--template", help="What the teacher reads, with {prompt} in it.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is cached and what is missing.")] = False,
-    retry_skipped: Annotated[
-        bool, typer.Option("--retry-skipped", help="Try rows again that were left out before.")
-    ] = False,
+    retry_skipped: RetryOption = False,
 ) -> None:
     """Run the teacher on what the store does not hold yet, and select this experiment's rows.
 
@@ -179,15 +177,47 @@ def generate(
     if results is None and out == SELECTION:
         results = DATA / "generate" / "results.json"
     summary = run(loaded, prompts, out, store, dry_run, retry_skipped, results=results)
-    if summary.skipped > loaded.generate.max_skipped:
-        raise LeftOut(
-            f"{summary.skipped} rows were left out (generate.max_skipped is {loaded.generate.max_skipped}); the rest "
-            "is cached. Shorten their prompts, or raise generate.max_skipped"
-        )
+    _require_few_skipped(summary.skipped, loaded.generate.max_skipped)
+
+
+@app.command(epilog=_example("xkd-pipeline score", "xkd-pipeline score --set score.validation_samples=16"))
+def score(
+    params: ParamsOption = None,
+    set: SetOption = None,
+    prompts: PromptsOption = PROMPTS,
+    student: StudentOption = START,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the scored responses.")] = SCORED,
+    store: StoreOption = None,
+    retry_skipped: RetryOption = False,
+) -> None:
+    """Have the teacher score references, corrupted references and the student's samples, into the same store.
+
+    References are what the objective sft learns, the others are negatives for the reward's fit and for its audit.
+    """
+    loaded = _load(params, set)
+    _limit_threads(loaded.generate.teacher)
+    from stages.score import score as run
+
+    results = DATA / "score" / "results.json" if out == SCORED else None
+    summary = run(loaded, prompts, student, out, store, retry_skipped, results=results)
+    _require_few_skipped(summary.skipped, loaded.generate.max_skipped)
 
 
 class LeftOut(UserError):
     """The run went to its end without some rows."""
+
+
+def _require_few_skipped(skipped: int, most: int) -> None:
+    if skipped > most:
+        raise LeftOut(
+            f"{skipped} rows were left out (generate.max_skipped is {most}); the rest is cached. Shorten their "
+            "prompts, or raise generate.max_skipped"
+        )
+
+
+def _scored(option: Path | None) -> Path | None:
+    """`--scored`, else the pipeline's own where it is there."""
+    return SCORED if option is None and (SCORED / "manifest.json").is_file() else option
 
 
 def _limit_threads(teacher: str) -> None:
@@ -207,17 +237,20 @@ def _limit_threads(teacher: str) -> None:
 def reward(
     params: ParamsOption = None,
     set: SetOption = None,
-    selection: Annotated[Path, typer.Option("--selection", help="Cached teacher (out of generate).")] = SELECTION,
-    student: Annotated[Path, typer.Option("--student", help="The student's starting point.")] = START,
+    selection: SelectionOption = SELECTION,
+    student: StudentOption = START,
     out: Annotated[Path, typer.Option("--out", help="Folder for the fitted reward.")] = REWARD,
     audit: Annotated[Path, typer.Option("--audit", help="Folder for its audit.")] = AUDIT,
     store: StoreOption = None,
     runs: RunsOption = RUNS,
+    scored: ScoredOption = None,
+    prompts: PromptsOption = PROMPTS,
 ) -> None:
     """Fit the reward that explains the cached teacher, and audit it on held-out prompts."""
     from stages.reward import reward as run
 
-    run(_load(params, set), selection, student, out, audit, runs, store)
+    scored = _scored(scored)
+    run(_load(params, set), selection, student, out, audit, runs, store, scored, prompts if scored else None)
 
 
 @app.command(
@@ -229,9 +262,11 @@ def reward(
 def distill(
     params: ParamsOption = None,
     set: SetOption = None,
-    selection: Annotated[Path, typer.Option("--selection", help="Cached teacher (out of generate).")] = SELECTION,
-    student: Annotated[Path, typer.Option("--student", help="The student's starting point.")] = START,
-    reward: Annotated[Path, typer.Option("--reward", help="Fitted reward; read with distill.reward: frozen.")] = REWARD,
+    selection: SelectionOption = SELECTION,
+    student: StudentOption = START,
+    reward: Annotated[
+        Path, typer.Option("--reward", help="Fitted reward, for distill.reward frozen, joint and shuffled.")
+    ] = REWARD,
     out: Annotated[Path, typer.Option("--out", help="Folder for the student.")] = STUDENT,
     metrics: Annotated[
         Path | None,
@@ -241,13 +276,14 @@ def distill(
     ] = None,
     store: StoreOption = None,
     runs: RunsOption = RUNS,
+    scored: ScoredOption = None,
 ) -> None:
     """Train the student on the cached teacher. Killed and started again, it goes on from its last checkpoint."""
     from stages.distill import distill as run
 
     if metrics is None:  # a student of its own does not write over the pipeline's metrics
         metrics = CURVES if out == STUDENT else out.with_name(f"{out.name}-metrics")
-    run(_load(params, set), selection, student, reward, out, metrics, runs, store)
+    run(_load(params, set), selection, student, reward, out, metrics, runs, store, _scored(scored))
 
 
 @app.command(
@@ -260,7 +296,7 @@ def evaluate(
     params: ParamsOption = None,
     set: SetOption = None,
     prompts: PromptsOption = PROMPTS,
-    selection: Annotated[Path, typer.Option("--selection", help="Cached teacher (out of generate).")] = SELECTION,
+    selection: SelectionOption = SELECTION,
     model: Annotated[
         list[str] | None,
         typer.Option(

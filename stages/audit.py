@@ -1,9 +1,11 @@
 """Does a judge rank right responses over wrong ones? AUC within prompts, bootstrapped by prompt; calibration."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from pipeline.shards.schema import Row
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,33 @@ def auc(right: np.ndarray, wrong: np.ndarray) -> float:
     return float((below + not_above).mean() / (2 * len(wrong)))
 
 
+def rankable(labelled: Sequence[tuple[Row, bool]]) -> list[tuple[Row, bool]]:
+    """The responses of prompts that have both right and wrong ones."""
+    sides: dict[str, set[bool]] = {}
+    for row, right in labelled:
+        sides.setdefault(row.prompt_id, set()).add(right)
+    return [(row, right) for row, right in labelled if len(sides[row.prompt_id]) == 2]
+
+
+def above_the_median(values: Mapping[str, Sequence[tuple[Row, float]]]) -> list[tuple[Row, bool]]:
+    """Per prompt, whether each response is above the median of its values; those that equal it are left out."""
+    labelled = []
+    for responses in values.values():
+        median = float(np.median([value for _, value in responses]))
+        labelled += [(row, value > median) for row, value in responses if value != median]
+    return labelled
+
+
 def audit(examples: Sequence[Scored], resamples: int, seed: int) -> dict[str, dict[str, float]]:
     """AUC of the values' mean and sum over a response, with 95 % intervals by resampling prompts.
 
     `within_*`: the mean over prompts of the AUC inside a prompt, so that a prompt's difficulty does not count;
-    `pooled_*`: over all pairs. Prompts with only right or only wrong responses are left out.
+    `pooled_*`: over all pairs. Every prompt must have right and wrong responses (see `rankable`).
     """
     prompts: dict[str, tuple[list[Scored], list[Scored]]] = {}
     for example in examples:
         prompts.setdefault(example.prompt_id, ([], []))[not example.right].append(example)
-    pairs = [pair for pair in prompts.values() if pair[0] and pair[1]]
+    pairs = list(prompts.values())
     picks = np.random.default_rng(seed).integers(len(pairs), size=(resamples, len(pairs)))
     result: dict[str, dict[str, float]] = {}
     for name, aggregate in (("mean", np.mean), ("sum", np.sum)):

@@ -4,7 +4,7 @@ L is the longest sequence of a batch, R its longest response. Everything about t
 in the sequence the state s_t is that predicts token t, so that the head runs on those positions alone.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,26 +116,49 @@ def _collate_extras(responses: Sequence[Response], steps: int) -> dict[str, Tens
     return extras
 
 
-def response_states(backbone, batch: dict[str, Tensor]) -> Tensor:
-    """Hidden states [N, H] of a model without its head at the response positions, row by row.
+@dataclass(frozen=True)
+class States:
+    """Last hidden states [B, L, H] of a backbone, and where the N response steps are in them."""
+
+    hidden: Tensor
+    rows: Tensor  # [N]
+    places: Tensor  # [N]
+
+    @property
+    def before(self) -> Tensor:
+        """[N, H]: s_t, which predicts token t."""
+        return self.hidden[self.rows, self.places]
+
+    @property
+    def after(self) -> Tensor:
+        """[N, H]: s_{t+1}, which has consumed token t."""
+        return self.hidden[self.rows, self.places + 1]
+
+    def detach(self) -> "States":
+        return States(self.hidden.detach(), self.rows, self.places)
+
+
+def response_states(backbone, batch: dict[str, Tensor]) -> States:
+    """States of a model without its head at the response steps.
 
     A causal model reads prompt and response; an encoder-decoder reads the prompt, and its decoder the response.
     """
-    mask = batch["labels"] != IGNORED
-    if not backbone.config.is_encoder_decoder:
+    mask, place = batch["labels"] != IGNORED, batch["positions"]
+    if backbone.config.is_encoder_decoder:
+        lengths = place[:, :1] + 1  # of the prompts
+        prompts = batch["input_ids"][:, : int(lengths.max())]
+        read = (torch.arange(prompts.shape[1], device=prompts.device) < lengths).long()
+        start = torch.full_like(batch["labels"][:, :1], backbone.config.decoder_start_token_id)
+        hidden = decoder_states(backbone, prompts, read, torch.cat([start, batch["labels"].clamp_min(0)], 1))
+        place = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    else:
         hidden = backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        rows = torch.arange(len(hidden), device=hidden.device)[:, None].expand_as(mask)
-        return hidden[rows[mask], batch["positions"][mask]]
-    lengths = batch["positions"][:, :1] + 1  # of the prompts
-    prompts = batch["input_ids"][:, : int(lengths.max())]
-    read = (torch.arange(prompts.shape[1], device=prompts.device) < lengths).long()
-    start = torch.full_like(batch["labels"][:, :1], backbone.config.decoder_start_token_id)
-    before = torch.cat([start, batch["labels"][:, :-1].clamp_min(0)], 1)
-    return decoder_states(backbone, prompts, read, before)[mask]
+    rows = torch.arange(len(hidden), device=hidden.device)[:, None].expand_as(mask)
+    return States(hidden, rows[mask], place[mask])
 
 
-def decoder_states(model, prompts: Tensor, read: Tensor, before: Tensor) -> Tensor:
-    """Last states [B, R, H] of a decoder over the tokens `before` each response token [B, R].
+def decoder_states(model, prompts: Tensor, read: Tensor, tokens: Tensor) -> Tensor:
+    """Last states [B, R, H] of a decoder that reads `tokens` [B, R], the first of which starts it.
 
     prompts [B, P] with attention mask `read`. Not every encoder-decoder model has a base model without a head (T5 has
     none), but each has its two halves.
@@ -143,10 +166,29 @@ def decoder_states(model, prompts: Tensor, read: Tensor, before: Tensor) -> Tens
     encoded = model.get_encoder()(input_ids=prompts, attention_mask=read).last_hidden_state
     decoder = model.get_decoder()
     return decoder(
-        input_ids=before, encoder_hidden_states=encoded, encoder_attention_mask=read, use_cache=False
+        input_ids=tokens, encoder_hidden_states=encoded, encoder_attention_mask=read, use_cache=False
     ).last_hidden_state
 
 
-def scatter_steps(values: Tensor, mask: Tensor) -> Tensor:
-    """[N] values of the steps in `mask` -> [B, R], zero elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+def head_scale(model) -> float:
+    """Factor of a model's last states before its head: d_model^-1/2 for T5 with tied embeddings, else 1."""
+    return model.config.d_model**-0.5 if getattr(model.config, "scale_decoder_outputs", False) else 1.0
+
+
+def per_response(
+    rows: Sequence[Row],
+    function: Callable[[dict[str, Tensor]], Sequence[Tensor]],
+    device: torch.device | str = "cpu",
+    topk: bool = False,
+    batch_size: int = 128,
+) -> Iterator[tuple[Row, list[np.ndarray]]]:
+    """Each row with its share [T] of every flat [N] tensor that `function` makes of a batch, without gradients."""
+    responses = from_rows(rows, topk)
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        batch = collate(responses[start : start + batch_size])
+        with torch.no_grad():
+            values = function({name: value.to(device) for name, value in batch.items()})
+        bounds = np.cumsum([len(row.response_ids) for row in part])[:-1]
+        split = [np.split(value.float().cpu().numpy(), bounds) for value in values]
+        yield from zip(part, map(list, zip(*split, strict=True)), strict=True)

@@ -4,8 +4,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet as pq
 from transformers import EarlyStoppingCallback
 
 from pipeline import console
@@ -19,15 +17,15 @@ from pipeline.models import (
     save_model,
     stop_token_ids,
 )
-from pipeline.params import Distill, Lora, Params
+from pipeline.params import TOKEN_OBJECTIVES, Distill, Lora, Params
 from pipeline.provenance import code_fingerprint, fingerprint, git_commit, seconds_since_start, versions
 from pipeline.shards.files import digest, write_json_atomically
 from pipeline.shards.schema import Row
 from pipeline.shards.selection import Selection
 from stages.batches import from_rows
 from stages.curves import split_history, write_csv
-from stages.residuals import residual_scale
-from stages.reward_model import RewardPosterior, read_description, require_same_residual
+from stages.reward_inputs import FITTED, RewardInputs, posterior_for, reward_inputs
+from stages.reward_model import RewardPosterior
 from stages.students import StudentLearner, require_plain_head
 from stages.training import FirstStep, seed_everything, train
 
@@ -43,47 +41,46 @@ def distill(
     metrics_out: Path,
     runs: Path,
     store: Path | None = None,
+    scored_path: Path | None = None,
 ) -> dict:
     """Distil the model in `student_path` into the folder `out`; returns the closing metrics, also in `metrics_out`.
 
-    reward_path: folder of the reward stage, needed for `distill.reward: frozen`. Raises UserError where tokenizers or
-    residuals do not match.
+    reward_path: folder of the reward stage, needed for the rewards `frozen`, `shuffled` and `joint`. scored_path: what
+    the stage `score` had scored, with the references that `sft` learns. Raises UserError where tokenizers, vocabularies
+    or residuals do not match.
     """
     settings = params.distill
     require_replaceable(out)
     selection = Selection(selection_path, store)
-    if settings.objective != "seqkd" or settings.reward != "none":
+    if settings.objective not in TOKEN_OBJECTIVES or settings.reward != "none":
         selection.require_teacher(name_of(settings))
     tokenizer = load_tokenizer(student_path)
     require_same_tokenizer(selection.teacher["tokenizer"], tokenizer, student_path)
-    rows = {name: list(selection.rows(name)) for name in ("train", "validation") if name in selection.parts}
-    if not rows.get("train"):
-        raise UserError(f"{selection_path} holds no training responses")
-
-    extras, scale, offset = _reward_inputs(settings, selection, rows, reward_path)
+    rows = _rows(settings, selection, scored_path, store)
     seed = params.seed + settings.seed
+    inputs = reward_inputs(settings, selection, rows, reward_path, seed)
     seed_everything(seed)
     student = load_lm(student_path).train()
     require_plain_head(student, f"the student {student_path}")
     adapted = _with_adapters(student, settings.lora) if settings.lora.rank else None
-    posterior = None
-    if settings.reward == "scratch":
-        posterior = RewardPosterior(load_lm(student_path).train(), params.reward.sigma_min)
-    topk = settings.objective != "seqkd"
-    responses = {name: from_rows(part, topk, extras) for name, part in rows.items()}
+    _require_vocabulary(student.config.get_text_config().vocab_size, rows, student_path)
+    posterior = posterior_for(params, student_path, reward_path)
+    topk = settings.objective not in TOKEN_OBJECTIVES
+    responses = {name: from_rows(part, topk, inputs.extras) for name, part in rows.items()}
     longest = max(len(row.prompt_ids) + len(row.response_ids) for part in rows.values() for row in part)
     require_context(student.config, longest, f"the student {student_path}")
     if settings.best and not rows.get("validation"):
         raise UserError(f"distill.best needs held-out responses, and {selection_path} has no part validation")
-    inputs = [params.seed, settings.model_dump(), params.reward.sigma_min, scale, offset, code_fingerprint()]
     origins = {"selection": fingerprint(selection_path), "student": fingerprint(student_path)}
-    origins["reward"] = fingerprint(reward_path) if extras else None
-    inputs.append(origins)
-    run = runs / "distill" / digest(inputs)[:16]
+    origins["scored"] = fingerprint(scored_path) if settings.objective == "sft" else None
+    origins["reward"] = fingerprint(reward_path) if settings.reward in FITTED else None
+    form = params.reward.model_dump(include={"head", "encoder", "sigma_min"})
+    run_of = [params.seed, settings.model_dump(), form, inputs.scale, inputs.offset, code_fingerprint(), origins]
+    run = runs / "distill" / digest(run_of)[:16]
     first_step = FirstStep()
     history = train(
         f"distilling ({name_of(settings)})",
-        _learner(settings, student, posterior, scale, offset),
+        _learner(settings, student, posterior, inputs),
         responses["train"],
         responses.get("validation"),
         settings.optimisation,
@@ -98,7 +95,7 @@ def distill(
     )
     if adapted is not None:
         student = adapted.merge_and_unload()
-    metrics = _write_curves(settings, history, scale, metrics_out)
+    metrics = _write_curves(settings, history, inputs.scale, metrics_out)
     metrics |= {"objective": name_of(settings), "samples": len(rows["train"]), "parameters": student.num_parameters()}
     provenance = {
         "seed": params.seed,
@@ -112,7 +109,7 @@ def distill(
     numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
     write_json_atomically(metrics_out / "metrics.json", numbers)
     write_json_atomically(metrics_out / "results.json", metrics | {"cost": cost, "provenance": provenance})
-    drawn = selection.part("train")["request"].get("sampling")  # absent where responses were given
+    drawn = selection.parts.get("train", {}).get("request", {}).get("sampling")  # absent where responses were given
     stops = tuple(drawn["stop_token_ids"]) if drawn else stop_token_ids(student_path, tokenizer)
     save_model(out, student, tokenizer, _card(settings, selection, metrics, origins["student"]), stops)
     shutil.rmtree(run, ignore_errors=True)
@@ -145,65 +142,72 @@ def _with_adapters(student, lora: Lora):
 
 def name_of(settings: Distill) -> str:
     """The objective as the tables call it: `fkl`, `x-fkl (frozen)`, `jsd(0.5) + 0.5 nll`."""
-    name = settings.objective + (f"({settings.beta:g})" if settings.objective == "jsd" else "")
+    weight = _mixture(settings)
+    name = settings.objective + ("" if weight is None else f"({weight:g})")
+    name += "" if settings.tail == "bucket" or settings.objective in TOKEN_OBJECTIVES else f" {settings.tail}"
     name += f" + {settings.nll_weight:g} nll" if settings.nll_weight else ""
     return name if settings.reward == "none" else f"x-{name} ({settings.reward})"
 
 
-def _reward_inputs(
-    settings: Distill, selection: Selection, rows: dict[str, Sequence[Row]], reward_path: Path | None
-) -> tuple[dict[str, dict[str, np.ndarray]] | None, float, float]:
-    """The reward's values by name and key where it is frozen, and the residuals' scale and offset."""
-    if settings.reward == "none":
-        return None, 1.0, 0.0
-    if settings.reward != "frozen":
-        return None, *residual_scale(rows["train"], settings.td, settings.residual)
-    if reward_path is None:
-        raise UserError("distill.reward: frozen needs the folder of a fitted reward: pass --reward")
-    folder = reward_path / settings.td
-    description = read_description(folder)
-    require_same_residual(settings.residual, description, folder)
-    if description["teacher"] != selection.teacher["identity"]:
-        raise UserError(
-            f"the reward in {folder} explains teacher {description['teacher']}, the cache holds teacher "
-            f"{selection.teacher['identity']}: run `xkd-pipeline reward` again"
-        )
-    table = pq.read_table(folder / "rewards.parquet")
-    keys = table.column("key").to_pylist()
-    extras = {
-        name: dict(zip(keys, (np.asarray(v, np.float32) for v in table.column(name).to_pylist()), strict=True))
-        for name in ("mu", "log_sigma")
-    }
-    unknown = [
-        row.key for part in rows.values() for row in part if len(extras["mu"].get(row.key, ())) != len(row.response_ids)
-    ]
-    if unknown:
-        raise UserError(
-            f"{folder} has no reward for {len(unknown)} of the cached responses (first: {unknown[0]}): it was fitted "
-            "on another selection; run `xkd-pipeline reward` again"
-        )
-    return extras, description["c"], description["offset"]
+def _mixture(settings: Distill) -> float | None:
+    """beta or alpha, where the objective has one."""
+    if settings.objective == "jsd":
+        return settings.beta
+    return settings.alpha if settings.objective.startswith("skew_") else None
 
 
-def _learner(settings: Distill, student, posterior, scale: float, offset: float) -> StudentLearner:
-    seqkd, plain = settings.objective == "seqkd", settings.reward == "none"
+def _rows(
+    settings: Distill, selection: Selection, scored_path: Path | None, store: Path | None
+) -> dict[str, list[Row]]:
+    """The responses to learn and to validate on: the teacher's samples, or the references for `sft`."""
+    if settings.objective != "sft":
+        rows = {name: list(selection.rows(name)) for name in ("train", "validation") if name in selection.parts}
+        if not rows.get("train"):
+            raise UserError(f"{selection.folder} holds no training responses")
+        return rows
+    if scored_path is None:
+        raise UserError("distill.objective: sft learns the scored references: pass --scored (out of the stage score)")
+    scored = Selection(scored_path, store)
+    if "references" not in scored.parts:
+        raise UserError(f"{scored_path} holds no references: do the training prompts have any?")
+    held_out = selection.rows("scored") if "scored" in selection.parts else ()
+    rows = {"train": list(scored.rows("references"))}
+    validation = [row for row in held_out if row.origin == "reference"]
+    return rows | ({"validation": validation} if validation else {})
+
+
+def _require_vocabulary(size: int, rows: dict[str, Sequence[Row]], student: Path) -> None:
+    """Raises UserError where a response has a token that the student cannot say.
+
+    The teacher's top k may have such tokens: the padding of a larger embedding counts to the tail.
+    """
+    for row in (row for part in rows.values() for row in part):
+        highest = max(row.prompt_ids.max(initial=0), row.response_ids.max(initial=0))
+        if highest >= size:
+            raise UserError(
+                f"row {row.key} (prompt '{row.prompt_id}') has token {highest}, and the student {student} has {size} "
+                "embeddings: use a student whose vocabulary is as large as the teacher's"
+            )
+
+
+def _learner(settings: Distill, student, posterior: RewardPosterior | None, inputs: RewardInputs) -> StudentLearner:
+    on_tokens = settings.objective in TOKEN_OBJECTIVES
     return StudentLearner(
         student,
-        objective=None if seqkd else settings.objective,
-        beta=settings.beta,
+        objective=None if on_tokens else settings.objective,
+        mixture=_mixture(settings) or 0.0,
         tail=settings.tail,
-        nll_weight=settings.nll_weight + seqkd,
-        td=None if plain else settings.td,
-        reward=settings.reward,
+        nll_weight=settings.nll_weight + on_tokens,
+        td=None if settings.reward == "none" else settings.td,
+        reward="given" if settings.reward in ("frozen", "shuffled") else settings.reward,
         posterior=posterior,
         lam=settings.lam,
         kl_weight=settings.kl_weight,
-        q_source=settings.residual.q_source,
-        gamma=settings.residual.gamma,
-        terminal=settings.residual.terminal,
-        scale=scale,
-        offset=offset,
+        phi_kl=inputs.phi_kl,
+        scale=inputs.scale,
+        offset=inputs.offset,
         chunk=settings.chunk,
+        **settings.residual.model_dump(),
     )
 
 

@@ -29,9 +29,9 @@ from pipeline.tasks import get_task
 from pipeline.tasks.diversity import distinct_n, self_bleu
 from pipeline.teachers import Ask
 from pipeline.teachers.hf import HfEngine
-from stages.batches import collate, from_rows
+from stages.batches import per_response
 from stages.bootstrap import intervals, say_interval
-from stages.objectives.token_scores import sparse_divergence
+from stages.objectives.head import sparse_divergence
 from stages.students import require_plain_head, score_tokens
 
 
@@ -133,16 +133,13 @@ def _run(
     )
 
 
-@torch.no_grad()
 def _kl_to_teacher(model, rows: Sequence[Row], batch_size: int) -> np.ndarray:
     """KL(T || S) on cached responses (top k and one tail: a lower bound), [prompts, 2] of sum and count."""
-    sums, responses = {row.prompt_id: np.zeros(2) for row in rows}, from_rows(rows, topk=True)
-    for start in range(0, len(rows), batch_size):
-        batch = {key: value.to(model.device) for key, value in collate(responses[start : start + batch_size]).items()}
-        kl = score_tokens(model, batch, sparse_divergence("fkl")).divergence.cpu().numpy()
-        lengths = [len(row.response_ids) for row in rows[start : start + batch_size]]
-        for row, part in zip(rows[start:], np.split(kl, np.cumsum(lengths)[:-1]), strict=False):
-            sums[row.prompt_id] += (part.sum(dtype=np.float64), len(part))
+    kl = sparse_divergence("fkl")
+    sums = {row.prompt_id: np.zeros(2) for row in rows}
+    found = per_response(rows, lambda b: [score_tokens(model, b, kl).divergence], model.device, True, batch_size)
+    for row, (values,) in found:
+        sums[row.prompt_id] += (values.sum(dtype=np.float64), len(values))
     return np.array(list(sums.values())).reshape(-1, 2)
 
 

@@ -1,6 +1,5 @@
 """One page about one experiment: quality, curves, the reward on its tokens, samples, costs, provenance."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -8,14 +7,13 @@ import polars as pl
 
 from pipeline import console
 from pipeline.errors import UserError
-from pipeline.models import load_tokenizer
 from pipeline.params import Report
 from pipeline.shards.files import write_atomically
-from pipeline.shards.selection import Selection
 from stages.bootstrap import say_interval
 from stages.reporting import figures
+from stages.reporting.curves import curve_of
 from stages.reporting.page import Block, Card, Figure, Sample, Section, Table, render_page
-from stages.reporting.rewarded import rewarded_prompts
+from stages.reporting.reward import reward_section
 
 _KL = "KL(teacher ‖ model) on held-out teacher samples, nats a token, over the top k and the rest (a lower bound)"
 
@@ -27,12 +25,14 @@ def report(settings: Report, data: Path, out: Path, store: Path | None = None) -
     """
     if not (data / "evaluation" / "results.json").is_file():
         raise UserError(f"no evaluation at {data / 'evaluation'}: run `xkd-pipeline evaluate` (or `dvc repro`) first")
-    found = {name: _read(data / name / "results.json") for name in ("evaluation", "distill", "audit", "generate")}
+    found = {
+        name: _read(data / name / "results.json") for name in ("evaluation", "distill", "audit", "generate", "score")
+    }
     sections = [
         _quality(found["evaluation"]),
         _diversity(found["evaluation"]),
         _training(found["distill"], data / "distill"),
-        _reward(found["audit"], data, store, settings.rewarded_prompts),
+        reward_section(found["audit"], data, store, settings.rewarded_prompts),
         _samples(data / "evaluation" / "predictions.parquet", found["evaluation"], settings.samples),
         _costs(found),
         _provenance(found, data),
@@ -141,20 +141,11 @@ def _diversity(evaluation: dict) -> Section:
     return section
 
 
-def _curve(path: Path) -> dict[str, list[float]]:
-    """Columns of a curve's CSV file; empty where there is none."""
-    if not path.is_file():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else ())}
-
-
 def _training(distill: dict, folder: Path) -> Section | None:
     if not distill:
         return None
     section = Section("training", "Distillation", [f"{distill['samples']:,} cached responses, {distill['objective']}."])
-    curves = {name: _curve(folder / f"{name}.csv") for name in ("training", "heldout")}
+    curves = {name: curve_of(folder / f"{name}.csv") for name in ("training", "heldout")}
     for term, caption in (
         ("kd", "Distillation loss"),
         ("nll", "Negative log-likelihood of the teacher's tokens"),
@@ -167,61 +158,6 @@ def _training(distill: dict, folder: Path) -> Section | None:
         }
         if drawn:
             section.figures.append(Figure(figures.lines(drawn, "step", "nats"), caption))
-    return section
-
-
-def _reward(audit: dict, data: Path, store: Path | None, prompts: int) -> Section | None:
-    if not audit:
-        return None
-    section = Section("reward", "The recovered reward")
-    fits = {td: audit[td] for td in ("sarsa", "soft")}
-    section.tables.append(
-        Table(
-            ["posterior", "−log q", "phi_kl", "c", "within 1 σ", "within 2 σ", "σ at floor"],
-            [
-                [
-                    td, f"{fit['heldout_nll']:.3f}", f"{fit['phi_kl']:g}", f"{fit['c']:.2f}",
-                    *(f"{fit[name]:.0%}" for name in ("inside_1_sigma", "inside_2_sigma", "sigma_at_floor")),
-                ]
-                for td, fit in fits.items()
-            ],
-            "Fit on held-out teacher text (calibrated: 68 % and 95 % within 1 and 2 σ)",
-        )
-    )  # fmt: skip
-    if "audit" in audit:
-        section.tables.append(
-            Table(
-                ["judge", "mean over tokens", "sum over tokens", "mean, pooled"],
-                [
-                    [
-                        judge,
-                        *(
-                            say_interval(found[how], ".3f", of="auc")
-                            for how in ("within_mean", "within_sum", "pooled_mean")
-                        ),
-                    ]
-                    for judge, found in audit["audit"].items()
-                ],
-                "AUC: held-out references over their corruptions, within prompts",
-            )
-        )
-    drawn = {td: _curve(data / "audit" / f"{td}.csv") for td in fits}
-    drawn = {td: (curve["step"], curve["nll"]) for td, curve in drawn.items() if curve}
-    if drawn:
-        section.figures.append(Figure(figures.lines(drawn, "step", "nats a step"), "Held-out −log q of the fits"))
-    rewards = data / "reward" / "soft" / "rewards.parquet"
-    if rewards.is_file() and (data / "models" / "student").is_dir():
-        tokenizer = load_tokenizer(data / "models" / "student")
-        section.rewarded = list(rewarded_prompts(Selection(data / "teacher", store), rewards, tokenizer, prompts))
-    for number, (_, responses) in enumerate(section.rewarded, start=1):
-        bands = {r.origin: ([t.mu for t in r.tokens], [t.sigma for t in r.tokens]) for r in responses}
-        caption = f"Reward over the tokens of prompt {number}'s responses below; bands are one σ"
-        section.figures.append(Figure(figures.band(bands, "token", "reward, in units of c"), caption))
-    if section.rewarded:
-        section.texts.append(
-            "Below, each token's colour is the mean reward μ of the soft posterior (orange low, blue high, white the "
-            "median of the responses shown), and the thickness of the line under it the uncertainty σ."
-        )
     return section
 
 
@@ -261,7 +197,7 @@ def _costs(found: dict[str, dict]) -> Section | None:
         for name, results in found.items()
         if "cost" in results
     }
-    order = [stage for stage in ("generate", "reward", "distill", "evaluate") if stage in times]
+    order = [stage for stage in ("generate", "score", "reward", "distill", "evaluate") if stage in times]
     rows = [[stage, f"{times[stage]['seconds']:,.0f}"] for stage in order]
     if first := times.get("distill", {}).get("seconds_to_first_step"):
         rows.append(["distill, from its start to the first step", f"{first:,.1f}"])

@@ -1,37 +1,45 @@
 """The learner that every student is trained with: a distillation loss, likelihood, and the X term, by configuration."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from stages.batches import IGNORED, decoder_states, response_states, scatter_steps
-from stages.objectives.avril import action_values, gaussian_nll, kl_to_prior, soft_state_values, td_residual
-from stages.objectives.token_scores import TokenScores, TopK, chunked_token_scores, sparse_divergence
+from stages.batches import IGNORED, States, decoder_states, head_scale, response_states
+from stages.objectives.avril import (
+    CLIP,
+    action_values,
+    followed_steps,
+    gaussian_nll,
+    kept_steps,
+    kl_to_prior,
+    soft_state_values,
+    td_residual,
+)
+from stages.objectives.head import Head, Scores, TopK, chunked_loss, sparse_divergence, token_scores
 from stages.training import Learner, Term
 
 
-def output_head(model) -> Callable[[Tensor], Tensor]:
-    """Last states -> logits; the scale is applied only where there is one, since this runs at every training step."""
+def head_of(model, states: States) -> tuple[Head, Tensor]:
+    """A model's output head and the states [N, H] it is applied to."""
     head, scale = model.get_output_embeddings(), head_scale(model)
-    return head if scale == 1.0 else lambda states: head(states * scale)
+    return Head(head.weight, head.bias), states.before if scale == 1.0 else states.before * scale
 
 
-def head_scale(model) -> float:
-    """Factor of a model's last states before its head: d_model^-1/2 for T5 with tied embeddings, else 1."""
-    return model.config.d_model**-0.5 if getattr(model.config, "scale_decoder_outputs", False) else 1.0
+def teacher_of(batch: dict[str, Tensor]) -> TopK | None:
+    """The sparse teacher at the response steps of a batch, where it has one."""
+    mask = batch["labels"] != IGNORED
+    return TopK(batch["topk_ids"][mask], batch["topk_logprobs"][mask]) if "topk_ids" in batch else None
 
 
-def score_tokens(model, batch: dict[str, Tensor], divergence=None, chunk: int = 4096) -> TokenScores:
-    """Per-token scores of a language model at the response positions, flat [N] each.
+def score_tokens(model, batch: dict[str, Tensor], divergence=None, chunk: int = 0) -> Scores:
+    """Per-token scores of a language model at the response steps, flat [N] each, without gradients.
 
     The backbone runs on the whole sequence, the head on response positions only.
     """
-    mask = batch["labels"] != IGNORED
-    states = response_states(model.base_model, batch)
-    teacher = TopK(batch["topk_ids"][mask], batch["topk_logprobs"][mask]) if "topk_ids" in batch else None
-    return chunked_token_scores(output_head(model), states, batch["labels"][mask], teacher, divergence, chunk)
+    with torch.no_grad():
+        head, states = head_of(model, response_states(model.base_model, batch))
+        labels = batch["labels"][batch["labels"] != IGNORED]
+        return token_scores(head, states, labels, teacher_of(batch), divergence, chunk)
 
 
 @torch.no_grad()
@@ -49,9 +57,9 @@ def require_plain_head(model, what: str) -> None:
     else:
         logits = model(input_ids=ids).logits
         states = model.base_model(input_ids=ids).last_hidden_state
-    head = output_head(model)(states)
+    found = model.get_output_embeddings()(states * head_scale(model))
     model.train(was_training)
-    if not torch.allclose(logits.float(), head.float(), rtol=1e-3, atol=1e-3):
+    if not torch.allclose(logits.float(), found.float(), rtol=1e-3, atol=1e-3):
         raise UserError(
             f"{what} ({type(model).__name__}) changes its logits after its language-model head (scaling or capping, "
             "as Gemma 2, Cohere and Granite do); such models cannot be trained here yet, but can be teachers"
@@ -61,16 +69,18 @@ def require_plain_head(model, what: str) -> None:
 class StudentLearner(Learner):
     """L = L_KD + nll_weight NLL + lam mean[-log N(delta / c; mu, sigma^2)] + kl_weight mean[KL(q || prior)].
 
-    objective: a divergence's name, or None for a loss on the tokens alone (`sft`, `seqkd`).
-    The X term is present where `td` is given; `reward` is then `frozen` (mu and log_sigma come with the batch), `zero`
-    (mu = 0, sigma = 1) or `scratch` (`posterior` is trained along by the same loss).
+    objective: a divergence's name, or None for a loss on the tokens alone (`sft`, `seqkd`); mixture is its weight.
+    The X term is present where `td` is given. `reward` then says where mu and sigma come from:
+    `given` (they come with the batch), `zero` (mu = 0, sigma = 1), `scratch` (`posterior` is trained along by this one
+    loss), or `joint`: the student sees the posterior detached, and the posterior minimises its own
+    -log q(delta) + phi_kl KL with the student's delta detached and clipped.
     """
 
     def __init__(
         self,
         student,
         objective: str | None = None,
-        beta: float = 0.5,
+        mixture: float = 0.5,
         tail: str = "bucket",
         nll_weight: float = 1.0,
         td: str | None = None,
@@ -78,16 +88,17 @@ class StudentLearner(Learner):
         posterior: nn.Module | None = None,
         lam: float = 0.0,
         kl_weight: float = 0.0,
+        phi_kl: float = 0.0,
         q_source: str = "logits",
         gamma: float = 1.0,
         terminal: str = "drop",
         scale: float = 1.0,
         offset: float = 0.0,
-        chunk: int = 4096,
+        chunk: int = 0,
     ):
         super().__init__()
         self.student, self.posterior = student, posterior
-        self.divergence = sparse_divergence(objective, beta, tail) if objective else None
+        self.divergence = sparse_divergence(objective, mixture, tail) if objective else None
         self.td, self.reward = td, reward
         self.q_source, self.gamma, self.terminal = q_source, gamma, terminal
         self.scale, self.offset, self.chunk = scale, offset, chunk
@@ -96,33 +107,54 @@ class StudentLearner(Learner):
             self.terms["kd"] = Term(1.0, "tokens")
         if td:
             self.terms |= {"td_nll": Term(lam, "steps"), "precision": Term(0.0, "steps")}
-            if reward == "scratch":
-                self.terms["reward_kl"] = Term(kl_weight, "steps")
+        if td and reward == "scratch":
+            self.terms["reward_kl"] = Term(kl_weight, "steps")
+        if td and reward == "joint":
+            self.terms |= {"reward_nll": Term(1.0, "steps"), "reward_kl": Term(phi_kl, "steps")}
 
-    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        """Sums of all terms over the batch."""
-        scores = score_tokens(self.student, batch, self.divergence, self.chunk)
-        sums = {"nll": -scores.logprob.sum()}
-        if self.divergence:
-            sums["kd"] = scores.divergence.sum()
-        return sums | (self._consistency(scores, batch) if self.td else {})
-
-    def _consistency(self, scores: TokenScores, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, counts: Tensor, **batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         mask = batch["labels"] != IGNORED
-        logprob, lse = scatter_steps(scores.logprob, mask), scatter_steps(scores.lse, mask)
-        q, v = action_values(logprob, lse, self.q_source), soft_state_values(lse, self.q_source)
-        delta, kept = td_residual(q, v, mask, batch["stop"], self.gamma, self.td, self.terminal)
-        mu, log_sigma = self._reward(batch, delta)
-        residual = (delta - self.offset) / self.scale
-        sums = {
-            "td_nll": gaussian_nll(residual, mu, log_sigma)[kept].sum(),
-            "precision": torch.exp(-2 * log_sigma)[kept].sum(),
-        }
-        return sums | ({"reward_kl": kl_to_prior(mu, log_sigma)[kept].sum()} if self.reward == "scratch" else {})
+        labels = batch["labels"][mask]
+        states = response_states(self.student.base_model, batch)
+        mu, log_sigma = self._reward(batch, states, labels) if self.td else (None, None)
+        followed, kept = followed_steps(mask)[mask], kept_steps(mask, batch["stop"], self.terminal)[mask]
 
-    def _reward(self, batch: dict[str, Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-        if self.reward == "frozen":
-            return batch["mu"], batch["log_sigma"]
-        if self.reward == "scratch":
-            return self.posterior(batch)
-        return torch.zeros_like(like), torch.zeros_like(like)
+        def terms(scores: Scores, rows: slice, *posterior: Tensor) -> dict[str, Tensor]:
+            values = {"nll": -scores.logprob}
+            if scores.divergence is not None:
+                values["kd"] = scores.divergence
+            return values | (self._consistency(scores, followed[rows], kept[rows], *posterior) if self.td else {})
+
+        head, before = head_of(self.student, states)
+        loss, sums = chunked_loss(
+            head, before, labels, terms, self.term_weights(counts), teacher_of(batch), self.divergence,
+            () if mu is None else (mu, log_sigma), self.chunk, neighbours=self.td is not None,
+        )  # fmt: skip
+        return loss, sums
+
+    def _consistency(
+        self, scores: Scores, followed: Tensor, kept: Tensor, mu: Tensor, log_sigma: Tensor
+    ) -> dict[str, Tensor]:
+        """The terms of steps that have a residual, [n] each, zero at the others."""
+        q = action_values(scores.logprob, scores.lse, self.q_source)
+        v = soft_state_values(scores.lse, self.q_source)
+        delta = (td_residual(q, v, followed, kept, self.gamma, self.td) - self.offset) / self.scale
+        joint = self.reward == "joint"
+        seen = (mu.detach(), log_sigma.detach()) if joint else (mu, log_sigma)
+        values = {"td_nll": gaussian_nll(delta, *seen), "precision": torch.exp(-2 * log_sigma.detach())}
+        if self.reward in ("scratch", "joint"):
+            values["reward_kl"] = kl_to_prior(mu, log_sigma)
+        if joint:
+            values["reward_nll"] = gaussian_nll(delta.detach().clamp(-CLIP, CLIP), mu, log_sigma)
+        return {name: torch.where(kept, value, 0) for name, value in values.items()}
+
+    def _reward(self, batch: dict[str, Tensor], states: States, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """mu and log sigma [N] of the tokens."""
+        mask = batch["labels"] != IGNORED
+        if self.reward == "given":
+            return batch["mu"][mask], batch["log_sigma"][mask]
+        if self.reward == "zero":
+            return tuple(torch.zeros(2, len(labels), device=labels.device))
+        if self.posterior.own_encoder:
+            return self.posterior.head(states.detach() if self.reward == "joint" else states, labels)
+        return self.posterior(batch)

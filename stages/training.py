@@ -37,22 +37,25 @@ class Term:
 
 
 class Learner(nn.Module):
-    """What a TermTrainer trains: `forward(**batch)` returns {name: sum over the batch} for each of `terms`."""
+    """What a TermTrainer trains.
+
+    `forward(counts, **batch)` returns the loss, sum_i weight_i * sum_i / count_i, and {name: sum over the batch} of
+    each of `terms`, detached.
+    """
 
     terms: dict[str, Term]
     terminal: str = "drop"
+
+    def term_weights(self, counts: Tensor) -> dict[str, Tensor]:
+        """weight_i / count_i of the terms that the loss is made of; counts are those of `count`."""
+        sizes = dict(zip(COUNTS, counts.clamp_min(1), strict=True))
+        return {name: term.weight / sizes[term.over] for name, term in self.terms.items() if term.weight}
 
 
 def count(batch: dict[str, Tensor], terminal: str) -> Tensor:
     """[tokens, steps] of a batch."""
     mask = batch["labels"] != IGNORED
     return torch.stack([mask.sum(), kept_steps(mask, batch["stop"], terminal).sum()])
-
-
-def total_loss(sums: dict[str, Tensor], terms: dict[str, Term], counts: Tensor) -> Tensor:
-    """sum_i weight_i * sum_i / count_i."""
-    sizes = dict(zip(COUNTS, counts.clamp_min(1), strict=True))
-    return sum(term.weight * sums[name].sum() / sizes[term.over] for name, term in terms.items() if term.weight)
 
 
 class TermTrainer(Trainer):
@@ -77,11 +80,10 @@ class TermTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         counts = count(inputs, self._learner.terminal) if num_items_in_batch is None else num_items_in_batch
-        sums = model(**inputs)
+        loss, sums = model(counts, **inputs)
         for name, term in self._learner.terms.items():
             size = counts[COUNTS.index(term.over)].clamp_min(1)
-            self._logged.setdefault(name, []).append(sums[name].detach().sum() / size)
-        loss = total_loss(sums, self._learner.terms, counts)
+            self._logged.setdefault(name, []).append(sums[name] / size)
         return (loss, sums) if return_outputs else loss
 
     def log(self, logs, start_time=None, **options):
@@ -121,14 +123,15 @@ def held_out(learner: Learner, batches, device) -> dict[str, float]:
     sums, counts = {}, torch.zeros(len(COUNTS), dtype=torch.float64)
     for batch in batches:
         batch = {name: value.to(device) for name, value in batch.items()}
-        for name, value in learner(**batch).items():
-            sums[name] = sums.get(name, 0.0) + value.double().sum().cpu()
-        counts += count(batch, learner.terminal).cpu()
+        size = count(batch, learner.terminal)
+        for name, value in learner(size, **batch)[1].items():
+            sums[name] = sums.get(name, 0.0) + value.double().cpu()
+        counts += size.cpu()
     learner.train(was_training)
     means = {
         name: float(sums[name] / counts[COUNTS.index(term.over)].clamp_min(1)) for name, term in learner.terms.items()
     }
-    return means | {"loss": float(total_loss(sums, learner.terms, counts))}
+    return means | {"loss": sum(term.weight * means[name] for name, term in learner.terms.items())}
 
 
 class _Bar(TrainerCallback):

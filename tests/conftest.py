@@ -106,20 +106,23 @@ def make_params(teacher: Path, *overrides: str) -> Params:
         f"generate.teacher={teacher}", "generate.engine=hf", "generate.k=8", "generate.rows_per_shard=8",
         "max_tokens=6",
         "template={prompt}", "generate.max_skipped=0", "reward.optimisation.steps=10", "reward.evaluate_every=5",
-        "reward.phi_kl=[0.1]", "reward.bootstrap=20", "distill.optimisation.steps=10", "distill.log_every=5",
+        "reward.phi_kl=[0.1]", "reward.bootstrap=20", 
+        "score.validation_samples=6", "distill.optimisation.steps=10", "distill.log_every=5",
         "distill.evaluate_every=5", "distill.save_every=5", "evaluate.samples=2", "evaluate.bootstrap=20",
     ]  # fmt: skip
     return load_params(None, [*(o.replace("template={prompt}", "template='{prompt}'") for o in given), *overrides])
 
 
 @pytest.fixture(scope="session")
-def cache(teacher, tmp_path_factory):
-    """A folder with prompts and the cached teacher."""
+def cache(teacher, student, tmp_path_factory):
+    """A folder with prompts, the cached teacher, and what it was given to score."""
     from stages.generate import generate
+    from stages.score import score
 
     folder = tmp_path_factory.mktemp("cache")
     prompts = make_prompts(folder / "prompts.parquet", train=40, validation=8, test=12)
     generate(make_params(teacher), prompts, folder / "selection", folder / "store")
+    score(make_params(teacher), prompts, student, folder / "scored", folder / "store")
     return folder
 
 
@@ -128,7 +131,9 @@ def fitted(cache, teacher, student):
     """The folder of the reward fitted on it; its audit lies beside it."""
     from stages.reward import reward
 
-    reward(make_params(teacher), cache / "selection", student, cache / "reward", cache / "audit", cache / "runs")
+    paths = cache / "selection", student, cache / "reward", cache / "audit", cache / "runs"
+    params = make_params(teacher, "prepare.task=translation")  # its metric tells random answers apart
+    reward(params, *paths, scored_path=cache / "scored", prompts_path=cache / "prompts.parquet")
     return cache / "reward"
 
 

@@ -21,23 +21,31 @@ def _tensor(values) -> torch.Tensor:
 
 
 def _error(found, expected) -> float:
-    return float((torch.as_tensor(found, dtype=torch.float64) - _tensor(expected)).abs().max())
+    """Largest difference; infinite where it is none, so that no comparison is passed by accident."""
+    found, expected = torch.as_tensor(found, dtype=torch.float64), _tensor(expected)
+    if found.shape != expected.shape:
+        raise ValueError(f"shape {tuple(expected.shape)} expected, {tuple(found.shape)} found")
+    return float((found - expected).abs().nan_to_num(nan=torch.inf).max())
 
 
 def _generalized_jsd(case: dict) -> float:
     mask = torch.tensor(case["mask"], dtype=torch.bool)
     teacher, student = dense(_tensor(case["teacher_logits"]), _tensor(case["student_logits"]), case["temperature"])
-    return _error(jsd(teacher, student, case["beta"])[mask].mean(), case["loss_mean_over_unmasked_tokens"])
+    found = jsd(teacher, student, case["beta"])[mask]
+    return _error(found.sum() / max(len(found), 1), case["loss_mean_over_unmasked_tokens"])
 
 
 def _avril(case: dict) -> float:
+    if case["terminal"] not in ("zero", "drop"):
+        raise ValueError(f"terminal {case['terminal']!r} is neither zero nor drop")
     q_all, actions = _tensor(case["q_values"]), torch.tensor(case["actions"])
     lse = torch.logsumexp(q_all, -1)
     logprob = q_all.gather(-1, actions[:, None]).squeeze(-1) - lse
-    q = avril.action_values(logprob, lse, "logits")[None]
-    mask, stop = torch.ones_like(q, dtype=torch.bool), torch.tensor([True])
-    delta, kept = avril.td_residual(q, q, mask, stop, case["gamma"], "sarsa", case["terminal"])
-    mu, log_sigma = _tensor(case["reward_mean"])[None], _tensor(case["reward_log_std"])[None]
+    q = avril.action_values(logprob, lse, "logits")
+    mask, stop = torch.ones(1, len(q), dtype=torch.bool), torch.tensor([True])
+    kept = avril.kept_steps(mask, stop, case["terminal"])[0]
+    delta = avril.td_residual(q, lse, avril.followed_steps(mask)[0], kept, case["gamma"], "sarsa")
+    mu, log_sigma = _tensor(case["reward_mean"]), _tensor(case["reward_log_std"])
     nll = -logprob.mean()
     kl = avril.kl_to_prior(mu, log_sigma)[kept].mean()
     td_nll = avril.gaussian_nll(delta, mu, log_sigma)[kept].mean()
@@ -75,27 +83,44 @@ CHECKS = {
 
 def check(golden: dict) -> tuple[dict[str, float], list[str]]:
     """Largest error a section, and everything that is wrong with the file."""
+    if not isinstance(golden, dict):
+        return {}, ["the file is not an object of sections"]
     problems = [f"missing section {name}" for name in CHECKS.keys() - golden.keys()]
     problems += [f"unknown section {name}" for name in golden.keys() - CHECKS.keys()]
     errors: dict[str, float] = {}
     for name in golden.keys() & CHECKS.keys():
-        run, keys = CHECKS[name]
-        wrong = [
-            f"{name}[{i}]: keys {sorted(case.keys() ^ keys)}"
-            for i, case in enumerate(golden[name])
-            if case.keys() != keys
-        ]
-        problems += wrong or ([] if golden[name] else [f"{name} is empty"])
-        if not wrong and golden[name]:
-            errors[name] = max(run(case) for case in golden[name])
-    problems += [
-        f"{name}: error {error:.1e} above {TOLERANCE:.0e}" for name, error in errors.items() if not error <= TOLERANCE
-    ]
+        cases = golden[name]
+        if not isinstance(cases, list) or not cases:
+            problems.append(f"{name} is empty or no list")
+            continue
+        found = [_case(name, number, case, problems) for number, case in enumerate(cases)]
+        errors[name] = max(found)
+        if errors[name] > TOLERANCE:
+            problems.append(f"{name}[{found.index(errors[name])}]: error {errors[name]:.1e} above {TOLERANCE:.0e}")
     return errors, sorted(problems)
 
 
+def _case(name: str, number: int, case: dict, problems: list[str]) -> float:
+    """The error of one case; infinite, and named in `problems`, where it cannot be computed."""
+    run, keys = CHECKS[name]
+    try:
+        if case.keys() != keys:
+            odd = [f"missing key {key}" for key in keys - case.keys()]
+            odd += [f"unknown key {key}" for key in case.keys() - keys]
+            raise ValueError(", ".join(sorted(odd)))
+        return run(case)
+    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        problems.append(f"{name}[{number}]: {error}")
+        return float("inf")
+
+
 def main(path: str) -> int:
-    errors, problems = check(json.loads(Path(path).read_text()))
+    try:
+        golden = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        print(f"FAILED {path}: {error}")
+        return 1
+    errors, problems = check(golden)
     for name, error in sorted(errors.items()):
         print(f"{name:24} largest error {error:.1e}")
     for problem in problems:

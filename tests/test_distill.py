@@ -14,31 +14,35 @@ from stages.batches import collate, from_rows
 from stages.distill import distill
 from stages.evaluate import evaluate
 from stages.generate import generate
-from stages.objectives.token_scores import sparse_divergence
-from stages.students import score_tokens
+from stages.objectives.head import sparse_divergence
+from stages.reward_inputs import shuffled
+from stages.reward_model import load_posterior
+from stages.students import StudentLearner, score_tokens
 from tests.conftest import WORDS, make_model, make_params, make_prompts
 
 
-def run_distill(cache, teacher, student, out, *overrides, reward_path=None):
+def run_distill(cache, teacher, student, out, *overrides, reward_path=None, scored_path=None):
     params = make_params(teacher, *overrides)
-    return distill(params, cache / "selection", student, reward_path, out / "student", out / "metrics", out / "runs")
+    paths = cache / "selection", student, reward_path, out / "student", out / "metrics", out / "runs"
+    return distill(params, *paths, scored_path=scored_path)
 
 
-@pytest.mark.parametrize("kind", ["none", "frozen", "zero", "scratch"])
-@pytest.mark.parametrize("objective", ["seqkd", "fkl", "rkl", "jsd"])
+@pytest.mark.parametrize("kind", ["none", "frozen", "joint", "scratch", "zero", "shuffled"])
+@pytest.mark.parametrize("objective", ["sft", "seqkd", "fkl", "rkl", "jsd", "skew_fkl", "skew_rkl", "tvd"])
 def test_every_objective_learns_plain_and_with_every_reward(cache, fitted, teacher, student, tmp_path, objective, kind):
-    """By configuration alone. Eighty random samples can be memorised, so seqkd is judged by its training loss."""
+    """By configuration alone. Random samples can be memorised, so sft and seqkd are judged by their training loss."""
     settings = [f"distill.objective={objective}", f"distill.reward={kind}", "distill.optimisation.steps=40"]
-    metrics = run_distill(cache, teacher, student, tmp_path, *settings, reward_path=fitted)
+    paths = {"reward_path": fitted, "scored_path": cache / "scored"}
+    metrics = run_distill(cache, teacher, student, tmp_path, *settings, **paths)
     held_out = pl.read_csv(tmp_path / "metrics" / "heldout.csv")
-    if objective == "seqkd":
+    if objective in ("sft", "seqkd"):
         nll = pl.read_csv(tmp_path / "metrics" / "training.csv")["nll"]
         assert nll[-1] < nll[0] - 0.3
     else:
         assert held_out["kd"][-1] < held_out["kd"][0]
-    assert ("td_nll" in held_out.columns) == (kind != "none") and ("reward_kl" in held_out.columns) == (
-        kind == "scratch"
-    )
+    assert ("td_nll" in held_out.columns) == (kind != "none")
+    assert ("reward_kl" in held_out.columns) == (kind in ("scratch", "joint"))
+    assert ("reward_nll" in held_out.columns) == (kind == "joint")
     assert (metrics.get("heldout_lam_eff", 0) > 0) == (kind != "none")
     assert metrics["objective"].startswith("x-" if kind != "none" else objective)
     model = load_lm(tmp_path / "student")
@@ -46,6 +50,87 @@ def test_every_objective_learns_plain_and_with_every_reward(cache, fitted, teach
     assert load_tokenizer(tmp_path / "student").vocab_size == 44
     card = (tmp_path / "student" / "README.md").read_text()
     assert metrics["objective"] in card and "apache-2.0" in card
+
+
+@pytest.mark.parametrize("tail", ["renorm", "teacher_renorm", "truncate"])
+def test_every_tail_mode_is_a_matter_of_configuration(cache, teacher, student, tmp_path, tail):
+    settings = [f"distill.tail={tail}", "distill.reward=none", "distill.optimisation.steps=40"]
+    metrics = run_distill(cache, teacher, student, tmp_path, *settings)
+    held_out = pl.read_csv(tmp_path / "metrics" / "heldout.csv")["kd"]
+    assert held_out[-1] < held_out[0] and metrics["objective"] == f"fkl {tail}"
+
+
+def test_nll_weight_adds_the_likelihood_of_the_same_tokens(cache, teacher, student, tmp_path):
+    settings = ["distill.reward=none", "distill.objective=skew_rkl", "distill.nll_weight=0.5"]
+    metrics = run_distill(cache, teacher, student, tmp_path, *settings)
+    expected = metrics["heldout_kd"] + 0.5 * metrics["heldout_nll"]
+    assert metrics["heldout_loss"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["objective"] == "skew_rkl(0.1) + 0.5 nll"
+
+
+def test_sft_learns_the_references(cache, teacher, student, tmp_path):
+    """Held out on the validation prompts' references; the training loss is on those of the training prompts."""
+    settings = ["distill.reward=none", "distill.objective=sft", "distill.optimisation.steps=200"]
+    metrics = run_distill(cache, teacher, student, tmp_path, *settings, scored_path=cache / "scored")
+    assert metrics["samples"] == 40
+    references = list(Selection(cache / "scored").rows("references"))
+    batch = collate(from_rows(references, False))
+    before, after = (-score_tokens(load_lm(m), batch).logprob.mean() for m in (student, tmp_path / "student"))
+    assert after < 0.5 * before
+    with pytest.raises(UserError, match="pass --scored"):
+        run_distill(cache, teacher, student, tmp_path / "other", *settings)
+
+
+def test_joint_keeps_student_and_reward_apart_and_scratch_does_not(cache, fitted, student):
+    """The student sees phi detached and phi the student's residuals (design, section 5)."""
+    rows = list(Selection(cache / "selection").rows("train"))[:8]
+    batch, counts = collate(from_rows(rows, True)), torch.tensor([40, 32])
+
+    def gradients(kind, lam, phi_kl=0.1, encoder="separate"):
+        posterior = load_posterior(fitted / "sarsa", student)
+        posterior.own_encoder = encoder == "own"
+        learner = StudentLearner(
+            load_lm(student), "fkl", nll_weight=0, td="sarsa", reward=kind, posterior=posterior, lam=lam,
+            kl_weight=1.0, phi_kl=phi_kl,
+        )  # fmt: skip
+        learner(counts, **batch)[0].backward()
+        return learner.student.model.embed_tokens.weight.grad, posterior.head.actions.weight.grad
+
+    for encoder in ("separate", "own"):
+        (student_low, phi_low), (student_high, phi_high) = (
+            gradients("joint", lam, encoder=encoder) for lam in (0.1, 1)
+        )
+        torch.testing.assert_close(phi_low, phi_high)
+        assert not torch.allclose(student_low, student_high, rtol=1e-3)
+        student_other, phi_other = gradients("joint", 0.1, phi_kl=1.0, encoder=encoder)
+        torch.testing.assert_close(student_low, student_other)
+        assert not torch.allclose(phi_low, phi_other, rtol=1e-3)
+        (_, phi_low), (_, phi_high) = (gradients("scratch", lam, encoder=encoder) for lam in (0.1, 1))
+        assert not torch.allclose(phi_low, phi_high, rtol=1e-3)
+
+
+def test_shuffled_rewards_are_the_same_values_where_they_do_not_belong(cache, fitted):
+    rows = {"train": list(Selection(cache / "selection").rows("train"))}
+    frame = pl.read_parquet(fitted / "sarsa" / "rewards.parquet")
+    rewards = {n: {k: np.array(v) for k, v in zip(frame["key"], frame[n], strict=True)} for n in ("mu", "log_sigma")}
+    found = shuffled(rewards, rows, seed=3)
+    for name in rewards:
+        before, after = ([values[name][row.key] for row in rows["train"]] for values in (rewards, found))
+        assert [len(x) for x in before] == [len(x) for x in after]
+        np.testing.assert_array_equal(np.sort(np.concatenate(before)), np.sort(np.concatenate(after)))
+        assert np.mean([np.array_equal(x, y) for x, y in zip(before, after, strict=True)]) < 0.1
+    again, other = shuffled(rewards, rows, seed=3), shuffled(rewards, rows, seed=4)
+    key = rows["train"][0].key
+    assert np.array_equal(again["mu"][key], found["mu"][key]) and not np.array_equal(other["mu"][key], found["mu"][key])
+
+
+def test_a_token_that_the_student_cannot_say_is_named(cache, teacher, tmp_path):
+    small = make_model(tmp_path / "small", seed=1, width=32)
+    model = load_lm(small)
+    model.resize_token_embeddings(40)
+    model.save_pretrained(small)
+    with pytest.raises(UserError, match=r"has token \d+, and the student .* has 40 embeddings"):
+        run_distill(cache, teacher, small, tmp_path, "distill.reward=none")
 
 
 def test_the_same_seed_gives_the_same_student_and_another_seed_another(cache, teacher, student, tmp_path):

@@ -55,3 +55,13 @@ def test_commands_and_parameters_that_are_named_exist(page):
     for section in ("prepare", "teach", "generate", "reward", "distill", "evaluate", "report"):
         for name in re.findall(rf"`({section}\.[a-z_.]+[a-z])[`:=]", text):
             assert name in known, name
+
+
+def test_every_line_of_code_that_the_derivation_points_to_says_what_it_claims():
+    text = (ROOT / "docs" / "x-kd.md").read_text()
+    pointers = re.findall(r"\]\(\.\./([\w/]+\.py)#L(\d+)\) \| `(.+)` \|$", text, re.M)
+    assert len(pointers) == text.count("](../stages") > 20
+    for file, number, code in pointers:
+        lines = (ROOT / file).read_text().split("\n")
+        places = [place for place, line in enumerate(lines, start=1) if code in line]
+        assert int(number) in places, f"{file}#L{number}: {code} is in lines {places}"

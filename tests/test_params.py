@@ -42,7 +42,7 @@ def test_a_partial_file_is_filled_with_defaults_and_options_win(tmp_path):
     ("override", "message"),
     [
         ("distill.objectve=fkl", "distill.objectve: unknown parameter; did you mean 'objective'"),
-        ("distill.objective=kld", "'seqkd', 'fkl', 'rkl' or 'jsd', found 'kld'"),
+        ("distill.objective=kld", "'skew_rkl' or 'tvd', found 'kld'"),
         ("generate.k=0", "generate.k: Input should be greater than 0, found 0"),
         ("template=no placeholder", "does not contain {prompt}"),
         ("generate.temperature=0", "temperature 0 is greedy"),

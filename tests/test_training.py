@@ -16,10 +16,10 @@ import torch
 from pipeline.errors import UserError
 from pipeline.models import load_lm
 from pipeline.params import Optimisation
-from stages.batches import IGNORED, Response, collate, response_states, scatter_steps
+from stages.batches import IGNORED, Response, collate, response_states
 from stages.curves import split_history, write_csv
 from stages.students import StudentLearner, score_tokens
-from stages.training import count, held_out, total_loss, train
+from stages.training import count, held_out, train
 from tests.conftest import ROOT, make_params, make_prompts
 
 
@@ -44,15 +44,14 @@ def test_a_batch_says_where_each_response_token_is_predicted():
     assert batch["input_ids"].tolist() == [[7, 8, 9, 2], [5, 6, 7, 4]]
     assert batch["labels"].tolist() == [[9, 2, IGNORED], [6, 7, 4]]
     assert batch["positions"].tolist() == [[1, 2, 0], [0, 1, 2]]
-    mask = batch["labels"] != IGNORED
 
     def echo(input_ids, attention_mask):
         return SimpleNamespace(last_hidden_state=input_ids[..., None])
 
     echo.config = SimpleNamespace(is_encoder_decoder=False)
-    states = response_states(echo, batch)[:, 0]
-    assert states.tolist() == [8, 9, 5, 6, 7]  # the token before each response token
-    assert scatter_steps(torch.arange(1, 6), mask).tolist() == [[1, 2, 0], [3, 4, 5]]
+    states = response_states(echo, batch)
+    assert states.before[:, 0].tolist() == [8, 9, 5, 6, 7]  # the token before each response token
+    assert states.after[:, 0].tolist() == [9, 2, 6, 7, 4]  # that token itself
 
 
 def test_scores_are_those_of_the_whole_model_one_response_at_a_time(teacher):
@@ -66,13 +65,13 @@ def test_scores_are_those_of_the_whole_model_one_response_at_a_time(teacher):
         torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
-def make_learner(student, reward: str = "frozen") -> StudentLearner:
+def make_learner(student, reward: str = "given") -> StudentLearner:
     return StudentLearner(
         load_lm(student), "jsd", 0.3, nll_weight=0.5, td="sarsa", reward=reward, lam=0.1, scale=1.7, chunk=5
     )
 
 
-@pytest.mark.parametrize("reward", ["frozen", "zero"])
+@pytest.mark.parametrize("reward", ["given", "zero"])
 def test_micro_batches_give_the_loss_and_gradient_of_one_batch(student, reward):
     """Every term is a global sum over its own global count (design, section 3)."""
     responses, gradients = make_responses(10), []
@@ -84,7 +83,7 @@ def test_micro_batches_give_the_loss_and_gradient_of_one_batch(student, reward):
             sum(len(r.response_ids) for r in responses),
             sum(len(r.response_ids) - 1 for r in responses),
         ]
-        loss = sum(total_loss(learner(**batch), learner.terms, counts) for batch in batches)
+        loss = sum(learner(counts, **batch)[0] for batch in batches)
         loss.backward()
         gradients.append([loss.detach(), *(p.grad for p in learner.student.parameters())])
     for one, other in zip(*gradients, strict=True):

@@ -23,7 +23,7 @@ from pipeline.shards.store import Location, RequestFolder, pick, store_root
 
 ROWS_PER_FILE = 4096
 _ROWS_AT_ONCE = 512
-_FILE = re.compile(r"(train|validation|scored)-\d{5}\.parquet")
+_FILE = re.compile(r"[a-z]+-\d{5}\.parquet")
 
 
 @dataclass
@@ -82,8 +82,19 @@ def _labels(part: dict) -> list[_Label]:
     ]
 
 
-def write_selection(out: Path, parts: dict[str, Part], teacher: dict, k: int, skipped: int, materialize: bool) -> dict:
-    """Write `out` (files of an earlier selection are removed, no others) and return the manifest."""
+def write_selection(
+    out: Path,
+    parts: dict[str, Part],
+    teacher: dict,
+    k: int,
+    skipped: int,
+    materialize: bool,
+    student: str | None = None,
+) -> dict:
+    """Write `out` (files of an earlier selection are removed, no others) and return the manifest.
+
+    student: fingerprint of the model that rows of origin `student` are samples of.
+    """
     with writing_to(out):
         for stale in out.iterdir():
             if stale.name == "manifest.json" or _FILE.fullmatch(stale.name):
@@ -95,7 +106,7 @@ def write_selection(out: Path, parts: dict[str, Part], teacher: dict, k: int, sk
         "materialized": materialize,
         "skipped": skipped,
         "parts": {},
-    }
+    } | ({} if student is None else {"student": student})
     for name, part in parts.items():
         described = part.describe()
         labels, tokens, files, content = _labels(described), 0, [], hashlib.sha256()

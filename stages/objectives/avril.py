@@ -1,14 +1,16 @@
 """AVRIL's terms on sequences of tokens (Chan & van der Schaar, ICLR 2021, arXiv 2102.06483).
 
-The state s_t is the prompt and the first t tokens, the action a_t the next token. Everything is [B, R]: B responses,
-R steps, of which `mask` marks the real ones. A mean is a sum over what is kept divided by its count; these functions
-return the sums' summands and the masks, so that counts can be taken over several micro-batches.
+The state s_t is the prompt and the first t tokens, the action a_t the next token. Steps are flat, [N]: response after
+response; `followed` says where the next step belongs to the same response. A mean is a sum over what is kept divided
+by its count; these functions return the summands, so that counts can be taken over several micro-batches.
 """
 
 import math
 
 import torch
 from torch import Tensor
+
+CLIP = 5.0  # of delta / c where a posterior is fitted to it: residuals have heavy tails
 
 
 def action_values(logprob: Tensor, lse: Tensor, q_source: str) -> Tensor:
@@ -21,28 +23,29 @@ def soft_state_values(lse: Tensor, q_source: str) -> Tensor:
     return lse if q_source == "logits" else torch.zeros_like(lse)
 
 
+def followed_steps(mask: Tensor) -> Tensor:
+    """Steps after which the response goes on, [B, R] bool, of mask [B, R] (a prefix of each row)."""
+    return mask & torch.nn.functional.pad(mask[:, 1:], (0, 1), value=False)
+
+
 def kept_steps(mask: Tensor, stop: Tensor, terminal: str) -> Tensor:
     """Steps that have a residual, [B, R] bool.
 
     mask [B, R] (a prefix of each row), stop [B]: the response ended with EOS. The last step is kept with terminal
     `zero` where the response ended by itself; a response cut by the length limit has no terminal step.
     """
-    last = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1), value=False)
-    return mask & (~last | stop[:, None]) if terminal == "zero" else mask & ~last
+    followed = followed_steps(mask)
+    return followed | (mask & stop[:, None]) if terminal == "zero" else followed
 
 
-def td_residual(
-    q: Tensor, v: Tensor, mask: Tensor, stop: Tensor, gamma: float, td: str, terminal: str
-) -> tuple[Tensor, Tensor]:
-    """delta [B, R] and the steps it exists for [B, R].
+def td_residual(q: Tensor, v: Tensor, followed: Tensor, kept: Tensor, gamma: float, td: str) -> Tensor:
+    """delta [N], zero where not kept.
 
     `sarsa`: delta_t = Q(s_t, a_t) - gamma Q(s_{t+1}, a_{t+1}); `soft`: the second Q is v(s_{t+1}) =
-    logsumexp_a Q(s_{t+1}, a). With terminal `zero` the value after the last step is 0. Zero where not kept.
+    logsumexp_a Q(s_{t+1}, a). The value after the last step is 0.
     """
-    kept = kept_steps(mask, stop, terminal)
-    following = torch.where(mask, q if td == "sarsa" else v, 0)
-    following = torch.nn.functional.pad(following[:, 1:], (0, 1))
-    return torch.where(kept, q - gamma * following, 0), kept
+    following = torch.nn.functional.pad((q if td == "sarsa" else v)[1:], (0, 1))
+    return torch.where(kept, q - gamma * torch.where(followed, following, 0), 0)
 
 
 def gaussian_nll(delta: Tensor, mu: Tensor, log_sigma: Tensor) -> Tensor:

@@ -1,7 +1,14 @@
-"""The outcomes that a divergence compares: the whole vocabulary, or the teacher's top k and a bucket for the rest."""
+"""The outcomes that a divergence compares: the whole vocabulary, or what a teacher of k tokens a position leaves of it.
+
+A sparse teacher sees the student through k + 1 numbers a position: its logits at the teacher's ids, and the
+log-sum-exp of all others. Every way to treat the tail, the mass outside the k, is a function of these.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -9,45 +16,95 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+class SparseLogits(NamedTuple):
+    """A student's logits at N positions, as far as a sparse loss depends on them; at least float32."""
+
+    inside: Tensor  # [N, k] at the ids of a teacher (or at the label alone); -inf where the student has no such id
+    outside: Tensor  # [N] logsumexp over all other ids; -inf where there are none
+    label: Tensor  # [N] at the token that followed
+
+    @property
+    def lse(self) -> Tensor:
+        """[N], log-sum-exp over the whole vocabulary."""
+        return torch.logaddexp(torch.logsumexp(self.inside, -1), self.outside)
+
+
+def sparse_logits(logits: Tensor, ids: Tensor, labels: Tensor) -> SparseLogits:
+    """What is needed of logits [N, V] at distinct ids [N, k] and labels [N].
+
+    Ids at or above V (the padding of a larger embedding in the teacher) have no counterpart in the student.
+    """
+    logits = at_least_float32(logits)
+    vocabulary = logits.shape[-1]
+    # One impossible token more, which all ids without a counterpart point to.
+    padded = pad(logits, (0, 1), value=-torch.inf)
+    ids = ids.clamp_max(vocabulary).long()
+    outside = torch.logsumexp(padded.scatter(-1, ids, -torch.inf), -1)
+    return SparseLogits(padded.gather(-1, ids), outside, logits.gather(-1, labels[:, None].long()).squeeze(-1))
+
+
 def dense(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probabilities over the whole vocabulary, [..., V] each; no T^2 factor."""
-    teacher = torch.log_softmax(at_least_float32(teacher_logits) / temperature, -1)
-    return teacher, torch.log_softmax(at_least_float32(student_logits) / temperature, -1)
+    """Log-probabilities over the whole vocabulary, [..., V] each; no T^2 factor.
+
+    The smaller of two vocabularies that are padded to different sizes gives no mass to what it does not have.
+    """
+    size = max(teacher_logits.shape[-1], student_logits.shape[-1])
+    teacher, student = (
+        pad(at_least_float32(logits), (0, size - logits.shape[-1]), value=-torch.inf)
+        for logits in (teacher_logits, student_logits)
+    )
+    return torch.log_softmax(teacher / temperature, -1), torch.log_softmax(student / temperature, -1)
 
 
-def bucket(topk_ids: Tensor, topk_logprobs: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Top k and one bucket: the tail is an extra outcome on both sides.
+def bucket(teacher: Tensor, student: SparseLogits) -> tuple[Tensor, Tensor]:
+    """The tail is one extra outcome on both sides.
 
-    topk_ids [N, k] distinct ids, topk_logprobs [N, k] with full-vocabulary normalisation, student_logits [N, V]
-    -> log-probabilities [N, k + 1] of teacher and student; [N, k] where k = V, which leaves no tail.
+    teacher [N, k], normalised over the full vocabulary, -inf where the student has no such id
+    -> log-probabilities [N, k + 1] of teacher and student.
 
     Grouping outcomes never increases a divergence, so each is a lower bound of its full value, and still zero where
-    student and teacher agree. Ids at or above V (the padding of a larger embedding in the teacher) have no
-    counterpart and belong to the tail.
-
-    The student's tail is a logsumexp over the other ids: 1 - p errs by 3e-2 at a tail of 4e-5 in float32.
+    student and teacher agree. The student's tail is a logsumexp over the other ids: 1 - p errs by 3e-2 at a tail of
+    4e-5 in float32. Where the student has nothing outside the k, the teacher's tail is dropped too.
     """
-    logits = at_least_float32(student_logits)
-    teacher = at_least_float32(topk_logprobs).to(logits.dtype)
-    vocabulary = logits.shape[-1]
-    teacher = teacher.masked_fill(topk_ids >= vocabulary, -torch.inf)
-    # One impossible token more, which all ids without a counterpart point to.
-    logits = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
-    ids = topk_ids.clamp_max(vocabulary).long()
-    lse = torch.logsumexp(logits, -1, keepdim=True)
-    student = logits.gather(-1, ids) - lse
-    if topk_ids.shape[-1] < vocabulary:
-        teacher = torch.cat([teacher, log_tail(teacher)], -1)
-        others = torch.logsumexp(logits.scatter(-1, ids, -torch.inf), -1, keepdim=True)
-        student = torch.cat([student, others - lse], -1)
-    # Values rounded to float16 can sum to more or less than one.
-    return teacher - torch.logsumexp(teacher, -1, keepdim=True), student
+    lse = student.lse
+    tail = log_tail(teacher).masked_fill(torch.isneginf(student.outside), -torch.inf)
+    teacher = _normalised(torch.cat([teacher, tail[:, None]], -1))
+    return teacher, torch.cat([student.inside, student.outside[:, None]], -1) - lse[:, None]
 
 
 def log_tail(logprobs: Tensor) -> Tensor:
-    """log(1 - sum exp) of log-probabilities [..., k] -> [..., 1], floored at the precision of 1."""
-    mass = torch.logsumexp(logprobs, -1, keepdim=True).exp()
+    """log(1 - sum exp) of log-probabilities [..., k] -> [...], floored at the precision of 1.
+
+    Values rounded to float16 can sum to one and more.
+    """
+    mass = torch.logsumexp(logprobs, -1).exp()
     return torch.log((1 - mass).clamp_min(torch.finfo(logprobs.dtype).eps))
 
 
-TAILS = {"bucket": bucket}
+def renorm(teacher: Tensor, student: SparseLogits) -> tuple[Tensor, Tensor]:
+    """Both sides renormalised on the k ids, [N, k]: blind to the mass that the student puts elsewhere."""
+    return _normalised(teacher), _normalised(student.inside)
+
+
+def teacher_renorm(teacher: Tensor, student: SparseLogits) -> tuple[Tensor, Tensor]:
+    """The teacher renormalised on the k ids, zero elsewhere; the student over its whole vocabulary, [N, k + 1].
+
+    The last outcome, the student's tail, is one that the teacher excludes. Not zero at equality: it pushes the
+    student's tail to nothing.
+    """
+    _, student_outcomes = bucket(teacher, student)
+    return pad(_normalised(teacher), (0, 1), value=-torch.inf), student_outcomes
+
+
+def truncate(teacher: Tensor, student: SparseLogits) -> tuple[Tensor, Tensor]:
+    """The sum over the k ids only, [N, k], neither side renormalised: can be negative."""
+    return teacher, student.inside - student.lse[:, None]
+
+
+def _normalised(logprobs: Tensor) -> Tensor:
+    """Log-probabilities [N, M] that sum to one; a row without any mass stays as it is."""
+    lse = torch.logsumexp(torch.where(torch.isneginf(logprobs), torch.finfo(logprobs.dtype).min, logprobs), -1)
+    return logprobs - lse[:, None]
+
+
+TAILS = {"bucket": bucket, "renorm": renorm, "teacher_renorm": teacher_renorm, "truncate": truncate}

@@ -1,0 +1,38 @@
+"""Where the pipeline keeps its files, and the options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+PARAMS_FILE = Path("params.yaml")
+DATA, RUNS = Path("data"), Path("runs")
+PROMPTS, TOKENIZER = DATA / "prompts" / "prompts.parquet", DATA / "tokenizer"
+START, STUDENT = DATA / "models" / "student", DATA / "student"
+SELECTION, SCORED = DATA / "teacher", DATA / "scored"
+REWARD, AUDIT = DATA / "reward", DATA / "audit"
+CURVES, EVALUATION = DATA / "distill", DATA / "evaluation"
+
+ParamsOption = Annotated[
+    Path | None,
+    typer.Option("--params", help="Parameter file, may be partial.  [dim]default: params.yaml if it exists[/dim]"),
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one parameter; repeatable.")
+]
+StoreOption = Annotated[
+    Path | None,
+    typer.Option("--store", help="Teacher store.  [dim]default: $XKD_STORE, else the user's cache directory[/dim]"),
+]
+PromptsOption = Annotated[
+    Path,
+    typer.Option("--prompts", help="Prompt file (.parquet or .jsonl): prompt, and optionally id, references, split."),
+]
+RunsOption = Annotated[Path, typer.Option("--runs", help="Checkpoints of unfinished training.")]
+SelectionOption = Annotated[Path, typer.Option("--selection", help="Cached teacher (out of generate).")]
+ScoredOption = Annotated[
+    Path | None,
+    typer.Option("--scored", help="Scored responses (out of score).  [dim]default: data/scored if it exists[/dim]"),
+]
+StudentOption = Annotated[Path, typer.Option("--student", help="The student's starting point.")]
+RetryOption = Annotated[bool, typer.Option("--retry-skipped", help="Try rows again that were left out before.")]

@@ -1,0 +1,65 @@
+"""Every parameter with its default and its meaning: the one place. `params.yaml` is written from here."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from pipeline.params.base import Count, Optimisation, Positive, PositiveFloat, Section
+from pipeline.params.data import DataSet, Model, Prepare, Role, Teach, TeachBoth, TeachOptimisation
+from pipeline.params.student import TOKEN_OBJECTIVES, Distill, Lora, Residual, Reward
+from pipeline.params.teacher import Generate, Score
+
+__all__ = [
+    "TOKEN_OBJECTIVES",
+    "DataSet", "Distill", "Evaluate", "Generate", "Lora", "Model", "Optimisation", "Params", "Prepare", "Report",
+    "Residual", "Reward", "Role", "Score", "Section", "Teach", "TeachBoth", "TeachOptimisation",
+]  # fmt: skip
+
+
+class Evaluate(Section):
+    samples: Annotated[int, Field(gt=1)] = 4
+    """Sampled responses a prompt, for quality under sampling and for diversity."""
+    sampled_prompts: Positive = 200
+    """Test prompts that are also sampled, from the first."""
+    temperature: PositiveFloat = 1.0
+    """Temperature of the sampled responses."""
+    bootstrap: Positive = 1000
+    """Resamples for the intervals."""
+    batch_size: Positive = 128
+    """Sequences generated together."""
+
+
+class Report(Section):
+    samples: Count = 6
+    """Test prompts whose answers are shown side by side."""
+    rewarded_prompts: Count = 3
+    """Held-out prompts whose responses are shown with the reward at every token."""
+
+
+class Params(Section):
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of everything: data, initial weights, batch order, teacher samples, bootstrap."""
+    template: str = "{prompt} =>"
+    """What the models read, made of the task's prompt."""
+    chat: bool = False
+    """Put the tokenizer's chat template around it, as one user message."""
+    system: str = ""
+    """System message of the chat; empty: none is given."""
+    max_tokens: Positive = 48
+    """Longest response, in tokens."""
+    prepare: Prepare = Prepare()
+    teach: TeachBoth = TeachBoth()
+    generate: Generate = Generate()
+    score: Score = Score()
+    reward: Reward = Reward()
+    distill: Distill = Distill()
+    evaluate: Evaluate = Evaluate()
+    report: Report = Report()
+
+    @model_validator(mode="after")
+    def _template_has_a_prompt(self):
+        if "{prompt}" not in self.template:
+            raise ValueError(f"template {self.template!r} does not contain {{prompt}}")
+        if self.system and not self.chat:
+            raise ValueError("system is a message of a chat: set chat to true")
+        return self

@@ -1,0 +1,127 @@
+"""Parameters of the reward and of distillation."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.params.base import Count, NonNegativeFloat, Optimisation, Positive, PositiveFloat, Section, Share
+
+TOKEN_OBJECTIVES = ("sft", "seqkd")  # losses on tokens alone, without a teacher's distribution
+
+
+class Residual(Section):
+    q_source: Literal["logits", "logprobs"]
+    """Q-values: the raw logits (need the cache's lse) or their log-softmax."""
+    gamma: Annotated[float, Field(gt=0, le=1)]
+    """Discount."""
+    terminal: Literal["drop", "zero"]
+    """The last step: left out, or with a next value of zero."""
+
+
+class Reward(Section):
+    sarsa: Residual = Residual(q_source="logits", gamma=1.0, terminal="drop")
+    """Residuals of the posterior that distillation reads (TD form `sarsa`)."""
+    soft: Residual = Residual(q_source="logprobs", gamma=1.0, terminal="zero")
+    """Residuals of the posterior that is audited and ranked with (TD form `soft`); by default it includes EOS."""
+    head: Literal["action", "state"] = "action"
+    """mu from an output for every action at s_t, or from the state that has consumed the action."""
+    encoder: Literal["separate", "own"] = "separate"
+    """States of a small model of the reward's own, started as the student, or the student's own, only read."""
+    fit: Literal["teacher", "policy"] = "teacher"
+    """Explain the teacher's own cached Q-values, or those of a policy trained along on its samples (AVA)."""
+    lam: NonNegativeFloat = 0.03
+    """Weight of the TD term in that policy's loss; acts only with fit: policy."""
+    negatives: Literal["choose", "never", "always"] = "choose"
+    """Scored negatives in the soft fit: choose fits with and without, and keeps what ranks held-out prompts better."""
+    sigma_min: PositiveFloat = 0.3
+    """Floor of the posterior's deviation, in units of the residuals' own deviation c."""
+    phi_kl: Annotated[list[NonNegativeFloat], Field(min_length=1)] = [0.03, 0.1, 0.3]
+    """Candidate weights of KL(q || prior); the one with the best held-out likelihood is kept."""
+    patience: Positive = 3
+    """Held-out evaluations without improvement before a fit stops."""
+    evaluate_every: Positive = 25
+    """Steps between held-out evaluations."""
+    optimisation: Optimisation = Optimisation(steps=300, batch_size=32, learning_rate=2e-3)
+    bootstrap: Positive = 1000
+    """Resamples for the audit's intervals."""
+
+    @model_validator(mode="after")
+    def _policies_see_no_negatives(self):
+        if self.fit == "policy" and self.negatives == "always":
+            raise ValueError(
+                "fit: policy learns to speak as the teacher, so it takes no negatives: set negatives: never"
+            )
+        return self
+
+
+class Lora(Section):
+    rank: Count = 0
+    """Rank of the adapters on all linear layers of the blocks; 0: all weights are trained."""
+    alpha: PositiveFloat = 16
+    """Scale of the adapters, divided by the rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before the adapters."""
+
+
+class Distill(Section):
+    objective: Literal["sft", "seqkd", "fkl", "rkl", "jsd", "skew_fkl", "skew_rkl", "tvd"] = "fkl"
+    """Distillation loss; sft learns the training prompts' references, all others the teacher's samples."""
+    beta: Share = 0.5
+    """Mixture weight of jsd (0 is fkl, 1 is rkl)."""
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Mixture weight of skew_fkl and skew_rkl: that of the first-named distribution (DistiLLM)."""
+    tail: Literal["bucket", "renorm", "teacher_renorm", "truncate"] = "bucket"
+    """Mass outside the teacher's top k: one more outcome, renormalised on both sides or the teacher's, left out."""
+    nll_weight: NonNegativeFloat = 0.0
+    """Weight of the negative log-likelihood of the teacher's tokens, added to the loss."""
+    reward: Literal["none", "frozen", "joint", "scratch", "zero", "shuffled"] = "frozen"
+    """none: the plain loss; else X-: the fitted posterior, that trained on, a new one, or a control without meaning."""
+    lam: NonNegativeFloat = 0.01
+    """Weight of the TD consistency term."""
+    kl_weight: NonNegativeFloat = 1.0
+    """Weight of KL(q || prior); acts only with reward: scratch."""
+    td: Literal["sarsa", "soft"] = "sarsa"
+    """Form of the TD residual."""
+    residual: Residual = Residual(q_source="logits", gamma=1.0, terminal="drop")
+    """Must be what the reward was fitted with."""
+    optimisation: Optimisation = Optimisation(steps=800, batch_size=32, learning_rate=3e-3)
+    chunk: Count = 0
+    """Response positions that go through the language-model head at once; 0: as many as make 64 MiB of logits."""
+    log_every: Positive = 20
+    """Steps between logged points of the training curve."""
+    evaluate_every: Positive = 100
+    """Steps between held-out evaluations."""
+    save_every: Positive = 100
+    """Steps between checkpoints that a killed run resumes from."""
+    seed: Count = 0
+    """Added to the seed in this stage: another run on the same cached teacher and reward."""
+    best: Literal["", "loss", "kd", "nll"] = ""
+    """Keep the student with the lowest held-out value of this term; empty: the last one."""
+    patience: Count = 0
+    """Held-out evaluations without improvement of it before training stops; 0: train to the end."""
+    lora: Lora = Lora()
+    """Train low-rank adapters (LoRA, arXiv 2106.09685) and merge them into the student at the end."""
+    report_to: list[str] = []
+    """Trackers that follow the run (tensorboard, wandb, mlflow, dvclive, ...); each must be installed."""
+
+    @model_validator(mode="after")
+    def _best_is_watched(self):
+        if self.patience and not self.best:
+            raise ValueError("patience waits for the best held-out value: set best to loss, kd or nll as well")
+        if self.best and self.save_every % self.evaluate_every:
+            raise ValueError(
+                f"best keeps checkpoints that were evaluated: save_every ({self.save_every}) must be a multiple of "
+                f"evaluate_every ({self.evaluate_every})"
+            )
+        if self.best == "kd" and self.objective in TOKEN_OBJECTIVES:
+            raise ValueError(f"objective {self.objective} has no term kd: set best to loss or nll")
+        return self
+
+    @model_validator(mode="after")
+    def _bounded_below(self):
+        if self.reward == "scratch" and self.lam > self.kl_weight:
+            raise ValueError(
+                f"lam ({self.lam}) above kl_weight ({self.kl_weight}) with reward: scratch rewards a vanishing sigma "
+                "without bound (a token's loss goes as (lam - kl_weight) * log sigma): lower lam or raise kl_weight"
+            )
+        return self

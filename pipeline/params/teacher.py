@@ -1,0 +1,67 @@
+"""Parameters of what is asked of the teacher."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.params.base import Count, Positive, PositiveFloat, Section
+
+
+class Generate(Section):
+    teacher: str = "data/models/teacher"
+    """Folder or hub name of the teacher."""
+    engine: Literal["auto", "vllm", "hf", "stub", "text"] = "auto"
+    """What runs the teacher; auto is vllm where it is installed, else hf; text runs none and keeps `responses`."""
+    responses: str = ""
+    """File (.jsonl or .parquet) of prompt and response made elsewhere: scored by the teacher in place of sampling."""
+    accept: Literal["all", "correct"] = "all"
+    """Training responses to select: all, or those that the task's checker finds correct (rejection sampling)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number type of the teacher's weights; auto is the one they are stored in."""
+    samples: Annotated[int, Field(gt=0, le=32767)] = 2
+    """Responses a training prompt."""
+    validation_samples: Annotated[int, Field(gt=0, le=32767)] = 1
+    """Responses a held-out prompt."""
+    corrupted: Count = 2
+    """Corrupted copies of each held-out prompt's first reference, scored for the reward's audit."""
+    k: Positive = 16
+    """Most likely tokens kept at every position."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling."""
+    rows_per_shard: Positive = 256
+    """Samples a stored file; a killed run loses at most as many."""
+    max_skipped: Count = 0
+    """Rows that may be left out (too long, failed) before the stage counts as failed."""
+    materialize: bool = True
+    """Copy the selected rows into data/teacher, so that `dvc push` shares them; else read them from the store."""
+
+    @model_validator(mode="after")
+    def _text_needs_responses(self):
+        if self.engine == "text" and not self.responses:
+            raise ValueError("engine text runs no teacher: set responses to a file of prompts and responses")
+        return self
+
+    @model_validator(mode="after")
+    def _greedy_is_one_sample(self):
+        if self.temperature == 0 and max(self.samples, self.validation_samples) > 1:
+            raise ValueError("temperature 0 is greedy, so all samples would be equal: set samples to 1 as well")
+        return self
+
+
+class Score(Section):
+    """References of the training prompts are always scored."""
+
+    samples: Count = 1
+    """Samples of the student's starting point a training prompt, as negatives for the reward's fit."""
+    corrupted: Count = 1
+    """Corrupted copies of a training prompt's first reference, as negatives too."""
+    prompts: Count = 1000
+    """Training prompts that get negatives, from the first; 0: all."""
+    validation_samples: Count = 8
+    """Samples of the student a held-out prompt: the reward's audit ranks the right over the wrong ones."""
+    temperature: PositiveFloat = 1.0
+    """Temperature of the student's samples."""
+    batch_size: Positive = 128
+    """Student samples generated together."""

@@ -1,0 +1,200 @@
+"""Ask a teacher for what the store does not hold: shared by the stages that draw responses and that score them."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import console
+from pipeline.errors import UserError
+from pipeline.models import (
+    context_length,
+    describe_model,
+    load_config,
+    load_tokenizer,
+    local_folder,
+    stop_token_ids,
+    tokenizer_identity,
+)
+from pipeline.params import Generate, Params
+from pipeline.prompts import TEMPLATE_VERSION, Prompt, PromptFormat
+from pipeline.provenance import seconds_since_start
+from pipeline.shards.files import digest
+from pipeline.shards.identity import Request, Sampling
+from pipeline.shards.schema import count_tokens
+from pipeline.shards.selection import Part
+from pipeline.shards.store import RequestFolder
+from pipeline.teachers import Engine, choose_engine, open_engine
+from pipeline.teachers.orders import Order, Wanted
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run found and did, in rows."""
+
+    cached: int
+    made: int
+    skipped: int
+    missing: int = 0  # not made because the run was dry
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher before anything is asked of it: no weights are loaded."""
+
+    source: Path
+    engine: str
+    tokenizer: object
+    description: dict
+    k: int  # tokens a position; 0 where no teacher is run
+    stops: tuple[int, ...]
+    context: int | None  # most tokens it can attend to
+
+    @classmethod
+    def of(cls, settings: Generate) -> "Teacher":
+        """The one that the parameters name. Raises UserError where it or its tokenizer cannot be found."""
+        source, text_only = local_folder(settings.teacher), settings.engine == "text"
+        seq2seq = not text_only and load_config(source).is_encoder_decoder
+        engine = choose_engine(settings.engine, seq2seq)
+        tokenizer = load_tokenizer(source)
+        description = _describe(settings.teacher, settings.dtype, engine, tokenizer)
+        return cls(
+            source,
+            engine,
+            tokenizer,
+            description,
+            0 if text_only else min(settings.k, description["vocab_size"]),
+            stop_token_ids(source, tokenizer),
+            None if text_only else context_length(load_config(source)),
+        )
+
+    def order(self, request: Request, wanted: list[Wanted], root: Path) -> Order:
+        """What is wanted of one request, at the store `root`."""
+        folder = RequestFolder(root, self.description["identity"], request.identity)
+        return Order(request, folder, wanted, self.k, self.stops, self.context)
+
+
+def _describe(source: str, dtype: str, engine: str, tokenizer) -> dict:
+    if engine == "text":  # no weights are needed: what counts is how text becomes tokens
+        found = tokenizer_identity(tokenizer)[:16]
+        return {
+            "identity": digest({"text": found})[:16], "tokenizer": found, "vocab_size": len(tokenizer), "dtype": None,
+            "licence": None, "name": "text only", "commit": None,
+        }  # fmt: skip
+    teacher = describe_model(source, dtype)
+    if engine == "stub":  # fake answers must never be found under a real teacher's identity
+        teacher |= {"identity": digest({"stub": teacher["identity"]})[:16], "name": "stub"}
+    return teacher
+
+
+def sampling_request(params: Params, teacher: Teacher) -> Request:
+    """The request that responses are drawn with."""
+    settings, chat = params.generate, PromptFormat.of(params).chat_identity(teacher.tokenizer)
+    sampling = Sampling(settings.temperature, settings.top_p, params.max_tokens, teacher.stops)
+    return Request("sample", params.template, TEMPLATE_VERSION, params.seed, sampling, chat)
+
+
+def scoring_request(params: Params, teacher: Teacher) -> Request:
+    """The request that given responses are scored with."""
+    chat = PromptFormat.of(params).chat_identity(teacher.tokenizer)
+    return Request("score", params.template, TEMPLATE_VERSION, chat=chat)
+
+
+def rendered(prompts: list[Prompt], form: PromptFormat, tokenizer) -> list[tuple[Prompt, str, np.ndarray]]:
+    """Prompts with the text and the token ids that the teacher reads."""
+    texts = [form.text(tokenizer, prompt.prompt) for prompt in prompts]
+    return list(zip(prompts, texts, form.encode_texts(tokenizer, texts), strict=True))
+
+
+def look_up(orders: Sequence[Order], retry_skipped: bool = False, set_aside: bool = True) -> tuple[int, int]:
+    """Find what is cached of all orders; returns how many rows are, and how many must be made."""
+    for order in orders:
+        order.look_up(retry_skipped, set_aside)
+        for damaged in order.folder.damaged:
+            console.warn(f"damaged shard, its rows are made again: {damaged}")
+    return sum(len(order.cached) for order in orders), sum(len(order.missing) + len(order.widen) for order in orders)
+
+
+def fulfil(
+    orders: Sequence[Order], teacher: Teacher, settings: Generate, cached: int, engine: Engine | None = None
+) -> tuple[Summary, dict]:
+    """Have made what `look_up` did not find, and look again; returns the counts, and tokens and seconds it took.
+
+    engine: in place of the teacher's own, which is opened only where something must be made.
+    """
+    lacking = [(order, wanted) for order in orders for wanted in [*order.missing, *order.widen]]
+    if lacking and engine is None:
+        longest = max(order.length(wanted) for order, wanted in lacking)
+        if teacher.engine != "text":
+            console.say(f"loading the teacher from {teacher.source} with engine {teacher.engine}")
+        try:
+            engine = open_engine(teacher.engine, teacher.source, teacher.description["dtype"], longest)
+        except (RuntimeError, ValueError, ImportError) as error:
+            raise UserError(
+                f"engine {teacher.engine} cannot start with {teacher.source}: {error}. Try --engine hf"
+            ) from error
+    asked = time.monotonic()
+    tokens = sum(
+        order.fulfil(engine, teacher.tokenizer, teacher.description, settings.rows_per_shard) for order in orders
+    )
+    asking = time.monotonic() - asked
+    for order in orders:
+        order.look_up()
+    made = sum(len(order.cached) for order in orders) - cached
+    lost = sum(len(order.missing) + len(order.widen) for order in orders)
+    if lost:
+        console.warn(f"the engine gave no answer for {lost} rows; run the same command to ask again")
+    summary = Summary(cached, made, sum(len(order.skipped) for order in orders) + lost)
+    return summary, {"tokens": tokens, "seconds": asking}
+
+
+def report_dry_run(orders: Sequence[Order], teacher: Teacher) -> None:
+    console.table(
+        "dry run: nothing was generated",
+        ("request", "cached", "missing", "to rescore for k", "left out"),
+        [
+            (order.request.kind, len(order.cached), len(order.missing), len(order.widen), len(order.skipped))
+            for order in orders
+        ],
+    )
+    console.facts(
+        "store",
+        [("teacher", teacher.description["identity"]), *((order.request.kind, order.folder.path) for order in orders)],
+    )
+
+
+def cost_of(summary: Summary, manifest: dict, orders: Sequence[Order], asked: dict) -> dict:
+    """Rows, tokens, bytes and seconds of this run; bytes a token are of the rows' shards, text and ids included."""
+    shards = {location.shard for order in orders for found in order.index.values() for location in found}
+    stored = sum(shard.stat().st_size for shard in shards)
+    held = sum(count_tokens(shard) for shard in shards)
+    return {
+        "rows_found": summary.cached,
+        "rows_made": summary.made,
+        "rows_left_out": summary.skipped,
+        "tokens_selected": sum(part["tokens"] for part in manifest["parts"].values()),
+        "tokens_made": asked["tokens"],
+        "seconds_asking": asked["seconds"] if summary.made else 0.0,
+        "seconds": seconds_since_start(),
+        "tokens_per_second": asked["tokens"] / asked["seconds"] if summary.made else None,
+        "store_bytes": stored,
+        "bytes_per_token": stored / held if held else None,
+    }
+
+
+def report(what: str, summary: Summary, parts: dict[str, Part], orders: Sequence[Order], out: Path, cost: dict) -> None:
+    rate = f", {cost['tokens_per_second']:,.0f} tokens/s without loading" if cost["tokens_per_second"] else ""
+    size = f"{cost['store_bytes'] / 2**20:,.1f} MiB, {cost['bytes_per_token'] or 0:,.0f} bytes a token"
+    console.facts(
+        what,
+        [
+            ("found in the store", f"{summary.cached:,} rows"),
+            ("made now", f"{summary.made:,} rows, {cost['tokens_made']:,} tokens in {cost['seconds']:.0f} s{rate}"),
+            ("left out", f"{summary.skipped:,} rows"),
+            ("selected", ", ".join(f"{part.rows:,} {name}" for name, part in parts.items())),
+            ("store", f"{orders[0].folder.path.parent} ({size})"),
+            ("selection", out),
+        ],
+    )

@@ -1,0 +1,271 @@
+"""From hidden states to a loss: the language-model head in chunks of positions, its gradient made along the way.
+
+[N, V] logits are never kept. Each chunk's logits are reduced to `SparseLogits`, the loss is differentiated with
+respect to those few numbers, and the gradient of states and weights follows at once while the chunk is still there,
+so that the head is multiplied three times and not four, as it would be if the backward pass made the logits again.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from stages.objectives.divergences import DIVERGENCES
+from stages.objectives.outcomes import TAILS, SparseLogits, at_least_float32
+
+_CHUNK_BYTES = 64 * 2**20  # of logits
+_CHUNK_ROWS = 64, 512  # fewer do not use the processor, more gain nothing
+
+
+class TopK(NamedTuple):
+    """A sparse teacher at N positions."""
+
+    ids: Tensor  # [N, k], distinct in a row
+    logprobs: Tensor  # [N, k], full-vocabulary normalisation, at temperature 1
+
+
+class Head(NamedTuple):
+    """A linear language-model head: logits = states @ weight.T + bias."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+
+
+class Scores(NamedTuple):
+    """What a loss may depend on at n consecutive positions."""
+
+    logprob: Tensor  # [n] log pi(a_t | s_t)
+    lse: Tensor  # [n] log-sum-exp of the raw logits
+    divergence: Tensor | None  # [n] between teacher and student
+
+
+# (scores of n consecutive positions, where they are among the N, further inputs there) -> {term: [n]}
+Terms = Callable[..., Mapping[str, Tensor]]
+
+
+def sparse_divergence(name: str, weight: float = 0.5, tail: str = "bucket") -> Callable[[Tensor, SparseLogits], Tensor]:
+    """A divergence of DIVERGENCES between teacher log-probabilities [N, k] and a student's SparseLogits -> [N].
+
+    weight: of its mixture, where it has one; tail: what is made of the mass outside the teacher's top k, of TAILS.
+    Reverse KL to a teacher that excludes everything else is infinite; there it is the sum over the teacher's k.
+    """
+    divergence, outcomes = DIVERGENCES[name], TAILS[tail]
+    reverse = name == "rkl" or (name == "jsd" and weight == 1)
+
+    def of(teacher: Tensor, student: SparseLogits) -> Tensor:
+        sides = outcomes(at_least_float32(teacher).to(student.inside.dtype), student)
+        if tail == "teacher_renorm" and reverse:
+            sides = tuple(side[:, :-1] for side in sides)
+        return divergence(*sides, weight)
+
+    return of
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Positions a chunk: as many as make 64 MiB of float32 logits, at least 64, at most 512."""
+    fewest, most = _CHUNK_ROWS
+    return min(max(_CHUNK_BYTES // (4 * vocabulary), fewest), most)
+
+
+def chunked_loss(
+    head: Head,
+    states: Tensor,
+    labels: Tensor,
+    terms: Terms,
+    weights: Mapping[str, float | Tensor],
+    teacher: TopK | None = None,
+    divergence: Callable[[Tensor, SparseLogits], Tensor] | None = None,
+    inputs: Sequence[Tensor] = (),
+    chunk: int = 0,
+    neighbours: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """sum_i weights_i sum_n terms_i[n] over N positions, differentiable once, and the sums of all terms, detached.
+
+    states [N, H], labels [N]; terms(scores, rows, *inputs) -> {name: [n]} at positions `rows` (a slice), which may
+    depend on the next position where `neighbours` is set; a term without a weight is only summed. inputs: further
+    tensors [N], sliced alike, which may require gradients. chunk: positions at once, 0: `chunk_rows`.
+    """
+    call = _Call(terms, dict(weights), divergence, chunk or chunk_rows(len(head.weight)), neighbours)
+    ids, logprobs = teacher if teacher is not None and divergence is not None else (None, None)
+    loss, *sums = _ChunkedLoss.apply(call, head.weight, head.bias, states, labels, ids, logprobs, *inputs)
+    return loss, dict(zip(call.names, sums, strict=True))
+
+
+@torch.no_grad()
+def token_scores(
+    head: Head,
+    states: Tensor,
+    labels: Tensor,
+    teacher: TopK | None = None,
+    divergence: Callable[[Tensor, SparseLogits], Tensor] | None = None,
+    chunk: int = 0,
+) -> Scores:
+    """Scores of all N positions, without gradients."""
+    parts = []
+
+    def keep(scores: Scores, rows: slice) -> dict[str, Tensor]:
+        parts.append(scores)
+        return {}
+
+    chunked_loss(head, states, labels, keep, {}, teacher, divergence, chunk=chunk)
+    logprob, lse, found = zip(*parts, strict=True)
+    return Scores(torch.cat(logprob), torch.cat(lse), None if found[0] is None else torch.cat(found))
+
+
+class _Call:
+    """The arguments of a `chunked_loss` that are no tensors; `names` of the terms are filled in."""
+
+    def __init__(self, terms: Terms, weights: dict, divergence: Callable | None, chunk: int, neighbours: bool):
+        self.terms, self.weights, self.divergence = terms, weights, divergence
+        self.chunk, self.neighbours, self.learning = chunk, neighbours, torch.is_grad_enabled()
+        self.names: list[str] = []
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call, *tensors):
+        needed = [call.learning and need for need in ctx.needs_input_grad[1:]]
+        sums, ctx.gradients = _run(call, needed, *tensors)
+        ctx.call, ctx.needed = call, needed
+        ctx.save_for_backward(*tensors)
+        call.names = list(sums)
+        ctx.mark_non_differentiable(*sums.values())
+        states = tensors[2]
+        nothing = torch.zeros((), dtype=at_least_float32(states[:0]).dtype, device=states.device)
+        return sum((call.weights[name] * sums[name] for name in call.weights), nothing), *sums.values()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss, *_):
+        tensors, gradients, ctx.gradients = ctx.saved_tensors, ctx.gradients, None
+        if gradients is None:  # they were handed out, and the graph is used a second time
+            _, gradients = _run(ctx.call, ctx.needed, *tensors)
+        pairs = zip(gradients, tensors, strict=True)
+        return None, *(None if grad is None else grad.mul_(d_loss).to(x.dtype) for grad, x in pairs)
+
+
+def _run(call: _Call, needed: Sequence[bool], *tensors: Tensor | None):
+    """Sums of all terms, and the gradients of the loss for the tensors that need one."""
+    weight, bias, states, labels, ids, logprobs, *inputs = tensors
+    dtype = at_least_float32(states[:0]).dtype
+    # Gradients that grow chunk by chunk do so in at least float32.
+    gradients = [
+        torch.zeros_like(x, dtype=dtype if x is weight or x is bias else x.dtype) if need else None
+        for x, need in zip(tensors, needed, strict=True)
+    ]
+    d_weight, d_bias, d_states, *_ = gradients
+    ids, logprobs, padded = _known(ids, logprobs, labels, len(weight))
+    sums, halo = {}, int(call.neighbours)
+    buffer = states.new_empty(min(call.chunk + 2 * halo, len(states)), len(weight) + padded, dtype=dtype)
+    for first in range(0, max(len(states), 1), call.chunk):
+        last = min(first + call.chunk, len(states))
+        # A position's loss may depend on the next one, and so its gradient on the loss before it.
+        rows = slice(max(first - halo, 0), min(last + halo, len(states)))
+        own = slice(first - rows.start, last - rows.start)
+        logits = _logits(states[rows], weight, bias, buffer, padded)
+        reduced, exponentials = _reduce(logits, ids[rows], labels[rows], logprobs is None)
+        leaves = [x.detach().requires_grad_() for x in reduced]
+        extra = [x[rows].detach().requires_grad_(x.requires_grad) for x in inputs]
+        with torch.set_grad_enabled(any(needed)):
+            values = _values(call, leaves, logprobs, rows, extra)
+            complete = slice(0, rows.stop - rows.start - (rows.stop > last))
+            objective = sum(call.weights[name] * values[name][complete].sum() for name in call.weights)
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0) + value[own].detach().sum()
+        if not (torch.is_tensor(objective) and objective.requires_grad):
+            continue
+        wanted = [*leaves, *(x for x in extra if x.requires_grad)]
+        found = iter(torch.autograd.grad(objective, wanted, allow_unused=True, materialize_grads=True))
+        d_logits = _expand(exponentials, ids[rows], labels[rows], [next(found) for _ in leaves])
+        _accumulate(d_weight, d_bias, d_states, d_logits[own, : len(weight)], slice(first, last), states, weight)
+        for gradient, x in zip(gradients[6:], extra, strict=True):
+            if x.requires_grad:
+                gradient[first:last] = next(found)[own]
+    return sums, gradients
+
+
+def _known(ids: Tensor | None, logprobs: Tensor | None, labels: Tensor, vocabulary: int):
+    """Ids, log-probabilities, and how many impossible logits must be added for ids that the student has not.
+
+    Without a teacher the only id is the label.
+    """
+    if ids is None:
+        return labels[:, None].long(), None, 0
+    unknown = ids >= vocabulary
+    padded = int(unknown.any())
+    return ids.clamp_max(vocabulary).long(), logprobs.masked_fill(unknown, -torch.inf) if padded else logprobs, padded
+
+
+def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor, padded: int) -> Tensor:
+    """states @ weight.T + bias [n, V + padded] in `buffer`, promoted to its type; impossible where padded."""
+    logits = buffer[: len(states)]
+    if padded or states.dtype != buffer.dtype:
+        logits[:, : len(weight)] = states @ weight.T
+        logits[:, len(weight) :] = -torch.inf
+    else:
+        torch.mm(states, weight.T, out=logits)
+    if bias is not None:
+        logits[:, : len(weight)] += bias
+    return logits
+
+
+class _Exponentials(NamedTuple):
+    """exp(logit - top) outside the ids, 0 at them, in the logits' memory; `total` [n, 1] their sum."""
+
+    values: Tensor  # [n, V]
+    total: Tensor  # [n, 1]
+
+
+def _reduce(logits: Tensor, ids: Tensor, labels: Tensor, plain: bool) -> tuple[list[Tensor], _Exponentials]:
+    """[inside, outside, label] (without the label where `plain`: it is the only id), in one pass over the logits."""
+    label = [] if plain else [logits.gather(-1, labels[:, None].long()).squeeze(-1)]
+    inside = logits.gather(-1, ids)
+    values = logits.scatter_(-1, ids, -torch.inf)
+    top = values.amax(-1, keepdim=True)
+    top = torch.where(torch.isneginf(top), 0, top)
+    values = values.sub_(top).exp_()
+    total = values.sum(-1, keepdim=True)
+    outside = (top + total.log()).squeeze(-1)
+    return [inside, outside, *label], _Exponentials(values, total)
+
+
+def _values(call: _Call, leaves: list[Tensor], logprobs: Tensor | None, rows: slice, extra: list[Tensor]):
+    inside, outside, *label = leaves
+    student = SparseLogits(inside, outside, label[0] if label else inside[:, 0])
+    lse = student.lse
+    divergence = None if logprobs is None else call.divergence(logprobs[rows], student)
+    return call.terms(Scores(student.label - lse, lse, divergence), rows, *extra)
+
+
+def _expand(exponentials: _Exponentials, ids: Tensor, labels: Tensor, grads: list[Tensor]) -> Tensor:
+    """Gradient of the logits [n, V] from that of [inside, outside, label], in the exponentials' memory."""
+    d_inside, d_outside, *d_label = grads
+    values, total = exponentials
+    values.mul_(torch.where(total > 0, d_outside[:, None] / total, 0))
+    values.scatter_(-1, ids, d_inside)
+    if d_label:
+        values.scatter_add_(-1, labels[:, None].long(), d_label[0][:, None])
+    return values
+
+
+def _accumulate(
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+    d_states: Tensor | None,
+    d_logits: Tensor,
+    rows: slice,
+    states: Tensor,
+    weight: Tensor,
+) -> None:
+    """Add what a chunk's gradient of the logits [n, V] gives to those of weight, bias and states."""
+    if d_states is not None:
+        if weight.dtype == d_logits.dtype:
+            torch.mm(d_logits, weight, out=d_states[rows])
+        else:
+            d_states[rows] = d_logits.to(weight.dtype) @ weight
+    if d_weight is not None:
+        d_weight.addmm_(d_logits.T, states[rows].to(d_logits.dtype))
+    if d_bias is not None:
+        d_bias += d_logits.sum(0)

@@ -1,0 +1,13 @@
+"""Curves that the stages wrote."""
+
+import csv
+from pathlib import Path
+
+
+def curve_of(path: Path) -> dict[str, list[float]]:
+    """Columns of a curve's CSV file; empty where there is none."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else ())}

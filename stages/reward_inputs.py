@@ -1,0 +1,107 @@
+"""What distillation is told of a reward: fitted, trained on, new, or a control that knows nothing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipeline.errors import UserError
+from pipeline.models import load_lm
+from pipeline.params import Distill, Params
+from pipeline.shards.schema import Row
+from pipeline.shards.selection import Selection
+from stages.residuals import Scaled
+from stages.reward_model import RewardPosterior, load_posterior, read_description, require_same_residual
+
+FITTED = ("frozen", "shuffled", "joint")  # rewards that the stage `reward` fitted
+
+
+@dataclass(frozen=True)
+class RewardInputs:
+    """What the X term needs to be told: rewards by name and key where they are given, the residuals' scale."""
+
+    extras: dict[str, dict[str, np.ndarray]] | None = None
+    scale: float = 1.0
+    offset: float = 0.0
+    phi_kl: float = 0.0
+
+
+def reward_inputs(
+    settings: Distill,
+    selection: Selection,
+    rows: dict[str, Sequence[Row]],
+    reward_path: Path | None,
+    seed: int,
+) -> RewardInputs:
+    """What the settings ask for. Raises UserError where the fitted reward is absent or of something else."""
+    if settings.reward == "none":
+        return RewardInputs()
+    if settings.reward not in FITTED:
+        scaled = Scaled.of(rows["train"], settings.td, settings.residual)
+        return RewardInputs(None, scaled.scale, scaled.offset)
+    if reward_path is None:
+        raise UserError(f"distill.reward: {settings.reward} needs the folder of a fitted reward: pass --reward")
+    folder = reward_path / settings.td
+    description = read_description(folder)
+    require_same_residual(settings.residual, description, folder)
+    if description["teacher"] != selection.teacher["identity"]:
+        raise UserError(
+            f"the reward in {folder} explains teacher {description['teacher']}, the cache holds teacher "
+            f"{selection.teacher['identity']}: run `xkd-pipeline reward` again"
+        )
+    known = description["c"], description["offset"], description["phi_kl"]
+    if settings.reward == "joint":
+        return RewardInputs(None, *known)
+    extras = _read_rewards(folder, rows)
+    if settings.reward == "shuffled":
+        extras = shuffled(extras, rows, seed)
+    return RewardInputs(extras, *known)
+
+
+def _read_rewards(folder: Path, rows: dict[str, Sequence[Row]]) -> dict[str, dict[str, np.ndarray]]:
+    """mu and log sigma by key. Raises UserError where a row has none."""
+    table = pq.read_table(folder / "rewards.parquet")
+    keys = table.column("key").to_pylist()
+    extras = {
+        name: dict(zip(keys, (np.asarray(v, np.float32) for v in table.column(name).to_pylist()), strict=True))
+        for name in ("mu", "log_sigma")
+    }
+    unknown = [
+        row.key for part in rows.values() for row in part if len(extras["mu"].get(row.key, ())) != len(row.response_ids)
+    ]
+    if unknown:
+        raise UserError(
+            f"{folder} has no reward for {len(unknown)} of the cached responses (first: {unknown[0]}): it was fitted "
+            "on another selection; run `xkd-pipeline reward` again"
+        )
+    return extras
+
+
+def shuffled(
+    rewards: dict[str, dict[str, np.ndarray]], rows: dict[str, Sequence[Row]], seed: int
+) -> dict[str, dict[str, np.ndarray]]:
+    """Rewards permuted among the samples of each part: every value is used once, none where it belongs.
+
+    The samples' rewards are laid end to end in a random cyclic order and cut anew at each sample's own length.
+    """
+    found: dict[str, dict[str, np.ndarray]] = {name: {} for name in rewards}
+    for part in rows.values():
+        order = np.random.default_rng(seed).permutation(len(part))
+        lengths = [len(part[i].response_ids) for i in order]
+        for name, by_key in rewards.items():
+            line = np.concatenate([by_key[part[i].key] for i in np.roll(order, 1)])
+            cut = np.split(line, np.cumsum(lengths)[:-1])
+            found[name] |= {part[i].key: values for i, values in zip(order, cut, strict=True)}
+    return found
+
+
+def posterior_for(params: Params, student_path: Path, reward_path: Path | None) -> RewardPosterior | None:
+    """The reward that is trained along: a new one, or the fitted one to start from."""
+    settings, reward = params.distill, params.reward
+    if settings.reward == "joint":
+        return load_posterior(reward_path / settings.td, student_path).train()
+    if settings.reward == "scratch":
+        return RewardPosterior(load_lm(student_path), reward.head, reward.encoder, reward.sigma_min).train()
+    return None

@@ -1,0 +1,119 @@
+"""Have the teacher score what others said: references, their corruptions, and the student's own samples.
+
+Scored references are what `sft` learns from. Corruptions and student samples on training prompts are negatives for the
+reward's fit; student samples on held-out prompts, which the task says are right or wrong, are for its audit.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline import console
+from pipeline.models import load_lm, load_tokenizer, require_context, require_same_tokenizer
+from pipeline.params import Params
+from pipeline.prompts import Prompt, PromptFormat, encode_response, read_prompts
+from pipeline.provenance import fingerprint, git_commit, versions
+from pipeline.shards.files import digest, write_json_atomically
+from pipeline.shards.identity import Sampling, sample_seed, score_key
+from pipeline.shards.selection import write_selection
+from pipeline.shards.store import store_root
+from pipeline.tasks.corruption import corruptions
+from pipeline.teachers import Ask, Engine
+from pipeline.teachers.hf import HfEngine
+from pipeline.teachers.orders import Wanted
+from stages import asking
+from stages.asking import Summary, Teacher
+
+Asked = Sequence[tuple[Prompt, str, np.ndarray]]  # prompt, what models read, its token ids
+
+
+def score(
+    params: Params,
+    prompts_path: Path,
+    student_path: Path,
+    out: Path,
+    store: Path | None = None,
+    retry_skipped: bool = False,
+    engine: Engine | None = None,
+    results: Path | None = None,
+) -> Summary:
+    """Write the selection `out` with the parts `references`, `negatives` (training prompts) and `samples` (held out).
+
+    Where no teacher is run (generate.engine: text) only references are kept, as text. `engine` replaces the one that
+    the parameters name. Raises UserError on bad input; what was stored stays.
+    """
+    settings, root = params.generate, store_root(store)
+    prompts = read_prompts(prompts_path, ("train", "validation"))
+    teacher = Teacher.of(settings)
+    asked = asking.rendered(prompts, PromptFormat.of(params), teacher.tokenizer)
+    training = [each for each in asked if each[0].split == "train"]
+    held_out = [each for each in asked if each[0].split == "validation"]
+
+    wanted = list(_references(training, teacher.tokenizer))
+    if teacher.engine != "text":
+        some = training[: params.score.prompts or None]
+        wanted += _corrupted(some, params, teacher.tokenizer)
+        drawn = [("negatives", some, params.score.samples), ("samples", held_out, params.score.validation_samples)]
+        wanted += _student_samples(drawn, params, student_path, teacher)
+    orders = [teacher.order(asking.scoring_request(params, teacher), wanted, root)]
+    cached, _ = asking.look_up(orders, retry_skipped)
+    summary, took = asking.fulfil(orders, teacher, settings, cached, engine)
+    parts = orders[0].parts()
+    manifest = write_selection(
+        out, parts, teacher.description, teacher.k, summary.skipped, settings.materialize, fingerprint(student_path)
+    )
+    cost = asking.cost_of(summary, manifest, orders, took)
+    if results is not None:
+        provenance = {"parameters": params.score.model_dump(), "student": manifest["student"], "versions": versions()}
+        write_json_atomically(results, {"cost": cost, "provenance": provenance | {"git_commit": git_commit()}})
+    asking.report("scored by the teacher", summary, parts, orders, out, cost)
+    return summary
+
+
+def _references(asked: Asked, tokenizer) -> Iterator[Wanted]:
+    for prompt, text, ids in asked:
+        for number, reference in enumerate(prompt.references):
+            yield _wanted("references", prompt, text, ids, number, "reference", encode_response(tokenizer, reference))
+
+
+def _corrupted(asked: Asked, params: Params, tokenizer) -> Iterator[Wanted]:
+    for prompt, text, ids in asked:
+        references = [encode_response(tokenizer, reference) for reference in prompt.references]
+        if references:
+            wrong = corruptions(references, params.score.corrupted, [params.seed, *ids.tolist()])
+            for number, response in enumerate(wrong):
+                yield _wanted("negatives", prompt, text, ids, number, "corrupted", response)
+
+
+def _wanted(
+    part: str, prompt: Prompt, text: str, ids: np.ndarray, number: int, origin: str, response: np.ndarray
+) -> Wanted:
+    return Wanted(part, prompt, text, ids, number, score_key(ids, response), origin, response)
+
+
+def _student_samples(
+    drawn: Sequence[tuple[str, Asked, int]], params: Params, student_path: Path, teacher: Teacher
+) -> Iterator[Wanted]:
+    """Samples of the student for each (part, prompts, how many)."""
+    places = [(part, each, number) for part, asked, count in drawn for each in asked for number in range(count)]
+    if not places:
+        return
+    require_same_tokenizer(teacher.description["tokenizer"], load_tokenizer(student_path), student_path)
+    model = load_lm(student_path).to("cuda" if torch.cuda.is_available() else "cpu")
+    longest = max(len(ids) for _, (_, _, ids), _ in places) + params.max_tokens
+    require_context(model.config, longest, f"the student {student_path}")
+    asks = [
+        Ask(str(place), ids, sample_seed(digest([params.seed, part, prompt.id, number])))
+        for place, (part, (prompt, _, ids), number) in enumerate(places)
+    ]
+    sampling = Sampling(params.score.temperature, 1.0, params.max_tokens, teacher.stops)
+    answers: dict[str, np.ndarray] = {}
+    with console.progress("samples of the student", len(asks)) as advance:
+        for answer in HfEngine(model, params.score.batch_size).sample(asks, sampling, k=1):
+            answers[answer.key] = answer.response_ids
+            advance()
+    for place, (part, (prompt, text, ids), number) in enumerate(places):
+        response = answers[str(place)]
+        yield _wanted(part, prompt, text, ids, number, "student", response)

@@ -1,0 +1,59 @@
+"""Is the reward a judge? Its audit on the three built-in tasks, with the action head, the soft residual, and negatives.
+
+`python -m tests.benchmarks.audit OUT`: for each task the stages up to `reward` run in OUT/TASK with the default
+parameters, but those that README names for the task; then a table of every judge's AUC within prompts. About four
+minutes a task on two cores; a task whose audit OUT already holds is not run again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TASKS = {
+    "arithmetic": (),
+    "translation": ("teach.teacher.optimisation.steps=300",),
+    "summarisation": ("teach.student.pairs=150", "teach.teacher.optimisation.steps=400"),
+}
+STAGES = (("prepare",), ("teach", "teacher"), ("teach", "student"), ("generate",), ("score",), ("reward",))
+
+
+def run(task: str, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = [o for setting in (f"prepare.task={task}", *TASKS[task]) for o in ("--set", setting)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XKD_STORE": str(folder.resolve() / "store")}
+    for stage in STAGES:
+        command = [sys.executable, "-m", "pipeline.cli", *stage, *chosen]
+        subprocess.run(command, cwd=folder, env=environment, check=True)
+
+
+def main(out: Path) -> None:
+    print(
+        "| task | ranking | prompts | judge | mean over tokens | sum over tokens | mean, pooled |\n|---|---|---|---|---|---|---|"
+    )
+    for task in TASKS:
+        results = out / task / "data" / "audit" / "results.json"
+        if not results.is_file():
+            run(task, out / task)
+        found = json.loads(results.read_text())
+        for ranking, judges in found["audit"].items():
+            for judge, aucs in judges.items():
+                cells = [
+                    f"{aucs[how]['auc']:.3f} [{aucs[how]['low']:.3f}, {aucs[how]['high']:.3f}]"
+                    for how in ("within_mean", "within_sum", "pooled_mean")
+                ]
+                print(f"| {task} | {ranking} | {found['audited_prompts'][ranking]} | {judge} | {' | '.join(cells)} |")
+        soft, negatives = found["soft"], found["negatives"]
+        print(
+            f"| {task} | | | soft fit | -log q {soft['heldout_nll']:.3f}, {soft['inside_1_sigma']:.0%} and "
+            f"{soft['inside_2_sigma']:.0%} within 1 and 2 sigma, {soft['sigma_at_floor']:.0%} at the floor | "
+            f"negatives {'used' if negatives['used'] else 'not used'}: {negatives.get('choice_auc')} | |"
+        )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m tests.benchmarks.audit OUT")
+    main(Path(sys.argv[1]))

@@ -1,0 +1,206 @@
+"""What the objectives cost: one training step of the head, in time and memory, against cross-entropy and dense logits.
+
+`python -m tests.benchmarks.objectives OUT.json`: every case runs in a process of its own; times are the median of
+interleaved repetitions, memory is the peak of the process above what its inputs take. About 15 minutes on two cores.
+Bars (exit code 1 where one is missed): at most 1.15 times the time and 1.2 times the memory of cross-entropy through
+the same chunked head; at V = 50k at least 2 times faster and 3 times smaller than dense logits.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+from stages.objectives.avril import gaussian_nll, td_residual
+from stages.objectives.divergences import DIVERGENCES
+from stages.objectives.head import Head, Scores, TopK, chunked_loss, sparse_divergence
+from stages.objectives.outcomes import TAILS, dense
+
+HIDDEN, POSITIONS, REPETITIONS = 512, 1024, 7
+TIME_BAR, MEMORY_BAR, DENSE_TIME_BAR, DENSE_MEMORY_BAR = 1.15, 1.2, 2.0, 3.0
+SIZES = [(1_000, 8), (1_000, 128), (10_000, 32), (50_000, 8), (50_000, 64), (50_000, 128), (150_000, 8), (150_000, 128)]
+Step = Callable[[], None]
+
+
+class Inputs:
+    """States, a head, labels, a teacher of k tokens a position, and frozen rewards."""
+
+    def __init__(self, vocabulary: int, k: int):
+        torch.manual_seed(0)
+        self.states = torch.randn(POSITIONS, HIDDEN, requires_grad=True)
+        self.weight = (torch.randn(vocabulary, HIDDEN) * 2 * HIDDEN**-0.5).requires_grad_()
+        self.labels = torch.randint(vocabulary, (POSITIONS,))
+        parts = [torch.log_softmax(logits, -1).topk(k, -1) for logits in self.teacher_logits(vocabulary).split(64)]
+        self.teacher = TopK(*(torch.cat([part[i] for part in parts]) for i in (1, 0)))
+        self.mu, self.log_sigma = torch.randn(2, POSITIONS)
+        self.followed = torch.arange(POSITIONS) % 32 != 31  # responses of 32 tokens
+
+    @staticmethod
+    def teacher_logits(vocabulary: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return torch.cat([3 * torch.randn(64, vocabulary, generator=generator)] * (POSITIONS // 64))
+
+    def clear(self) -> None:
+        self.states.grad = self.weight.grad = None
+
+
+def consistency(inputs: Inputs, logprob, lse, rows=slice(None)) -> torch.Tensor:
+    """The X term with frozen rewards, [n]."""
+    followed = inputs.followed[rows]
+    delta = td_residual(logprob + lse, lse, followed, followed, 1.0, "sarsa")
+    return torch.where(followed, gaussian_nll(delta, inputs.mu[rows], inputs.log_sigma[rows]), 0)
+
+
+def ours(inputs: Inputs, name: str | None, x: bool, tail: str = "bucket") -> Step:
+    """A plain or X- objective, or cross-entropy (None), through the chunked head."""
+    weights = {"kd" if name else "nll": 1.0} | ({"td": 0.01} if x else {})
+
+    def terms(scores: Scores, rows: slice) -> dict[str, torch.Tensor]:
+        values = {"nll": -scores.logprob} | ({"kd": scores.divergence} if name else {})
+        return values | ({"td": consistency(inputs, scores.logprob, scores.lse, rows)} if x else {})
+
+    def step() -> None:
+        inputs.clear()
+        head, divergence = Head(inputs.weight), sparse_divergence(name, 0.3, tail) if name else None
+        teacher = inputs.teacher if name else None
+        loss, _ = chunked_loss(head, inputs.states, inputs.labels, terms, weights, teacher, divergence, neighbours=x)
+        loss.backward()
+
+    return step
+
+
+def whole(inputs: Inputs, name: str, x: bool, teacher_logits: torch.Tensor) -> Step:
+    """The same objective from [N, V] logits of both models, the teacher's given."""
+
+    def step() -> None:
+        inputs.clear()
+        logits = inputs.states @ inputs.weight.T
+        teacher, student = dense(teacher_logits, logits)
+        if name == "fkl":  # torch's own kernels where there are some
+            kd = torch.nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+        elif name == "rkl":
+            kd = torch.nn.functional.kl_div(teacher, student, reduction="none", log_target=True).sum(-1)
+        else:
+            kd = DIVERGENCES[name](teacher, student, 0.3)
+        loss = kd.sum()
+        if x:
+            logprob = student.gather(-1, inputs.labels[:, None])[:, 0]
+            lse = logits.gather(-1, inputs.labels[:, None])[:, 0] - logprob
+            loss = loss + 0.01 * consistency(inputs, logprob, lse).sum()
+        loss.backward()
+
+    return step
+
+
+def median_times(steps: dict[str, Step]) -> dict[str, float]:
+    """Seconds a step: the median of repetitions that take turns, after one that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for repetition in range(REPETITIONS + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if repetition:
+                times[name].append(time.perf_counter() - start)
+    return {name: sorted(taken)[REPETITIONS // 2] for name, taken in times.items()}
+
+
+def peak_above(step: Step) -> int:
+    """Bytes of resident memory that the process takes at most during a step, above what it holds before."""
+    process, peak, done = psutil.Process(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, process.memory_info().rss)
+            time.sleep(0.001)
+
+    before = process.memory_info().rss
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    step()
+    done.set()
+    watcher.join()
+    return max(peak, process.memory_info().rss) - before
+
+
+def variants(against_dense: bool) -> list[tuple[str, str, bool, str]]:
+    """(label, objective, X-, tail)"""
+    found = [(name, name, False, "bucket") for name in DIVERGENCES] + [("x-fkl", "fkl", True, "bucket")]
+    if against_dense:
+        return [*found, ("x-jsd", "jsd", True, "bucket")]
+    return [*found, *((f"fkl {tail}", "fkl", False, tail) for tail in TAILS if tail != "bucket")]
+
+
+def measure(kind: str, vocabulary: int, k: int, label: str) -> dict:
+    """One case in this process: `time` of all variants, or `memory` of the one named."""
+    inputs = Inputs(vocabulary, k)
+    against_dense = kind.startswith("dense")
+    logits = Inputs.teacher_logits(vocabulary) if against_dense else None
+    steps: dict[str, Step] = {"cross-entropy": ours(inputs, None, False)}
+    for name, objective, x, tail in variants(against_dense):
+        steps[name] = ours(inputs, objective, x, tail)
+        if against_dense:
+            steps[f"dense {name}"] = whole(inputs, objective, x, logits)
+    if kind.endswith("time"):
+        return median_times(steps)
+    torch.mm(inputs.states[:8].detach(), inputs.weight.detach().T)  # the libraries' own buffers
+    return {label: peak_above(steps[label])}
+
+
+def in_process(kind: str, vocabulary: int, k: int, label: str = "") -> dict:
+    command = [sys.executable, "-m", "tests.benchmarks.objectives", "--case", kind, str(vocabulary), str(k), label]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def memory(kind: str, vocabulary: int, k: int, labels: list[str]) -> dict[str, int]:
+    return {name: in_process(kind, vocabulary, k, name)[name] for name in labels}
+
+
+def main(out: Path) -> int:
+    rows, worst = [], {"time": 0.0, "memory": 0.0}
+    labels = [label for label, *_ in variants(False)]
+    for vocabulary, k in SIZES:
+        taken = in_process("time", vocabulary, k)
+        peaks = memory("memory", vocabulary, k, ["cross-entropy", *labels])
+        for label in labels:
+            ratios = {"time": taken[label] / taken["cross-entropy"], "memory": peaks[label] / peaks["cross-entropy"]}
+            worst = {name: max(worst[name], ratio) for name, ratio in ratios.items()}
+            rows.append({"vocabulary": vocabulary, "k": k, "objective": label, **ratios})
+        some = [row for row in rows if (row["vocabulary"], row["k"]) == (vocabulary, k)]
+        shown = ", ".join(f"{row['objective']} {row['time']:.2f}/{row['memory']:.2f}" for row in some)
+        seconds = taken["cross-entropy"]
+        print(f"V {vocabulary:,}, k {k}: time/memory by cross-entropy's ({seconds:.3f} s): {shown}", flush=True)
+    dense_rows = []
+    taken, names = in_process("dense-time", 50_000, 64), [label for label, *_ in variants(True)]
+    peaks = memory("dense-memory", 50_000, 64, [n for label in names for n in (label, f"dense {label}")])
+    for label in names:
+        row = {"objective": label, "faster": taken[f"dense {label}"] / taken[label]}
+        row["smaller"] = peaks[f"dense {label}"] / peaks[label]
+        dense_rows.append(row)
+        print(
+            f"V 50,000, k 64: {label} {row['faster']:.2f} times faster, {row['smaller']:.1f} times smaller than dense"
+        )
+    missed = [row for row in rows if row["time"] > TIME_BAR or row["memory"] > MEMORY_BAR]
+    missed += [row for row in dense_rows if row["faster"] < DENSE_TIME_BAR or row["smaller"] < DENSE_MEMORY_BAR]
+    setting = {"hidden": HIDDEN, "positions": POSITIONS, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    result = {"setting": setting, "by_cross_entropy": rows, "by_dense": dense_rows, "worst": worst, "missed": missed}
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"worst by cross-entropy: time {worst['time']:.2f}, memory {worst['memory']:.2f}; {len(missed)} bars missed")
+    for row in missed:
+        print(f"MISSED {row}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 6 and sys.argv[1] == "--case":
+        print(json.dumps(measure(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])))
+    elif len(sys.argv) == 2:
+        sys.exit(main(Path(sys.argv[1])))
+    else:
+        sys.exit("usage: python -m tests.benchmarks.objectives OUT.json")

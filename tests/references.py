@@ -1,0 +1,65 @@
+"""What the objectives must equal: plain float64 formulas on probabilities, without any of the product's code."""
+
+import torch
+from torch import Tensor
+
+
+def random_logits(seed: int, n: int = 4, v: int = 12, scale: float = 3.0) -> Tensor:
+    return scale * torch.randn(n, v, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Ids and log-probabilities [N, k] of a sparse teacher."""
+    values, ids = torch.log_softmax(logits, -1).topk(k, -1)
+    return ids, values
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """sum p log(p / q), 0 log 0 = 0."""
+    return torch.where(p > 0, p * (p / q).log(), 0).sum(-1)
+
+
+def divergence(name: str, t: Tensor, s: Tensor, w: float) -> Tensor:
+    """Of measures [N, M] of teacher and student."""
+    mixed = w * t + (1 - w) * s
+    return {
+        "fkl": lambda: kl(t, s),
+        "rkl": lambda: kl(s, t),
+        "jsd": lambda: w * kl(t, mixed) + (1 - w) * kl(s, mixed),
+        "skew_fkl": lambda: kl(t, mixed),
+        "skew_rkl": lambda: kl(s, w * s + (1 - w) * t),
+        "tvd": lambda: 0.5 * (t - s).abs().sum(-1),
+    }[name]()
+
+
+def sparse_measures(tail: str, ids: Tensor, teacher: Tensor, student: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """What the two sides are compared on.
+
+    ids [N, k]; teacher [N, Vt] and student [N, Vs], probabilities of the whole vocabularies, padded to any size.
+    floor: the least mass of the teacher's tail in `bucket`.
+    """
+    size = max(teacher.shape[-1], student.shape[-1])
+    known = ids < student.shape[-1]
+    teacher, student = (torch.nn.functional.pad(p, (0, size - p.shape[-1])) for p in (teacher, student))
+    chosen = torch.zeros_like(student, dtype=torch.bool).scatter(-1, ids, known)
+    t, s = (torch.where(chosen, p, 0) for p in (teacher, student))
+    outside = [torch.where(chosen, 0, p).sum(-1, keepdim=True) for p in (teacher, student)]
+    if tail == "bucket":
+        left = outside[0].clamp_min(floor) * (outside[1] > 0)  # no tail where the student has none
+        t, s = torch.cat([t, left], -1), torch.cat([s, outside[1]], -1)
+        return t / t.sum(-1, keepdim=True), s
+    if tail == "renorm":
+        return t / t.sum(-1, keepdim=True), s / s.sum(-1, keepdim=True)
+    if tail == "teacher_renorm":
+        return t / t.sum(-1, keepdim=True), student
+    return t, s
+
+
+def sparse_divergence(
+    name: str, tail: str, ids: Tensor, teacher: Tensor, student: Tensor, w: float, floor: float = 2.0**-52
+) -> Tensor:
+    """Of a top-k teacher, from the whole distributions [N, V] of both."""
+    t, s = sparse_measures(tail, ids, teacher, student, floor)
+    if tail == "teacher_renorm" and name == "rkl":
+        s = torch.where(t > 0, s, 0)  # elsewhere it would be infinite
+    return divergence(name, t, s, w)
