@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stages.objectives.avril import gaussian_nll, td_residual
 from stages.objectives.divergences import DIVERGENCES
 from stages.objectives.head import Head, Scores, TopK, chunk_rows, chunked_loss, sparse_divergence, token_scores
-from stages.objectives.outcomes import TAILS, sparse_logits
+from stages.objectives.outcomes import TAILS, sparse_logprobs
 from tests.references import random_logits, top_k
 
 WEIGHTS = {"kd": 1.0, "nll": 0.3, "td": 0.7}
@@ -48,10 +48,9 @@ class Case:
     def whole(self, name, tail="bucket"):
         """Loss and sums from [N, V] logits that autograd keeps."""
         logits = self.states @ self.weight.T + self.bias
-        student = sparse_logits(logits, self.teacher.ids, self.labels)
+        student = sparse_logprobs(logits, self.teacher.ids, self.labels)
         logprobs = self.teacher.logprobs.masked_fill(self.teacher.ids >= len(self.weight), -math.inf)
-        lse = torch.logsumexp(logits, -1)
-        scores = Scores(student.label - lse, lse, sparse_divergence(name, 0.3, tail)(logprobs, student))
+        scores = Scores(student.label, student.lse, sparse_divergence(name, 0.3, tail)(logprobs, student))
         values = self.terms(scores, slice(None), self.mu, self.log_sigma)
         return sum(WEIGHTS[n] * values[n].sum() for n in WEIGHTS), {n: v.sum().detach() for n, v in values.items()}
 

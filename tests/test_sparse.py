@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stages.objectives.divergences import DIVERGENCES
 from stages.objectives.head import sparse_divergence
-from stages.objectives.outcomes import TAILS, bucket, dense, log_tail, sparse_logits
+from stages.objectives.outcomes import TAILS, bucket, dense, sparse_logprobs, tail_mass
 from tests import references
 from tests.references import random_logits, top_k
 
@@ -27,7 +27,7 @@ def sparse(name, tail, ids, logprobs, student, weight=0.3):
     """The product's value for student logits [N, V]."""
     unknown = ids >= student.shape[-1]
     logprobs = logprobs.masked_fill(unknown, -INF)
-    return sparse_divergence(name, weight, tail)(logprobs, sparse_logits(student, ids, labels(student)))
+    return sparse_divergence(name, weight, tail)(logprobs, sparse_logprobs(student, ids, labels(student)))
 
 
 def masked(logits, columns):
@@ -74,7 +74,8 @@ def test_sparse_divergences_are_exact(name, tail, case):
         known = s_tail * (16 * eps / t_tail).clamp_max(3)
         allowed = known + 10 * eps**0.75 * (1 + expected)
         close = (found.double() - expected).abs() <= allowed
-        assert (close | (found.double() == expected)).all(), (dtype, found, expected)
+        infinite = expected.isinf() & (found > 1e30)
+        assert (close | infinite).all(), (dtype, found, expected)
 
 
 @every_tail
@@ -90,20 +91,22 @@ def test_gradients_are_finite_and_those_of_finite_differences(name, tail, case):
         return sparse(name, tail, ids, logprobs, torch.full_like(student, -INF).masked_scatter(free, values))
 
     smooth = name != "tvd" or case not in ("identical", "one-hot teacher")  # |T - S| has a corner at equality
-    if smooth and value(start).isfinite().all():
+    if smooth and (value(start) < 1e30).all():
         assert torch.autograd.gradcheck(value, start, atol=1e-5)
     found = value(start)
-    (gradient,) = torch.autograd.grad(found[found.isfinite()].sum(), start)
+    (gradient,) = torch.autograd.grad(found[found < 1e30].sum(), start)
     assert gradient.isfinite().all()
 
 
 def test_values_that_were_rounded_to_half_precision_and_sum_above_one_still_give_a_divergence():
     logprobs = (torch.tensor([[math.log(0.5), math.log(0.5)]]) + 0.001).half()
     assert logprobs.float().exp().sum() > 1
-    student = sparse_logits(torch.zeros(1, 9), torch.tensor([[0, 1]]), torch.tensor([0]))
+    student = sparse_logprobs(torch.zeros(1, 9), torch.tensor([[0, 1]]), torch.tensor([0]))
     teacher, _ = bucket(logprobs.float(), student)
     torch.testing.assert_close(teacher.exp().sum(-1), torch.ones(1))
-    assert teacher.isfinite().all() and log_tail(logprobs.float()).exp().item() == pytest.approx(1.2e-7, rel=0.01)
+    assert teacher.isfinite().all() and tail_mass(logprobs.float().exp().sum(-1)).item() == pytest.approx(
+        1.2e-7, rel=0.01
+    )
     for name in DIVERGENCES:
         found = sparse(name, "bucket", torch.tensor([[0, 1]]), logprobs, torch.zeros(1, 9))
         assert found.isfinite().all() and (found >= 0).all()
@@ -169,7 +172,7 @@ def test_what_the_other_tail_modes_lose(name):
 
 def test_the_students_tail_is_exact_where_one_minus_p_is_not():
     logits = torch.tensor([[20.0, 10.0, 0.0, 0.0]])
-    student = sparse_logits(logits, torch.tensor([[0, 1]]), torch.tensor([0]))
+    student = sparse_logprobs(logits, torch.tensor([[0, 1]]), torch.tensor([0]))
     exact = torch.log_softmax(logits.double(), -1)[0, 2:].logsumexp(-1)
-    torch.testing.assert_close((student.outside - student.lse)[0].double(), exact, atol=1e-5, rtol=0)
+    torch.testing.assert_close(student.outside[0].double(), exact, atol=1e-5, rtol=0)
     torch.testing.assert_close(student.lse[0].double(), logits.double().logsumexp(-1)[0], atol=1e-5, rtol=0)

@@ -10,23 +10,22 @@ import math
 import torch
 from torch import Tensor
 
+_IMPOSSIBLE = -1e30  # in place of -inf where that would have no gradient
+
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) = sum p (log p - log q) of log-probabilities [..., M] -> [...].
 
-    Outcomes with p = 0 count as 0 and pass no gradient.
+    Outcomes with p = 0 count as 0 and pass no gradient, whatever q.
     """
-    possible = p > -math.inf
-    log_ratio = torch.where(possible, p, 0) - torch.where(possible, q, 0)
-    return (torch.where(possible, p.exp(), 0) * log_ratio).sum(-1)
+    log_ratio = (p - q).nan_to_num(nan=0.0, neginf=0.0, posinf=math.inf)  # p = 0 gives -inf, and NaN where q = 0 too
+    return (p.exp() * log_ratio).sum(-1)
 
 
 def mixture(p: Tensor, q: Tensor, weight: float) -> Tensor:
-    """log(weight P + (1 - weight) Q) of log-probabilities [..., M]; -inf, without a gradient, where both are 0."""
-    possible = (p > -math.inf) | (q > -math.inf)  # logaddexp(-inf, -inf) has no gradient
-    p, q = torch.where(possible, p, 0), torch.where(possible, q, 0)
-    mixed = torch.logaddexp(p + math.log(weight), q + math.log1p(-weight))
-    return torch.where(possible, mixed, -math.inf)
+    """log(weight P + (1 - weight) Q) of log-probabilities [..., M]; about -1e30 where both are 0."""
+    p, q = p.clamp_min(_IMPOSSIBLE), q.clamp_min(_IMPOSSIBLE)
+    return torch.logaddexp(p + math.log(weight), q + math.log1p(-weight))
 
 
 def forward_kl(teacher: Tensor, student: Tensor, weight: float = 0.0) -> Tensor:

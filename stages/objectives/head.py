@@ -1,6 +1,6 @@
 """From hidden states to a loss: the language-model head in chunks of positions, its gradient made along the way.
 
-[N, V] logits are never kept. Each chunk's logits are reduced to `SparseLogits`, the loss is differentiated with
+[N, V] logits are never kept. Each chunk's logits are reduced to `SparseLogprobs`, the loss is differentiated with
 respect to those few numbers, and the gradient of states and weights follows at once while the chunk is still there,
 so that the head is multiplied three times and not four, as it would be if the backward pass made the logits again.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from stages.objectives.divergences import DIVERGENCES
-from stages.objectives.outcomes import TAILS, SparseLogits, at_least_float32
+from stages.objectives.outcomes import TAILS, SparseLogprobs, at_least_float32
 
 _CHUNK_BYTES = 64 * 2**20  # of logits
 _CHUNK_ROWS = 64, 512  # fewer do not use the processor, more gain nothing
@@ -45,8 +45,10 @@ class Scores(NamedTuple):
 Terms = Callable[..., Mapping[str, Tensor]]
 
 
-def sparse_divergence(name: str, weight: float = 0.5, tail: str = "bucket") -> Callable[[Tensor, SparseLogits], Tensor]:
-    """A divergence of DIVERGENCES between teacher log-probabilities [N, k] and a student's SparseLogits -> [N].
+def sparse_divergence(
+    name: str, weight: float = 0.5, tail: str = "bucket"
+) -> Callable[[Tensor, SparseLogprobs], Tensor]:
+    """A divergence of DIVERGENCES between teacher log-probabilities [N, k] and a student's SparseLogprobs -> [N].
 
     weight: of its mixture, where it has one; tail: what is made of the mass outside the teacher's top k, of TAILS.
     Reverse KL to a teacher that excludes everything else is infinite; there it is the sum over the teacher's k.
@@ -54,7 +56,7 @@ def sparse_divergence(name: str, weight: float = 0.5, tail: str = "bucket") -> C
     divergence, outcomes = DIVERGENCES[name], TAILS[tail]
     reverse = name == "rkl" or (name == "jsd" and weight == 1)
 
-    def of(teacher: Tensor, student: SparseLogits) -> Tensor:
+    def of(teacher: Tensor, student: SparseLogprobs) -> Tensor:
         sides = outcomes(at_least_float32(teacher).to(student.inside.dtype), student)
         if tail == "teacher_renorm" and reverse:
             sides = tuple(side[:, :-1] for side in sides)
@@ -76,7 +78,7 @@ def chunked_loss(
     terms: Terms,
     weights: Mapping[str, float | Tensor],
     teacher: TopK | None = None,
-    divergence: Callable[[Tensor, SparseLogits], Tensor] | None = None,
+    divergence: Callable[[Tensor, SparseLogprobs], Tensor] | None = None,
     inputs: Sequence[Tensor] = (),
     chunk: int = 0,
     neighbours: bool = False,
@@ -99,7 +101,7 @@ def token_scores(
     states: Tensor,
     labels: Tensor,
     teacher: TopK | None = None,
-    divergence: Callable[[Tensor, SparseLogits], Tensor] | None = None,
+    divergence: Callable[[Tensor, SparseLogprobs], Tensor] | None = None,
     chunk: int = 0,
 ) -> Scores:
     """Scores of all N positions, without gradients."""
@@ -165,20 +167,24 @@ def _run(call: _Call, needed: Sequence[bool], *tensors: Tensor | None):
         rows = slice(max(first - halo, 0), min(last + halo, len(states)))
         own = slice(first - rows.start, last - rows.start)
         logits = _logits(states[rows], weight, bias, buffer, padded)
-        reduced, exponentials = _reduce(logits, ids[rows], labels[rows], logprobs is None)
-        leaves = [x.detach().requires_grad_() for x in reduced]
+        at, label = ids[rows].long(), labels[rows, None].long()
+        student, exponentials = _reduce(logits, at, label, logprobs is None)
+        for x in student:
+            x.requires_grad_()
         extra = [x[rows].detach().requires_grad_(x.requires_grad) for x in inputs]
         with torch.set_grad_enabled(any(needed)):
-            values = _values(call, leaves, logprobs, rows, extra)
+            divergence = None if logprobs is None else call.divergence(logprobs[rows], student)
+            values = call.terms(Scores(student.label, student.lse, divergence), rows, *extra)
             complete = slice(0, rows.stop - rows.start - (rows.stop > last))
             objective = sum(call.weights[name] * values[name][complete].sum() for name in call.weights)
         for name, value in values.items():
             sums[name] = sums.get(name, 0) + value[own].detach().sum()
         if not (torch.is_tensor(objective) and objective.requires_grad):
             continue
-        wanted = [*leaves, *(x for x in extra if x.requires_grad)]
+        wanted = [*student, *(x for x in extra if x.requires_grad)]
         found = iter(torch.autograd.grad(objective, wanted, allow_unused=True, materialize_grads=True))
-        d_logits = _expand(exponentials, ids[rows], labels[rows], [next(found) for _ in leaves])
+        d_student = SparseLogprobs(*(next(found) for _ in student))
+        d_logits = _expand(exponentials, at, label, student, d_student)
         _accumulate(d_weight, d_bias, d_states, d_logits[own, : len(weight)], slice(first, last), states, weight)
         for gradient, x in zip(gradients[6:], extra, strict=True):
             if x.requires_grad:
@@ -192,10 +198,11 @@ def _known(ids: Tensor | None, logprobs: Tensor | None, labels: Tensor, vocabula
     Without a teacher the only id is the label.
     """
     if ids is None:
-        return labels[:, None].long(), None, 0
+        return labels[:, None], None, 0
     unknown = ids >= vocabulary
-    padded = int(unknown.any())
-    return ids.clamp_max(vocabulary).long(), logprobs.masked_fill(unknown, -torch.inf) if padded else logprobs, padded
+    if not unknown.any():
+        return ids, logprobs, 0
+    return ids.clamp_max(vocabulary), logprobs.masked_fill(unknown, -torch.inf), 1
 
 
 def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor, padded: int) -> Tensor:
@@ -218,36 +225,36 @@ class _Exponentials(NamedTuple):
     total: Tensor  # [n, 1]
 
 
-def _reduce(logits: Tensor, ids: Tensor, labels: Tensor, plain: bool) -> tuple[list[Tensor], _Exponentials]:
-    """[inside, outside, label] (without the label where `plain`: it is the only id), in one pass over the logits."""
-    label = [] if plain else [logits.gather(-1, labels[:, None].long()).squeeze(-1)]
+def _reduce(logits: Tensor, ids: Tensor, labels: Tensor, plain: bool) -> tuple[SparseLogprobs, _Exponentials]:
+    """What the loss depends on, in one pass over the logits [n, V]; `plain`: the only id is the label."""
+    label = None if plain else logits.gather(-1, labels)
     inside = logits.gather(-1, ids)
     values = logits.scatter_(-1, ids, -torch.inf)
     top = values.amax(-1, keepdim=True)
     top = torch.where(torch.isneginf(top), 0, top)
     values = values.sub_(top).exp_()
     total = values.sum(-1, keepdim=True)
-    outside = (top + total.log()).squeeze(-1)
-    return [inside, outside, *label], _Exponentials(values, total)
+    outside = top + total.log()
+    highest = inside.amax(-1, keepdim=True).clamp_min(torch.finfo(inside.dtype).min)
+    lse = torch.logaddexp(highest + (inside - highest).exp().sum(-1, keepdim=True).log(), outside)
+    inside -= lse
+    label = inside[:, :1].clone() if plain else label - lse
+    return SparseLogprobs(inside, *(x.squeeze(-1) for x in (outside - lse, label, lse))), _Exponentials(values, total)
 
 
-def _values(call: _Call, leaves: list[Tensor], logprobs: Tensor | None, rows: slice, extra: list[Tensor]):
-    inside, outside, *label = leaves
-    student = SparseLogits(inside, outside, label[0] if label else inside[:, 0])
-    lse = student.lse
-    divergence = None if logprobs is None else call.divergence(logprobs[rows], student)
-    return call.terms(Scores(student.label - lse, lse, divergence), rows, *extra)
+def _expand(
+    exponentials: _Exponentials, ids: Tensor, labels: Tensor, student: SparseLogprobs, d_student: SparseLogprobs
+) -> Tensor:
+    """Gradient of the logits [n, V] from that of the student's numbers, in the exponentials' memory.
 
-
-def _expand(exponentials: _Exponentials, ids: Tensor, labels: Tensor, grads: list[Tensor]) -> Tensor:
-    """Gradient of the logits [n, V] from that of [inside, outside, label], in the exponentials' memory."""
-    d_inside, d_outside, *d_label = grads
+    Each log-probability is a logit less the lse, whose gradient is the student's distribution.
+    """
     values, total = exponentials
-    values.mul_(torch.where(total > 0, d_outside[:, None] / total, 0))
-    values.scatter_(-1, ids, d_inside)
-    if d_label:
-        values.scatter_add_(-1, labels[:, None].long(), d_label[0][:, None])
-    return values
+    shared = d_student.lse - d_student.inside.sum(-1) - d_student.outside - d_student.label
+    d_outside = (d_student.outside + shared * student.outside.exp())[:, None]
+    values.mul_(torch.where(total > 0, d_outside / total, 0))
+    values.scatter_(-1, ids, torch.addcmul(d_student.inside, shared[:, None], student.inside.exp()))
+    return values.scatter_add_(-1, labels, d_student.label[:, None])
 
 
 def _accumulate(

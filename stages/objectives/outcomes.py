@@ -1,7 +1,7 @@
 """The outcomes that a divergence compares: the whole vocabulary, or what a teacher of k tokens a position leaves of it.
 
-A sparse teacher sees the student through k + 1 numbers a position: its logits at the teacher's ids, and the
-log-sum-exp of all others. Every way to treat the tail, the mass outside the k, is a function of these.
+A sparse teacher sees the student through k + 1 numbers a position: its log-probabilities at the teacher's ids, and
+that of all others together. Every way to treat the tail, the mass outside the k, is a function of these.
 """
 
 from typing import NamedTuple
@@ -16,20 +16,16 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-class SparseLogits(NamedTuple):
-    """A student's logits at N positions, as far as a sparse loss depends on them; at least float32."""
+class SparseLogprobs(NamedTuple):
+    """A student at N positions, as far as a sparse loss depends on it; at least float32."""
 
-    inside: Tensor  # [N, k] at the ids of a teacher (or at the label alone); -inf where the student has no such id
-    outside: Tensor  # [N] logsumexp over all other ids; -inf where there are none
-    label: Tensor  # [N] at the token that followed
-
-    @property
-    def lse(self) -> Tensor:
-        """[N], log-sum-exp over the whole vocabulary."""
-        return torch.logaddexp(torch.logsumexp(self.inside, -1), self.outside)
+    inside: Tensor  # [N, k] log-probabilities at the teacher's ids; -inf where the student has no such id
+    outside: Tensor  # [N] of all other ids together; -inf where there are none
+    label: Tensor  # [N] of the token that followed
+    lse: Tensor  # [N] log-sum-exp of the raw logits
 
 
-def sparse_logits(logits: Tensor, ids: Tensor, labels: Tensor) -> SparseLogits:
+def sparse_logprobs(logits: Tensor, ids: Tensor, labels: Tensor) -> SparseLogprobs:
     """What is needed of logits [N, V] at distinct ids [N, k] and labels [N].
 
     Ids at or above V (the padding of a larger embedding in the teacher) have no counterpart in the student.
@@ -39,8 +35,10 @@ def sparse_logits(logits: Tensor, ids: Tensor, labels: Tensor) -> SparseLogits:
     # One impossible token more, which all ids without a counterpart point to.
     padded = pad(logits, (0, 1), value=-torch.inf)
     ids = ids.clamp_max(vocabulary).long()
-    outside = torch.logsumexp(padded.scatter(-1, ids, -torch.inf), -1)
-    return SparseLogits(padded.gather(-1, ids), outside, logits.gather(-1, labels[:, None].long()).squeeze(-1))
+    lse = torch.logsumexp(logits, -1)
+    outside = torch.logsumexp(padded.scatter(-1, ids, -torch.inf), -1) - lse
+    label = logits.gather(-1, labels[:, None].long()).squeeze(-1) - lse
+    return SparseLogprobs(padded.gather(-1, ids) - lse[:, None], outside, label, lse)
 
 
 def dense(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -56,7 +54,7 @@ def dense(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1
     return torch.log_softmax(teacher / temperature, -1), torch.log_softmax(student / temperature, -1)
 
 
-def bucket(teacher: Tensor, student: SparseLogits) -> tuple[Tensor, Tensor]:
+def bucket(teacher: Tensor, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
     """The tail is one extra outcome on both sides.
 
     teacher [N, k], normalised over the full vocabulary, -inf where the student has no such id
@@ -66,45 +64,44 @@ def bucket(teacher: Tensor, student: SparseLogits) -> tuple[Tensor, Tensor]:
     student and teacher agree. The student's tail is a logsumexp over the other ids: 1 - p errs by 3e-2 at a tail of
     4e-5 in float32. Where the student has nothing outside the k, the teacher's tail is dropped too.
     """
-    lse = student.lse
-    tail = log_tail(teacher).masked_fill(torch.isneginf(student.outside), -torch.inf)
-    teacher = _normalised(torch.cat([teacher, tail[:, None]], -1))
-    return teacher, torch.cat([student.inside, student.outside[:, None]], -1) - lse[:, None]
+    mass = teacher.exp().sum(-1)
+    tail = tail_mass(mass).masked_fill(torch.isneginf(student.outside), 0)
+    both = torch.cat([teacher, tail.log()[:, None]], -1)
+    return both - (mass + tail).log()[:, None], torch.cat([student.inside, student.outside[:, None]], -1)
 
 
-def log_tail(logprobs: Tensor) -> Tensor:
-    """log(1 - sum exp) of log-probabilities [..., k] -> [...], floored at the precision of 1.
-
-    Values rounded to float16 can sum to one and more.
-    """
-    mass = torch.logsumexp(logprobs, -1).exp()
-    return torch.log((1 - mass).clamp_min(torch.finfo(logprobs.dtype).eps))
+def tail_mass(mass: Tensor) -> Tensor:
+    """1 - mass, not below the precision of 1: values rounded to float16 can sum to one and more."""
+    return (1 - mass).clamp_min(torch.finfo(mass.dtype).eps)
 
 
-def renorm(teacher: Tensor, student: SparseLogits) -> tuple[Tensor, Tensor]:
+def renorm(teacher: Tensor, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
     """Both sides renormalised on the k ids, [N, k]: blind to the mass that the student puts elsewhere."""
-    return _normalised(teacher), _normalised(student.inside)
+    impossible = torch.isneginf(student.inside)
+    # The softmax of nothing but -inf has no gradient.
+    inside = torch.log_softmax(student.inside.clamp_min(torch.finfo(student.inside.dtype).min), -1)
+    return _normalised(teacher), inside.masked_fill(impossible, -torch.inf)
 
 
-def teacher_renorm(teacher: Tensor, student: SparseLogits) -> tuple[Tensor, Tensor]:
+def teacher_renorm(teacher: Tensor, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
     """The teacher renormalised on the k ids, zero elsewhere; the student over its whole vocabulary, [N, k + 1].
 
     The last outcome, the student's tail, is one that the teacher excludes. Not zero at equality: it pushes the
     student's tail to nothing.
     """
-    _, student_outcomes = bucket(teacher, student)
-    return pad(_normalised(teacher), (0, 1), value=-torch.inf), student_outcomes
+    both = torch.cat([student.inside, student.outside[:, None]], -1)
+    return pad(_normalised(teacher), (0, 1), value=-torch.inf), both
 
 
-def truncate(teacher: Tensor, student: SparseLogits) -> tuple[Tensor, Tensor]:
+def truncate(teacher: Tensor, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
     """The sum over the k ids only, [N, k], neither side renormalised: can be negative."""
-    return teacher, student.inside - student.lse[:, None]
+    return teacher, student.inside
 
 
-def _normalised(logprobs: Tensor) -> Tensor:
-    """Log-probabilities [N, M] that sum to one; a row without any mass stays as it is."""
-    lse = torch.logsumexp(torch.where(torch.isneginf(logprobs), torch.finfo(logprobs.dtype).min, logprobs), -1)
-    return logprobs - lse[:, None]
+def _normalised(teacher: Tensor) -> Tensor:
+    """The teacher's log-probabilities [N, k] as they are among the k; a row without any mass stays as it is."""
+    mass = teacher.exp().sum(-1, keepdim=True)
+    return teacher - mass.clamp_min(torch.finfo(mass.dtype).tiny).log()
 
 
 TAILS = {"bucket": bucket, "renorm": renorm, "teacher_renorm": teacher_renorm, "truncate": truncate}

@@ -30,9 +30,8 @@ def run(task: str, folder: Path) -> None:
 
 
 def main(out: Path) -> None:
-    print(
-        "| task | ranking | prompts | judge | mean over tokens | sum over tokens | mean, pooled |\n|---|---|---|---|---|---|---|"
-    )
+    columns = ("task", "ranking", "prompts", "judge", "mean over tokens", "sum over tokens", "mean, pooled")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for task in TASKS:
         results = out / task / "data" / "audit" / "results.json"
         if not results.is_file():
