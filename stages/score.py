@@ -61,12 +61,14 @@ def score(
     cached, _ = asking.look_up(orders, retry_skipped)
     summary, took = asking.fulfil(orders, teacher, settings, cached, engine)
     parts = orders[0].parts()
+    spoke = any("student" in origins for part in parts.values() for origins in part.origins.values())
+    student = fingerprint(student_path) if spoke else None
     manifest = write_selection(
-        out, parts, teacher.description, teacher.k, summary.skipped, settings.materialize, fingerprint(student_path)
+        out, parts, teacher.description, teacher.k, summary.skipped, settings.materialize, student
     )
     cost = asking.cost_of(summary, manifest, orders, took)
     if results is not None:
-        provenance = {"parameters": params.score.model_dump(), "student": manifest["student"], "versions": versions()}
+        provenance = {"parameters": params.score.model_dump(), "student": student, "versions": versions()}
         write_json_atomically(results, {"cost": cost, "provenance": provenance | {"git_commit": git_commit()}})
     asking.report("scored by the teacher", summary, parts, orders, out, cost)
     return summary

@@ -67,7 +67,7 @@ def test_no_stage_imports_another_and_pipeline_imports_no_stage():
         assert not imported(f"stages/{stage}.py") & {f"stages/{other}.py" for other in STAGES}
     for file in files("pipeline"):
         stages = {found for found in imported(file) if found.startswith("stages/")}
-        assert file == "pipeline/cli.py" or not stages, file
+        assert file in ("pipeline/cli.py", "pipeline/tools.py") or not stages, file
         assert "pipeline/cli.py" not in imported(file)
 
 
