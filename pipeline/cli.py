@@ -190,9 +190,10 @@ def _require_few_skipped(skipped: int, most: int) -> None:
         )
 
 
-def _scored(option: Path | None) -> Path | None:
-    """`--scored`, else the pipeline's own where it is there."""
-    return SCORED if option is None and (SCORED / "manifest.json").is_file() else option
+def _scored(option: Path | None, selection: Path, student: Path) -> Path | None:
+    """`--scored`, else the pipeline's own where it is there and belongs to what else is read."""
+    own = (selection, student) == (SELECTION, START) and (SCORED / "manifest.json").is_file()
+    return SCORED if option is None and own else option
 
 
 def _limit_threads(teacher: str) -> None:
@@ -224,7 +225,7 @@ def reward(
     """Fit the reward that explains the cached teacher, and audit it on held-out prompts."""
     from stages.reward import reward as run
 
-    scored = _scored(scored)
+    scored = _scored(scored, selection, student)
     run(load(params, set), selection, student, out, audit, runs, store, scored, prompts if scored else None)
 
 
@@ -258,7 +259,7 @@ def distill(
 
     if metrics is None:  # a student of its own does not write over the pipeline's metrics
         metrics = CURVES if out == STUDENT else out.with_name(f"{out.name}-metrics")
-    run(load(params, set), selection, student, reward, out, metrics, runs, store, _scored(scored))
+    run(load(params, set), selection, student, reward, out, metrics, runs, store, _scored(scored, selection, student))
 
 
 @app.command(

@@ -70,6 +70,10 @@ class Teacher:
             None if text_only else context_length(load_config(source)),
         )
 
+    def reads(self, wanted: Wanted) -> bool:
+        """Whether a prompt with its given response is within the teacher's context."""
+        return self.context is None or len(wanted.prompt_ids) + len(wanted.response_ids) <= self.context
+
     def order(self, request: Request, wanted: list[Wanted], root: Path) -> Order:
         """What is wanted of one request, at the store `root`."""
         folder = RequestFolder(root, self.description["identity"], request.identity)

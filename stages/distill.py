@@ -168,6 +168,7 @@ def _rows(
     if scored_path is None:
         raise UserError("distill.objective: sft learns the scored references: pass --scored (out of the stage score)")
     scored = Selection(scored_path, store)
+    scored.require_same_teacher(selection)
     if "references" not in scored.parts:
         raise UserError(f"{scored_path} holds no references: do the training prompts have any?")
     held_out = selection.rows("scored") if "scored" in selection.parts else ()

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-import torch
 
 from pipeline import console
 from pipeline.errors import UserError
 from pipeline.models import (
+    best_device,
     load_lm,
     load_tokenizer,
     local_folder,
@@ -104,7 +104,7 @@ def _run(
     settings, tokenizer = params.evaluate, load_tokenizer(path)
     if rows:
         require_same_tokenizer(teacher, tokenizer, path)
-    model = load_lm(path).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_lm(path).to(best_device())
     if rows:
         require_plain_head(model, f"the model {path}")
     engine = HfEngine(model, settings.batch_size)

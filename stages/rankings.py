@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.models import load_lm
+from pipeline.errors import UserError
+from pipeline.models import best_device, load_lm
 from pipeline.prompts import Prompt
 from pipeline.shards.schema import Row
 from pipeline.tasks.base import Task
@@ -25,14 +26,22 @@ def rankings(
 
     `corrupted`: references over corrupted ones. `samples`: samples of the student that the task's checker accepts over
     those that it does not; for a task without a checker, above over below the prompt's median of its headline metric.
+    Equal samples of a prompt are one. Raises UserError where the prompts are not those that were answered.
     """
     found = {"corrupted": rankable([(row, row.origin == "reference") for row in scored])}
-    references = {prompt.id: prompt.references for prompt in prompts}
+    by_id = {prompt.id: prompt for prompt in prompts}
     judged: dict[str, list[tuple[Row, float]]] = {}
     for row in samples:
-        if references.get(row.prompt_id):
-            value = task.metrics[0]([row.response], [references[row.prompt_id]])
-            judged.setdefault(row.prompt_id, []).append((row, value))
+        prompt = by_id.get(row.prompt_id)
+        if prompt is None or not prompt.references:
+            continue
+        if " ".join(prompt.prompt.split()) not in " ".join(row.prompt.split()):  # templates may change the spaces
+            raise UserError(
+                f"row {row.key} was asked something else than prompt '{prompt.id}' of the prompt file: "
+                "run `xkd-pipeline score` again for these prompts"
+            )
+        value = task.metrics[0]([row.response], [prompt.references])
+        judged.setdefault(row.prompt_id, []).append((row, value))
     if task.checked:
         labelled = [(row, value > 0) for responses in judged.values() for row, value in responses]
     else:
@@ -58,13 +67,14 @@ def rows_of(found: Mapping[str, Ranking]) -> list[Row]:
 
 def reward_judge(rows: Sequence[Row], posterior: RewardPosterior) -> Judge:
     """mu of every token."""
-    return {row.key: mu for row, (mu, _) in per_response(rows, posterior)}
+    return {row.key: mu for row, (mu, _) in per_response(rows, posterior, posterior.device)}
 
 
 def student_judge(rows: Sequence[Row], student: Path) -> Judge:
     """Log-probabilities by the student's starting point."""
-    model = load_lm(student)
-    return {row.key: found for row, (found,) in per_response(rows, lambda b: [score_tokens(model, b).logprob])}
+    model = load_lm(student).to(best_device())
+    found = per_response(rows, lambda batch: [score_tokens(model, batch).logprob], model.device)
+    return {row.key: values for row, (values,) in found}
 
 
 def teacher_judge(rows: Sequence[Row]) -> Judge:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from pipeline import console
 from pipeline.errors import UserError
-from pipeline.models import load_config, load_tokenizer, require_context, require_same_tokenizer
+from pipeline.models import context_length, load_config, load_tokenizer, require_context, require_same_tokenizer
 from pipeline.params import Params
 from pipeline.prompts import read_prompts
 from pipeline.provenance import code_fingerprint, fingerprint, git_commit, seconds_since_start, versions
@@ -45,17 +45,19 @@ def reward(
     selection = Selection(selection_path, store)
     selection.require_teacher("a reward")
     require_same_tokenizer(selection.teacher["tokenizer"], load_tokenizer(student_path), student_path)
-    rows = {name: list(selection.rows(name)) for name in ("train", "validation", "scored") if name in selection.parts}
+    rows = {name: list(selection.rows(name)) for name in ("train", "validation") if name in selection.parts}
     for name in ("train", "validation"):
         if not rows.get(name):
             raise UserError(
                 f"{selection_path} has no {name} responses: the reward is fitted on train, chosen on validation"
             )
-    rows |= _also_scored(selection, scored_path, store)
-    longest = max(len(row.prompt_ids) + len(row.response_ids) for part in rows.values() for row in part)
-    require_context(load_config(student_path), longest, f"the student {student_path}")
+    config = load_config(student_path)
+    require_context(config, max(_length(row) for part in rows.values() for row in part), f"the student {student_path}")
+    given = {"scored": list(selection.rows("scored"))} if "scored" in selection.parts else {}
+    given |= _also_scored(selection, scored_path, student_path, store)
+    rows |= _readable(given, context_length(config))
 
-    paths = {"selection": selection_path, "scored": scored_path, "student": student_path}
+    paths = {"selection": selection_path, "scored": scored_path, "student": student_path, "prompts": prompts_path}
     origins = {name: fingerprint(path) for name, path in paths.items() if path is not None}
     run = runs / "reward" / digest([params.seed, params.reward.model_dump(), origins, code_fingerprint()])[:16]
     fitting = Fitting(params.reward, params.seed, student_path, rows["train"], rows["validation"], run)
@@ -66,7 +68,8 @@ def reward(
     metrics: dict = {td: fit.metrics for td, fit in fits.items()}
     for td, fit in fits.items():
         save_posterior(out / td, fit.posterior, fit.description | {"teacher": selection.teacher["identity"]})
-        _write_rewards(out / td / "rewards.parquet", [row for part in rows.values() for row in part], fit.posterior)
+        read = [row for name, part in rows.items() if name not in ("negatives", "samples") for row in part]
+        _write_rewards(out / td / "rewards.parquet", read, fit.posterior)
         write_csv(audit_out / f"{td}.csv", fit.curve)
     if audited:
         ranked = rankings.rows_of(audited)
@@ -100,17 +103,30 @@ def reward(
     return metrics
 
 
-def _also_scored(selection: Selection, path: Path | None, store: Path | None) -> dict[str, list[Row]]:
-    """The parts of what the stage `score` wrote. Raises UserError where another teacher scored it."""
+def _also_scored(selection: Selection, path: Path | None, student: Path, store: Path | None) -> dict[str, list[Row]]:
+    """The parts of what the stage `score` wrote. Raises UserError where it is of another teacher or student."""
     if path is None:
         return {}
     scored = Selection(path, store)
-    if scored.teacher["identity"] != selection.teacher["identity"]:
-        raise UserError(
-            f"{path} was scored by teacher {scored.teacher['identity']}, {selection.folder} holds teacher "
-            f"{selection.teacher['identity']}: run `xkd-pipeline score` again"
-        )
+    scored.require_same_teacher(selection)
+    if scored.manifest.get("student") not in (None, fingerprint(student)):
+        raise UserError(f"{path} holds samples of another student than {student}: run `xkd-pipeline score` for it")
     return {name: list(scored.rows(name)) for name in scored.parts}
+
+
+def _readable(rows: dict[str, list[Row]], longest: int | None) -> dict[str, list[Row]]:
+    """The rows that the student can read: a reference may be longer than all that the teacher says."""
+    if longest is None:
+        return rows
+    found = {name: [row for row in part if _length(row) <= longest] for name, part in rows.items()}
+    left_out = sum(len(rows[name]) - len(found[name]) for name in rows)
+    if left_out:
+        console.warn(f"{left_out:,} scored rows are longer than the student reads ({longest} tokens) and left out")
+    return found
+
+
+def _length(row: Row) -> int:
+    return len(row.prompt_ids) + len(row.response_ids)
 
 
 def _soft(
@@ -129,8 +145,12 @@ def _soft(
     if wanted == "always":
         fit = fitting.fit("soft", negatives)
         return fit, _judges(found, {"reward": fit}), found, {"used": True, "rows": len(negatives)}
-    fits = {"without": fitting.fit("soft"), "with": fitting.fit("soft", negatives)}
     to_choose, to_report = rankings.halves(found)
+    if not to_choose.keys() == to_report.keys() == found.keys():
+        console.warn("too few held-out prompts can be ranked to choose negatives by: they are not used")
+        fit = fitting.fit("soft")
+        return fit, _judges(found, {"reward": fit}), found, {"used": False, "rows": 0}
+    fits = {"without": fitting.fit("soft"), "with": fitting.fit("soft", negatives)}
     ranked = rankings.rows_of(to_choose)
     aucs = {
         name: rankings.mean_auc(to_choose, rankings.reward_judge(ranked, fit.posterior)) for name, fit in fits.items()
@@ -148,7 +168,7 @@ def _judges(found: dict[str, rankings.Ranking], fits: dict[str, Fitted]) -> dict
 
 def _write_rewards(path: Path, rows: Sequence[Row], posterior: RewardPosterior) -> None:
     """mu and log sigma of every cached token, once: distillation and the report read them, without the encoder."""
-    values = {row.key: found for row, found in per_response(rows, posterior)}
+    values = {row.key: found for row, found in per_response(rows, posterior, posterior.device)}
     schema = pa.schema({"key": pa.string(), "mu": pa.list_(pa.float32()), "log_sigma": pa.list_(pa.float32())})
     columns = [list(values), [mu for mu, _ in values.values()], [log_sigma for _, log_sigma in values.values()]]
     pq.write_table(pa.table(columns, schema=schema), path, compression="zstd")

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import EarlyStoppingCallback
 
-from pipeline.models import load_lm
+from pipeline.models import best_device, load_lm
 from pipeline.params import Reward
 from pipeline.shards.schema import Row
 from stages.audit import calibration
@@ -17,7 +17,7 @@ from stages.objectives.avril import gaussian_nll, kept_steps, kl_to_prior
 from stages.residuals import Scaled
 from stages.reward_model import RewardPosterior
 from stages.students import StudentLearner, score_tokens
-from stages.training import Learner, Term, seed_everything, train
+from stages.training import Learner, Term, once, seed_everything, train
 
 POSTERIORS = ("sarsa", "soft")
 
@@ -69,13 +69,14 @@ class Fitting:
         settings = self.settings
         scaled = Scaled.of(self.train, td, getattr(settings, td))
         best: tuple[float, float, Learner, list[dict]] | None = None
-        for phi_kl in settings.phi_kl:
+        for number, phi_kl in enumerate(settings.phi_kl):
             seed_everything(self.seed)
             learner = self._learner(phi_kl, scaled)
-            history = self._train(learner, scaled, phi_kl, negatives)
+            run = self.run / f"{td}-{len(negatives)}-{number}"
+            history = once(run, learner, lambda: self._train(learner, scaled, phi_kl, negatives, run))  # noqa: B023
             nll = min(entry["eval_reward_nll"] for entry in history if "eval_reward_nll" in entry)
             if best is None or nll < best[0]:
-                best = nll, phi_kl, learner.eval(), history
+                best = nll, phi_kl, learner.to(best_device()).eval(), history
         nll, phi_kl, learner, history = best
         policy, posterior = getattr(learner, "student", None), learner.posterior
         if policy is not None and posterior.own_encoder:
@@ -84,7 +85,7 @@ class Fitting:
         description = {"td": td, "residual": scaled.residual.model_dump(), **known, "negatives": len(negatives)}
         description |= {name: getattr(settings, name) for name in ("fit", "head", "encoder", "sigma_min")}
         rows = self.validation if policy is None else _spoken_by(policy, self.validation)
-        values = {row.key: tuple(found) for row, found in per_response(rows, posterior)}
+        values = {row.key: tuple(found) for row, found in per_response(rows, posterior, posterior.device)}
         calibrated = calibration(values, scaled.clipped(rows), posterior.head.floor, scaled.kept(rows))
         return Fitted(posterior, known | calibrated, description, split_history(history)[1])
 
@@ -98,13 +99,15 @@ class Fitting:
             phi_kl=phi_kl, scale=scaled.scale, offset=scaled.offset, **residual.model_dump(),
         )  # fmt: skip
 
-    def _train(self, learner: Learner, scaled: Scaled, phi_kl: float, negatives: Sequence[Row]) -> list[dict]:
+    def _train(
+        self, learner: Learner, scaled: Scaled, phi_kl: float, negatives: Sequence[Row], run: Path
+    ) -> list[dict]:
         settings, rows = self.settings, [*self.train, *negatives]
         known = {"delta": scaled.clipped([*rows, *self.validation])} if settings.fit == "teacher" else None
         return train(
             f"{scaled.td} reward{' with negatives' if negatives else ''}, phi_kl {phi_kl:g}",
             learner, from_rows(rows, False, known), from_rows(self.validation, False, known), settings.optimisation,
-            self.run / f"{scaled.td}-{len(negatives)}-{phi_kl:g}", self.seed, log_every=settings.evaluate_every,
+            run, self.seed, log_every=settings.evaluate_every,
             evaluate_every=settings.evaluate_every, save_every=settings.evaluate_every, best="reward_nll",
             callbacks=[EarlyStoppingCallback(settings.patience)],
         )  # fmt: skip
@@ -117,4 +120,6 @@ def _spoken_by(policy, rows: Sequence[Row]) -> list[Row]:
         found = score_tokens(policy, batch)
         return [found.logprob, found.lse]
 
-    return [replace(row, logprobs=logprob, lse=lse) for row, (logprob, lse) in per_response(rows, scores)]
+    return [
+        replace(row, logprobs=logprob, lse=lse) for row, (logprob, lse) in per_response(rows, scores, policy.device)
+    ]

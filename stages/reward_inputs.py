@@ -39,7 +39,9 @@ def reward_inputs(
     if settings.reward == "none":
         return RewardInputs()
     if settings.reward not in FITTED:
-        scaled = Scaled.of(rows["train"], settings.td, settings.residual)
+        # c is of the teacher's own samples, whatever is learned from, as it is in a fitted reward.
+        spoken = list(selection.rows("train")) if "train" in selection.parts else rows["train"]
+        scaled = Scaled.of(spoken, settings.td, settings.residual)
         return RewardInputs(None, scaled.scale, scaled.offset)
     if reward_path is None:
         raise UserError(f"distill.reward: {settings.reward} needs the folder of a fitted reward: pass --reward")
@@ -82,18 +84,19 @@ def _read_rewards(folder: Path, rows: dict[str, Sequence[Row]]) -> dict[str, dic
 def shuffled(
     rewards: dict[str, dict[str, np.ndarray]], rows: dict[str, Sequence[Row]], seed: int
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Rewards permuted among the samples of each part: every value is used once, none where it belongs.
+    """Rewards permuted among the samples of each part: each sample gets another one's, from its first token on.
 
-    The samples' rewards are laid end to end in a random cyclic order and cut anew at each sample's own length.
+    A shorter sequence of rewards is repeated, a longer one cut. Raises UserError where there is no other sample.
     """
     found: dict[str, dict[str, np.ndarray]] = {name: {} for name in rewards}
-    for part in rows.values():
-        order = np.random.default_rng(seed).permutation(len(part))
-        lengths = [len(part[i].response_ids) for i in order]
-        for name, by_key in rewards.items():
-            line = np.concatenate([by_key[part[i].key] for i in np.roll(order, 1)])
-            cut = np.split(line, np.cumsum(lengths)[:-1])
-            found[name] |= {part[i].key: values for i, values in zip(order, cut, strict=True)}
+    for part, samples in rows.items():
+        if len(samples) < 2:
+            raise UserError(f"distill.reward: shuffled needs two samples or more, and {part} holds {len(samples)}")
+        order = np.random.default_rng(seed).permutation(len(samples))
+        for own, other in zip(order, np.roll(order, 1), strict=True):
+            for name, by_key in rewards.items():
+                values = by_key[samples[other].key]
+                found[name][samples[own].key] = np.resize(values, len(samples[own].response_ids))
     return found
 
 

@@ -103,6 +103,10 @@ class RewardPosterior(nn.Module):
         posterior.head.start_from(student)
         return posterior
 
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
+
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """mu, log_sigma, flat [N], of the response steps of a batch of `stages.batches.collate`."""
         labels = batch["labels"][batch["labels"] != IGNORED]

@@ -8,10 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from pipeline import console
-from pipeline.models import load_lm, load_tokenizer, require_context, require_same_tokenizer
+from pipeline.models import best_device, load_lm, load_tokenizer, require_context, require_same_tokenizer
 from pipeline.params import Params
 from pipeline.prompts import Prompt, PromptFormat, encode_response, read_prompts
 from pipeline.provenance import fingerprint, git_commit, versions
@@ -57,7 +56,10 @@ def score(
         wanted += _corrupted(some, params, teacher.tokenizer)
         drawn = [("negatives", some, params.score.samples), ("samples", held_out, params.score.validation_samples)]
         wanted += _student_samples(drawn, params, student_path, teacher)
-    orders = [teacher.order(asking.scoring_request(params, teacher), wanted, root)]
+    fitting = [each for each in wanted if teacher.reads(each)]
+    if len(fitting) < len(wanted):
+        console.warn(f"{len(wanted) - len(fitting):,} responses exceed the teacher's context and are left out")
+    orders = [teacher.order(asking.scoring_request(params, teacher), fitting, root)]
     cached, _ = asking.look_up(orders, retry_skipped)
     summary, took = asking.fulfil(orders, teacher, settings, cached, engine)
     parts = orders[0].parts()
@@ -103,7 +105,7 @@ def _student_samples(
     if not places:
         return
     require_same_tokenizer(teacher.description["tokenizer"], load_tokenizer(student_path), student_path)
-    model = load_lm(student_path).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_lm(student_path).to(best_device())
     longest = max(len(ids) for _, (_, _, ids), _ in places) + params.max_tokens
     require_context(model.config, longest, f"the student {student_path}")
     asks = [

@@ -110,7 +110,10 @@ class StudentLearner(Learner):
         if td and reward == "scratch":
             self.terms["reward_kl"] = Term(kl_weight, "steps")
         if td and reward == "joint":
-            self.terms |= {"reward_nll": Term(1.0, "steps"), "reward_kl": Term(phi_kl, "steps")}
+            self.terms |= {
+                "reward_nll": Term(1.0, "steps", apart=True),
+                "reward_kl": Term(phi_kl, "steps", apart=True),
+            }
 
     def forward(self, counts: Tensor, **batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         mask = batch["labels"] != IGNORED

@@ -7,7 +7,7 @@ accumulation steps), so that micro-batches do not change the loss. One process, 
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from pipeline import console
 from pipeline.errors import UserError
 from pipeline.params import Optimisation
 from pipeline.provenance import seconds_since_start
+from pipeline.shards.files import write_json_atomically
 from stages.batches import IGNORED, Response, Responses, collate
 from stages.objectives.avril import kept_steps
 
@@ -34,6 +35,7 @@ class Term:
 
     weight: float
     over: str  # tokens: response tokens; steps: those that have a residual
+    apart: bool = False  # of a model that is trained along without the main one: not in the loss that is reported
 
 
 class Learner(nn.Module):
@@ -93,6 +95,14 @@ class TermTrainer(Trainer):
             self._logged, self._steps = {}, 0
         super().log(logs, start_time, **options)
 
+    def _clip_grad_norm(self, model):
+        """Each of the learner's models by its own norm, so that one does not shrink the steps of another."""
+        norms = [
+            self.accelerator.clip_grad_norm_(part.parameters(), self.args.max_grad_norm)
+            for part in self._learner.children()
+        ]
+        return max(norms)
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Exact held-out means of all terms and of the loss."""
         metrics = {
@@ -131,7 +141,8 @@ def held_out(learner: Learner, batches, device) -> dict[str, float]:
     means = {
         name: float(sums[name] / counts[COUNTS.index(term.over)].clamp_min(1)) for name, term in learner.terms.items()
     }
-    return means | {"loss": sum(term.weight * means[name] for name, term in learner.terms.items())}
+    counted = {name: term.weight for name, term in learner.terms.items() if not term.apart}
+    return means | {"loss": sum(weight * means[name] for name, weight in counted.items())}
 
 
 class _Bar(TrainerCallback):
@@ -236,6 +247,24 @@ def train(
         trainer.train(resume_from_checkpoint=checkpoint)
     learner.to("cpu")
     return trainer.state.log_history
+
+
+def once(run: Path, learner: Learner, training: Callable[[], list[dict]]) -> list[dict]:
+    """The history of `training()`, which leaves its weights in the learner; it is not done again after a kill.
+
+    In place of the checkpoints in `run`, the weights and the history of what is finished are kept there.
+    """
+    weights, history = run / "finished.safetensors", run / "history.json"
+    if history.is_file():
+        safetensors.torch.load_model(learner, str(weights))
+        return json.loads(history.read_text(encoding="utf-8"))
+    found = training()
+    run.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_model(learner, str(weights))
+    write_json_atomically(history, found)
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return found
 
 
 def _require_trackers(names: Sequence[str]) -> None:

@@ -1,7 +1,9 @@
-"""What the objectives must equal: plain float64 formulas on probabilities, without any of the product's code."""
+"""What the objectives must equal: formulas on float64 probabilities, and the head's reduction by autograd alone."""
 
 import torch
 from torch import Tensor
+
+from stages.objectives.outcomes import SparseLogprobs, at_least_float32
 
 
 def random_logits(seed: int, n: int = 4, v: int = 12, scale: float = 3.0) -> Tensor:
@@ -63,3 +65,15 @@ def sparse_divergence(
     if tail == "teacher_renorm" and name == "rkl":
         s = torch.where(t > 0, s, 0)  # elsewhere it would be infinite
     return divergence(name, t, s, w)
+
+
+def sparse_logprobs(logits: Tensor, ids: Tensor, labels: Tensor) -> SparseLogprobs:
+    """What the head makes of logits [N, V] at distinct ids [N, k] and labels [N]; ids at or above V are impossible."""
+    logits = at_least_float32(logits)
+    vocabulary = logits.shape[-1]
+    padded = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
+    ids = ids.clamp_max(vocabulary).long()
+    lse = torch.logsumexp(logits, -1)
+    outside = torch.logsumexp(padded.scatter(-1, ids, -torch.inf), -1)
+    label = logits.gather(-1, labels[:, None].long()).squeeze(-1) - lse
+    return SparseLogprobs(torch.cat([padded.gather(-1, ids), outside[:, None]], -1) - lse[:, None], label, lse)

@@ -15,7 +15,7 @@ from stages.distill import distill
 from stages.evaluate import evaluate
 from stages.generate import generate
 from stages.objectives.head import sparse_divergence
-from stages.reward_inputs import shuffled
+from stages.reward_inputs import reward_inputs, shuffled
 from stages.reward_model import load_posterior
 from stages.students import StudentLearner, score_tokens
 from tests.conftest import WORDS, make_model, make_params, make_prompts
@@ -81,6 +81,27 @@ def test_sft_learns_the_references(cache, teacher, student, tmp_path):
         run_distill(cache, teacher, student, tmp_path / "other", *settings)
 
 
+def test_references_that_another_teacher_scored_are_refused(cache, student, tmp_path):
+    other = make_model(tmp_path / "other", seed=5)
+    generate(make_params(other), cache / "prompts.parquet", tmp_path / "selection")
+    settings = ["distill.reward=zero", "distill.objective=sft"]
+    with pytest.raises(UserError, match="is of teacher"):
+        run_distill(tmp_path, other, student, tmp_path, *settings, scored_path=cache / "scored")
+
+
+def test_the_controls_of_sft_have_the_scale_of_what_they_control(cache, fitted, teacher):
+    """c is of the teacher's own samples, although sft learns the references."""
+    rows = {"train": list(Selection(cache / "scored").rows("references"))}
+    scales = [
+        reward_inputs(
+            make_params(teacher, f"distill.reward={kind}", "distill.objective=sft").distill,
+            Selection(cache / "selection"), rows, fitted, 0,
+        ).scale
+        for kind in ("zero", "scratch", "joint", "shuffled")
+    ]  # fmt: skip
+    assert scales == pytest.approx([scales[-1]] * 4)
+
+
 def test_joint_keeps_student_and_reward_apart_and_scratch_does_not(cache, fitted, student):
     """The student sees phi detached and phi the student's residuals (design, section 5)."""
     rows = list(Selection(cache / "selection").rows("train"))[:8]
@@ -109,16 +130,22 @@ def test_joint_keeps_student_and_reward_apart_and_scratch_does_not(cache, fitted
         assert not torch.allclose(phi_low, phi_high, rtol=1e-3)
 
 
-def test_shuffled_rewards_are_the_same_values_where_they_do_not_belong(cache, fitted):
+def test_shuffled_rewards_are_those_of_another_sample(cache, fitted):
     rows = {"train": list(Selection(cache / "selection").rows("train"))}
     frame = pl.read_parquet(fitted / "sarsa" / "rewards.parquet")
     rewards = {n: {k: np.array(v) for k, v in zip(frame["key"], frame[n], strict=True)} for n in ("mu", "log_sigma")}
+    owned = {"mu": {row.key: np.full(len(row.response_ids), i) for i, row in enumerate(rows["train"])}}
+    for seed in range(20):
+        found = shuffled(owned, rows, seed)["mu"]
+        assert all((found[row.key] != i).all() for i, row in enumerate(rows["train"]))
+        assert len({values[0] for values in found.values()}) == len(rows["train"])  # every sample's are used
     found = shuffled(rewards, rows, seed=3)
     for name in rewards:
         before, after = ([values[name][row.key] for row in rows["train"]] for values in (rewards, found))
         assert [len(x) for x in before] == [len(x) for x in after]
-        np.testing.assert_array_equal(np.sort(np.concatenate(before)), np.sort(np.concatenate(after)))
-        assert np.mean([np.array_equal(x, y) for x, y in zip(before, after, strict=True)]) < 0.1
+        assert {x[0] for x in after} == {x[0] for x in before}
+    with pytest.raises(UserError, match="needs two samples or more, and train holds 1"):
+        shuffled(rewards, {"train": rows["train"][:1]}, seed=0)
     again, other = shuffled(rewards, rows, seed=3), shuffled(rewards, rows, seed=4)
     key = rows["train"][0].key
     assert np.array_equal(again["mu"][key], found["mu"][key]) and not np.array_equal(other["mu"][key], found["mu"][key])

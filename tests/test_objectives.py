@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stages.objectives.avril import followed_steps, gaussian_nll, kept_steps, kl_to_prior, td_residual
-from stages.objectives.divergences import DIVERGENCES, forward_kl, jsd, kl, reverse_kl, skew_forward_kl, skew_reverse_kl
+from stages.objectives.divergences import DIVERGENCES, forward_kl, jsd, reverse_kl, skew_forward_kl, skew_reverse_kl
 from stages.objectives.outcomes import dense
 from tests import golden
 from tests.references import divergence, random_logits
@@ -123,10 +123,20 @@ def test_skewed_divergences_tend_to_the_plain_ones():
     torch.testing.assert_close(skew_reverse_kl(t, s, 1e-9), reverse_kl(t, s), atol=1e-6, rtol=1e-6)
 
 
+def test_a_likelihood_that_underflows_costs_nothing_even_where_the_other_side_excludes_it():
+    t, s = torch.tensor([[0.0, -math.inf]]), torch.tensor([[0.0, -200.0]], requires_grad=True)
+    for name in DIVERGENCES:
+        for sides in ((t, s), (torch.tensor([[0.0, -200.0]]), torch.tensor([[0.0, -math.inf]], requires_grad=True))):
+            found = DIVERGENCES[name](*sides, 0.3)
+            assert found.item() == pytest.approx(0, abs=1e-6), name
+            assert torch.autograd.grad(found, sides[1])[0].isfinite().all(), name
+
+
 def test_kl_is_that_of_torch():
     t, s = dense(random_logits(0), random_logits(1))
     expected = torch.nn.functional.kl_div(s, t, log_target=True, reduction="none").sum(-1)
-    torch.testing.assert_close(kl(t, s), expected)
+    torch.testing.assert_close(forward_kl(t, s), expected)
+    torch.testing.assert_close(reverse_kl(s, t), expected)
 
 
 def test_jsd_at_its_ends_is_forward_and_reverse_kl_and_tends_to_forward_kl_when_scaled():

@@ -11,15 +11,19 @@ import torch
 from pipeline.errors import UserError
 from pipeline.models import load_lm
 from pipeline.params import Residual
+from pipeline.prompts import Prompt
 from pipeline.shards.schema import Row
 from pipeline.shards.selection import Selection
+from pipeline.tasks import get_task
 from stages.audit import Scored, above_the_median, auc, audit, calibration, rankable
 from stages.batches import States, per_response
 from stages.generate import generate
-from stages.rankings import halves
+from stages.rankings import halves, rankings
 from stages.residuals import Scaled, teacher_residual
 from stages.reward import reward
 from stages.reward_model import ActionHead, RewardPosterior, StateHead, load_posterior
+from stages.score import score
+from stages.training import once
 from tests.conftest import make_model, make_params, make_prompts
 
 SARSA = Residual(q_source="logits", gamma=1.0, terminal="drop")
@@ -118,12 +122,8 @@ def test_the_posterior_starts_from_the_student(student, encoder):
 
 
 def test_a_reward_is_fitted_for_both_forms_with_its_scale_and_the_rewards_of_all_tokens(fitted, cache, student):
-    parts = [
-        (Selection(cache / folder), part)
-        for folder in ("selection", "scored")
-        for part in Selection(cache / folder).parts
-    ]
-    rows = {row.key: row for selection, part in parts for row in selection.rows(part)}
+    parts = [("selection", "train"), ("selection", "validation"), ("selection", "scored"), ("scored", "references")]
+    rows = {row.key: row for folder, part in parts for row in Selection(cache / folder).rows(part)}
     for td, terminal in (("sarsa", "drop"), ("soft", "zero")):
         description = json.loads((fitted / td / "reward.json").read_text())
         assert description["residual"]["terminal"] == terminal and description["c"] > 0
@@ -214,9 +214,65 @@ def test_negatives_that_are_not_there_are_missed_and_a_policy_takes_none(cache, 
 def test_what_another_teacher_scored_is_refused(cache, student, tmp_path):
     other = make_model(tmp_path / "other", seed=5)
     generate(make_params(other), cache / "prompts.parquet", tmp_path / "selection")
-    with pytest.raises(UserError, match="was scored by teacher"):
+    with pytest.raises(UserError, match="is of teacher"):
         run_reward_of = tmp_path / "selection", student, *(tmp_path / name for name in "abc")
         reward(make_params(other), *run_reward_of, scored_path=cache / "scored")
+
+
+def test_samples_of_another_student_or_of_other_prompts_are_refused(cache, teacher, tmp_path):
+    other = make_model(tmp_path / "other", seed=7, width=32, layers=1)
+    with pytest.raises(UserError, match="samples of another student"):
+        run_reward(cache, teacher, other, tmp_path)
+    rows = list(Selection(cache / "scored").rows("samples"))
+    task, row = get_task("translation"), rows[0]
+    strangers = [Prompt(row.prompt_id, "another question", ("w1 w2",), "validation")]
+    with pytest.raises(UserError, match="was asked something else than prompt"):
+        rankings([], rows, strangers, task)
+
+
+def test_scored_rows_that_the_student_cannot_read_are_left_out_and_named(cache, teacher, tmp_path, capsys):
+    """A long reference must not keep anybody from fitting a reward to the teacher's own words."""
+    short = make_model(tmp_path / "short", seed=1, width=32, layers=1, context=8)
+    prompts = make_prompts(tmp_path / "p.parquet", train=8, validation=4)
+    params = make_params(teacher, "max_tokens=4", "score.samples=0", "score.validation_samples=0")
+    generate(params, prompts, tmp_path / "selection")
+    score(params, prompts, short, tmp_path / "scored")
+    spoken, references = (
+        max(len(row.prompt_ids) + len(row.response_ids) for row in Selection(tmp_path / folder).rows(part))
+        for folder, part in (("selection", "train"), ("scored", "references"))
+    )
+    assert spoken < references
+    shorter = make_model(tmp_path / "shorter", seed=1, width=32, context=spoken)
+    paths = tmp_path / "selection", shorter, *(tmp_path / name for name in "abc")
+    found = reward(params, *paths, scored_path=tmp_path / "scored")
+    assert found["negatives"] == {"used": False, "rows": 0} and "audit" not in found
+    assert f"longer than the student reads ({spoken} tokens)" in capsys.readouterr().err
+
+
+def test_a_prompt_too_few_to_choose_negatives_by_is_said(cache, teacher, student, tmp_path, capsys):
+    few = make_prompts(tmp_path / "p.parquet", train=8, validation=1)
+    params = make_params(teacher, "score.validation_samples=0")
+    generate(params, few, tmp_path / "selection")
+    score(params, few, student, tmp_path / "scored")
+    paths = tmp_path / "selection", student, *(tmp_path / name for name in "abc")
+    found = reward(params, *paths, scored_path=tmp_path / "scored", prompts_path=few)
+    assert not found["negatives"]["used"] and found["audited_prompts"] == {"corrupted": 1}
+    assert "too few held-out prompts" in capsys.readouterr().err
+
+
+def test_a_fit_that_was_finished_is_not_made_again(tmp_path):
+    learner, calls = torch.nn.Linear(2, 2), []
+
+    def training():
+        calls.append(1)
+        torch.nn.init.constant_(learner.weight, 5.0)
+        (tmp_path / "checkpoint-3").mkdir(parents=True)
+        return [{"step": 3}]
+
+    assert once(tmp_path, learner, training) == [{"step": 3}]
+    torch.nn.init.zeros_(learner.weight)
+    assert once(tmp_path, learner, training) == [{"step": 3}] and len(calls) == 1
+    assert (learner.weight == 5).all() and not list(tmp_path.glob("checkpoint-*"))
 
 
 def labelled(prompt: str, *values: float) -> list[tuple[Row, float]]:

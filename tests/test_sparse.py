@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from stages.objectives.divergences import DIVERGENCES
 from stages.objectives.head import sparse_divergence
-from stages.objectives.outcomes import TAILS, bucket, dense, sparse_logprobs, tail_mass
+from stages.objectives.outcomes import TAILS, bucket, dense, tail_mass
 from tests import references
-from tests.references import random_logits, top_k
+from tests.references import random_logits, sparse_logprobs, top_k
 
 every_divergence = pytest.mark.parametrize("name", DIVERGENCES)
 every_tail = pytest.mark.parametrize("tail", TAILS)

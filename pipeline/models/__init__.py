@@ -3,6 +3,7 @@
 from pipeline.models.building import ModelSize, build_causal_lm, build_from_config, keep_layers
 from pipeline.models.identity import describe_model, licence_of, weights_digest
 from pipeline.models.loading import (
+    best_device,
     context_length,
     has_weights,
     link_model,
@@ -18,6 +19,7 @@ from pipeline.models.tokenizers import load_tokenizer, require_same_tokenizer, t
 
 __all__ = [
     "ModelSize",
+    "best_device",
     "build_causal_lm",
     "build_from_config",
     "context_length",

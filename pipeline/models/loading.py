@@ -49,6 +49,13 @@ def load_config(source: str | Path):
     return load_pretrained(AutoConfig, source, "model")
 
 
+def best_device() -> str:
+    """Where models run: the GPU if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def lm_class(config):
     """The transformers class that makes a language model of a configuration."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM

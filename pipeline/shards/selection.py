@@ -166,6 +166,14 @@ class Selection:
                 "(generate.engine other than text)"
             )
 
+    def require_same_teacher(self, other: "Selection") -> None:
+        """Raises UserError where another teacher spoke there."""
+        if self.teacher["identity"] != other.teacher["identity"]:
+            raise UserError(
+                f"{self.folder} is of teacher {self.teacher['identity']}, {other.folder} of teacher "
+                f"{other.teacher['identity']}: run `xkd-pipeline score` again, with the same teacher and store"
+            )
+
     def part(self, name: str) -> dict:
         """The manifest's entry of `train`, `validation` or `scored`."""
         if name not in self.parts:

@@ -26,9 +26,9 @@ class HfEngine:
 
     @classmethod
     def load(cls, folder: Path, dtype: str) -> "HfEngine":
-        from pipeline.models import load_lm
+        from pipeline.models import best_device, load_lm
 
-        return cls(load_lm(folder, dtype).to("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(load_lm(folder, dtype).to(best_device()))
 
     @torch.inference_mode()
     def sample(self, asks: Sequence[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:

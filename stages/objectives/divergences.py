@@ -1,8 +1,9 @@
-"""Divergences between a teacher and a student, at each state, in log space.
+"""Divergences between a teacher and a student, at each state, in log space, with their derivatives.
 
 Every divergence has one signature: log-probabilities of the teacher [..., M] and of the student [..., M] over the
 same M outcomes, and the weight of its mixture (beta or alpha; ignored where there is none); the result is [...]. What
-the M outcomes are (the vocabulary, or the teacher's top k and one bucket for the rest) is decided in `outcomes`.
+the M outcomes are (the vocabulary, or the teacher's top k and one bucket for the rest) is decided in `outcomes`. The
+derivative for the student's log-probabilities is written out, so that one tensor is kept for it; the teacher gets none.
 """
 
 import math
@@ -10,61 +11,108 @@ import math
 import torch
 from torch import Tensor
 
-_IMPOSSIBLE = -1e30  # in place of -inf where that would have no gradient
+_IMPOSSIBLE = -1e30  # in place of -inf where two of them would be added
 
 
-def kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) = sum p (log p - log q) of log-probabilities [..., M] -> [...].
+class _Differentiated(torch.autograd.Function):
+    """A value [...] whose derivative [..., M] for x [..., M] is known."""
 
-    Outcomes with p = 0 count as 0 and pass no gradient, whatever q.
-    """
-    log_ratio = (p - q).nan_to_num(nan=0.0, neginf=0.0, posinf=math.inf)  # p = 0 gives -inf, and NaN where q = 0 too
-    return (p.exp() * log_ratio).sum(-1)
+    @staticmethod
+    def forward(ctx, x: Tensor, value: Tensor, derivative: Tensor) -> Tensor:
+        ctx.save_for_backward(derivative)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, d_value: Tensor):
+        (derivative,) = ctx.saved_tensors
+        return d_value[..., None] * derivative, None, None
 
 
-def mixture(p: Tensor, q: Tensor, weight: float) -> Tensor:
-    """log(weight P + (1 - weight) Q) of log-probabilities [..., M]; about -1e30 where both are 0."""
-    p, q = p.clamp_min(_IMPOSSIBLE), q.clamp_min(_IMPOSSIBLE)
-    return torch.logaddexp(p + math.log(weight), q + math.log1p(-weight))
+def _log_ratio(p: Tensor, q: Tensor) -> Tensor:
+    """log P / Q of log-probabilities, 0 where P = 0, whatever Q."""
+    return (p - q).nan_to_num_(nan=0.0, neginf=0.0, posinf=math.inf)
+
+
+def _weighted(log_ratio: Tensor, p: Tensor) -> Tensor:
+    """P times a log-ratio, in the latter's memory; 0 where P is, although the ratio may be infinite."""
+    return log_ratio.mul_(p).nan_to_num_(nan=0.0, posinf=math.inf)
+
+
+def _log_mixture(p: Tensor, q: Tensor, weight: float) -> Tensor:
+    """log(weight P + (1 - weight) Q) of log-probabilities; about -1e30 where both are 0."""
+    p = p.clamp_min(_IMPOSSIBLE).add_(math.log(weight))
+    return torch.logaddexp(p, q.clamp_min(_IMPOSSIBLE).add_(math.log1p(-weight)), out=p)
 
 
 def forward_kl(teacher: Tensor, student: Tensor, weight: float = 0.0) -> Tensor:
-    """KL(T || S)."""
-    return kl(teacher, student)
+    """KL(T || S) = sum T (log T - log S); its derivative for log S is -T."""
+    with torch.no_grad():
+        t = teacher.exp()
+        value = _weighted(_log_ratio(teacher, student), t).sum(-1)
+    return _Differentiated.apply(student, value, t.neg_())
 
 
 def reverse_kl(teacher: Tensor, student: Tensor, weight: float = 1.0) -> Tensor:
-    """KL(S || T)."""
-    return kl(student, teacher)
+    """KL(S || T) = sum S (log S - log T); its derivative for log S is S (log S - log T + 1)."""
+    with torch.no_grad():
+        s = student.exp()
+        terms = _weighted(_log_ratio(student, teacher), s)
+        value = terms.sum(-1)
+    return _Differentiated.apply(student, value, terms.add_(s))
 
 
 def jsd(teacher: Tensor, student: Tensor, weight: float = 0.5) -> Tensor:
     """Generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649, eq. 1), `weight` is its beta.
 
     beta KL(T || M) + (1 - beta) KL(S || M) with M = beta T + (1 - beta) S; by convention KL(T || S) at beta = 0 and
-    KL(S || T) at beta = 1.
+    KL(S || T) at beta = 1. Its derivative for log S is (1 - beta) S (log S - log M).
     """
     if weight == 0:
         return forward_kl(teacher, student)
     if weight == 1:
         return reverse_kl(teacher, student)
-    mixed = mixture(teacher, student, weight)
-    return weight * kl(teacher, mixed) + (1 - weight) * kl(student, mixed)
+    with torch.no_grad():
+        mixed = _log_mixture(teacher, student, weight)
+        of_teacher = _weighted(_log_ratio(teacher, mixed), teacher.exp()).sum(-1)
+        derivative = _weighted(_log_ratio(student, mixed), student.exp()).mul_(1 - weight)
+        value = weight * of_teacher + derivative.sum(-1)
+    return _Differentiated.apply(student, value, derivative)
 
 
 def skew_forward_kl(teacher: Tensor, student: Tensor, weight: float = 0.1) -> Tensor:
-    """KL(T || alpha T + (1 - alpha) S), `weight` is alpha (DistiLLM, arXiv 2402.03898, eq. 2)."""
-    return kl(teacher, mixture(teacher, student, weight))
+    """KL(T || M), M = alpha T + (1 - alpha) S, `weight` is alpha (DistiLLM, arXiv 2402.03898, eq. 2).
+
+    Its derivative for log S is -(1 - alpha) T S / M.
+    """
+    with torch.no_grad():
+        mixed = _log_mixture(teacher, student, weight)
+        t = teacher.exp()
+        value = _weighted(_log_ratio(teacher, mixed), t).sum(-1)
+        share = torch.sub(student, mixed, out=mixed).exp_()
+    return _Differentiated.apply(student, value, share.mul_(t).mul_(weight - 1))
 
 
 def skew_reverse_kl(teacher: Tensor, student: Tensor, weight: float = 0.1) -> Tensor:
-    """KL(S || (1 - alpha) T + alpha S), `weight` is alpha (DistiLLM, arXiv 2402.03898)."""
-    return kl(student, mixture(student, teacher, weight))
+    """KL(S || M), M = (1 - alpha) T + alpha S, `weight` is alpha (DistiLLM, arXiv 2402.03898).
+
+    Its derivative for log S is S (log S - log M + 1 - alpha S / M).
+    """
+    with torch.no_grad():
+        mixed = _log_mixture(student, teacher, weight)
+        s = student.exp()
+        terms = _weighted(_log_ratio(student, mixed), s)
+        value = terms.sum(-1)
+        share = torch.sub(student, mixed, out=mixed).exp_()
+    return _Differentiated.apply(student, value, terms.add_(s).sub_(share.mul_(s), alpha=weight))
 
 
 def total_variation(teacher: Tensor, student: Tensor, weight: float = 0.0) -> Tensor:
-    """Total variation distance, 0.5 sum |T - S|."""
-    return 0.5 * (teacher.exp() - student.exp()).abs().sum(-1)
+    """Total variation distance, 0.5 sum |T - S|; its derivative for log S is 0.5 sign(S - T) S."""
+    with torch.no_grad():
+        s = student.exp()
+        difference = s - teacher.exp()
+        value = 0.5 * difference.abs().sum(-1)
+    return _Differentiated.apply(student, value, difference.sign_().mul_(s).mul_(0.5))
 
 
 DIVERGENCES = {

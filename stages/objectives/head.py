@@ -16,7 +16,7 @@ from stages.objectives.divergences import DIVERGENCES
 from stages.objectives.outcomes import TAILS, SparseLogprobs, at_least_float32
 
 _CHUNK_BYTES = 64 * 2**20  # of logits
-_CHUNK_ROWS = 64, 512  # fewer do not use the processor, more gain nothing
+_CHUNK_ROWS = 64, 256  # fewer do not use the processor, more only take memory
 
 
 class TopK(NamedTuple):
@@ -66,7 +66,7 @@ def sparse_divergence(
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Positions a chunk: as many as make 64 MiB of float32 logits, at least 64, at most 512."""
+    """Positions a chunk: as many as make 64 MiB of float32 logits, at least 64, at most 256."""
     fewest, most = _CHUNK_ROWS
     return min(max(_CHUNK_BYTES // (4 * vocabulary), fewest), most)
 
@@ -228,32 +228,34 @@ class _Exponentials(NamedTuple):
 def _reduce(logits: Tensor, ids: Tensor, labels: Tensor, plain: bool) -> tuple[SparseLogprobs, _Exponentials]:
     """What the loss depends on, in one pass over the logits [n, V]; `plain`: the only id is the label."""
     label = None if plain else logits.gather(-1, labels)
-    inside = logits.gather(-1, ids)
+    outcomes = logits.new_empty(len(ids), ids.shape[-1] + 1)
+    inside, outside = outcomes[:, :-1], outcomes[:, -1:]
+    inside.copy_(logits.gather(-1, ids))
     values = logits.scatter_(-1, ids, -torch.inf)
     top = values.amax(-1, keepdim=True)
     top = torch.where(torch.isneginf(top), 0, top)
     values = values.sub_(top).exp_()
     total = values.sum(-1, keepdim=True)
-    outside = top + total.log()
+    outside.copy_(top + total.log())
     highest = inside.amax(-1, keepdim=True).clamp_min(torch.finfo(inside.dtype).min)
-    lse = torch.logaddexp(highest + (inside - highest).exp().sum(-1, keepdim=True).log(), outside)
-    inside -= lse
-    label = inside[:, :1].clone() if plain else label - lse
-    return SparseLogprobs(inside, *(x.squeeze(-1) for x in (outside - lse, label, lse))), _Exponentials(values, total)
+    lse = torch.logaddexp(highest + (inside - highest).exp_().sum(-1, keepdim=True).log(), outside)
+    outcomes -= lse
+    label = inside[:, 0].clone() if plain else (label - lse).squeeze(-1)
+    return SparseLogprobs(outcomes, label, lse.squeeze(-1)), _Exponentials(values, total)
 
 
 def _expand(
     exponentials: _Exponentials, ids: Tensor, labels: Tensor, student: SparseLogprobs, d_student: SparseLogprobs
 ) -> Tensor:
-    """Gradient of the logits [n, V] from that of the student's numbers, in the exponentials' memory.
+    """Gradient of the logits [n, V] from that of the student's numbers, in the memory of both.
 
     Each log-probability is a logit less the lse, whose gradient is the student's distribution.
     """
     values, total = exponentials
-    shared = d_student.lse - d_student.inside.sum(-1) - d_student.outside - d_student.label
-    d_outside = (d_student.outside + shared * student.outside.exp())[:, None]
-    values.mul_(torch.where(total > 0, d_outside / total, 0))
-    values.scatter_(-1, ids, torch.addcmul(d_student.inside, shared[:, None], student.inside.exp()))
+    shared = (d_student.lse - d_student.outcomes.sum(-1) - d_student.label)[:, None]
+    d_logit = student.outcomes.detach().exp_().mul_(shared).add_(d_student.outcomes)
+    values.mul_(torch.where(total > 0, d_logit[:, -1:] / total, 0))
+    values.scatter_(-1, ids, d_logit[:, :-1])
     return values.scatter_add_(-1, labels, d_student.label[:, None])
 
 

@@ -19,26 +19,19 @@ def at_least_float32(x: Tensor) -> Tensor:
 class SparseLogprobs(NamedTuple):
     """A student at N positions, as far as a sparse loss depends on it; at least float32."""
 
-    inside: Tensor  # [N, k] log-probabilities at the teacher's ids; -inf where the student has no such id
-    outside: Tensor  # [N] of all other ids together; -inf where there are none
+    outcomes: Tensor  # [N, k + 1] log-probabilities at the teacher's ids, and of all others together; -inf for none
     label: Tensor  # [N] of the token that followed
     lse: Tensor  # [N] log-sum-exp of the raw logits
 
+    @property
+    def inside(self) -> Tensor:
+        """[N, k] at the teacher's ids; -inf where the student has no such id."""
+        return self.outcomes[:, :-1]
 
-def sparse_logprobs(logits: Tensor, ids: Tensor, labels: Tensor) -> SparseLogprobs:
-    """What is needed of logits [N, V] at distinct ids [N, k] and labels [N].
-
-    Ids at or above V (the padding of a larger embedding in the teacher) have no counterpart in the student.
-    """
-    logits = at_least_float32(logits)
-    vocabulary = logits.shape[-1]
-    # One impossible token more, which all ids without a counterpart point to.
-    padded = pad(logits, (0, 1), value=-torch.inf)
-    ids = ids.clamp_max(vocabulary).long()
-    lse = torch.logsumexp(logits, -1)
-    outside = torch.logsumexp(padded.scatter(-1, ids, -torch.inf), -1) - lse
-    label = logits.gather(-1, labels[:, None].long()).squeeze(-1) - lse
-    return SparseLogprobs(padded.gather(-1, ids) - lse[:, None], outside, label, lse)
+    @property
+    def outside(self) -> Tensor:
+        """[N] of all other ids together; -inf where there are none."""
+        return self.outcomes[:, -1]
 
 
 def dense(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -66,8 +59,8 @@ def bucket(teacher: Tensor, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
     """
     mass = teacher.exp().sum(-1)
     tail = tail_mass(mass).masked_fill(torch.isneginf(student.outside), 0)
-    both = torch.cat([teacher, tail.log()[:, None]], -1)
-    return both - (mass + tail).log()[:, None], torch.cat([student.inside, student.outside[:, None]], -1)
+    both = torch.cat([teacher, tail.log()[:, None]], -1).sub_((mass + tail).log()[:, None])
+    return both, student.outcomes
 
 
 def tail_mass(mass: Tensor) -> Tensor:
@@ -89,8 +82,7 @@ def teacher_renorm(teacher: Tensor, student: SparseLogprobs) -> tuple[Tensor, Te
     The last outcome, the student's tail, is one that the teacher excludes. Not zero at equality: it pushes the
     student's tail to nothing.
     """
-    both = torch.cat([student.inside, student.outside[:, None]], -1)
-    return pad(_normalised(teacher), (0, 1), value=-torch.inf), both
+    return pad(_normalised(teacher), (0, 1), value=-torch.inf), student.outcomes
 
 
 def truncate(teacher: Tensor, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
