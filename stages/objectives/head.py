@@ -16,7 +16,7 @@ from stages.objectives.divergences import DIVERGENCES
 from stages.objectives.outcomes import TAILS, SparseLogprobs, at_least_float32
 
 _CHUNK_BYTES = 64 * 2**20  # of logits
-_CHUNK_ROWS = 64, 256  # fewer do not use the processor, more only take memory
+_CHUNK_ROWS = 64, 384  # fewer do not use the processor, more only take memory
 
 
 class TopK(NamedTuple):
@@ -66,7 +66,7 @@ def sparse_divergence(
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Positions a chunk: as many as make 64 MiB of float32 logits, at least 64, at most 256."""
+    """Positions a chunk: as many as make 64 MiB of float32 logits, at least 64, at most 384."""
     fewest, most = _CHUNK_ROWS
     return min(max(_CHUNK_BYTES // (4 * vocabulary), fewest), most)
 
@@ -167,29 +167,50 @@ def _run(call: _Call, needed: Sequence[bool], *tensors: Tensor | None):
         rows = slice(max(first - halo, 0), min(last + halo, len(states)))
         own = slice(first - rows.start, last - rows.start)
         logits = _logits(states[rows], weight, bias, buffer, padded)
-        at, label = ids[rows].long(), labels[rows, None].long()
-        student, exponentials = _reduce(logits, at, label, logprobs is None)
-        for x in student:
-            x.requires_grad_()
         extra = [x[rows].detach().requires_grad_(x.requires_grad) for x in inputs]
-        with torch.set_grad_enabled(any(needed)):
-            divergence = None if logprobs is None else call.divergence(logprobs[rows], student)
-            values = call.terms(Scores(student.label, student.lse, divergence), rows, *extra)
-            complete = slice(0, rows.stop - rows.start - (rows.stop > last))
-            objective = sum(call.weights[name] * values[name][complete].sum() for name in call.weights)
+        values, found = _chunk(call, any(needed), logits, ids[rows], labels[rows], logprobs, rows, last, extra)
         for name, value in values.items():
-            sums[name] = sums.get(name, 0) + value[own].detach().sum()
-        if not (torch.is_tensor(objective) and objective.requires_grad):
+            sums[name] = sums.get(name, 0) + value[own].sum()
+        if found is None:
             continue
-        wanted = [*student, *(x for x in extra if x.requires_grad)]
-        found = iter(torch.autograd.grad(objective, wanted, allow_unused=True, materialize_grads=True))
-        d_student = SparseLogprobs(*(next(found) for _ in student))
-        d_logits = _expand(exponentials, at, label, student, d_student)
+        d_logits, *d_extra = found
         _accumulate(d_weight, d_bias, d_states, d_logits[own, : len(weight)], slice(first, last), states, weight)
-        for gradient, x in zip(gradients[6:], extra, strict=True):
-            if x.requires_grad:
-                gradient[first:last] = next(found)[own]
+        for gradient, d_x in zip((g for g in gradients[6:] if g is not None), d_extra, strict=True):
+            gradient[first:last] = d_x[own]
     return sums, gradients
+
+
+def _chunk(
+    call: _Call,
+    learning: bool,
+    logits: Tensor,
+    ids: Tensor,
+    labels: Tensor,
+    logprobs: Tensor | None,
+    rows: slice,
+    last: int,
+    extra: list[Tensor],
+) -> tuple[dict[str, Tensor], list[Tensor] | None]:
+    """The terms at the positions `rows`, detached, and the gradients of the logits and of `extra`, where there are any.
+
+    What the loss is differentiated through exists in here only, so that no chunk holds that of the one before.
+    """
+    ids, labels = ids.long(), labels[:, None].long()
+    student, exponentials = _reduce(logits, ids, labels, logprobs is None)
+    for x in student:
+        x.requires_grad_()
+    with torch.set_grad_enabled(learning):
+        divergence = None if logprobs is None else call.divergence(logprobs[rows], student)
+        values = call.terms(Scores(student.label, student.lse, divergence), rows, *extra)
+        complete = slice(0, rows.stop - rows.start - (rows.stop > last))
+        objective = sum(call.weights[name] * values[name][complete].sum() for name in call.weights)
+    values = {name: value.detach() for name, value in values.items()}
+    if not (torch.is_tensor(objective) and objective.requires_grad):
+        return values, None
+    wanted = [*student, *(x for x in extra if x.requires_grad)]
+    found = torch.autograd.grad(objective, wanted, allow_unused=True, materialize_grads=True)
+    d_student = SparseLogprobs(*found[: len(student)])
+    return values, [_expand(exponentials, ids, labels, student, d_student), *found[len(student) :]]
 
 
 def _known(ids: Tensor | None, logprobs: Tensor | None, labels: Tensor, vocabulary: int):

@@ -6,12 +6,20 @@ minutes a task on two cores; a task whose audit OUT already holds is not run aga
 """
 
 import json
+import operator
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import polars as pl
+
+from pipeline.prompts import read_prompts
+from pipeline.tasks import get_task
+
 ROOT = Path(__file__).parents[2]
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 TASKS = {
     "arithmetic": (),
     "translation": ("teach.teacher.optimisation.steps=300",),
@@ -27,6 +35,17 @@ def run(task: str, folder: Path) -> None:
     for stage in STAGES:
         command = [sys.executable, "-m", "pipeline.cli", *stage, *chosen]
         subprocess.run(command, cwd=folder, env=environment, check=True)
+
+
+def lucky(data: Path) -> str:
+    """How many of the arithmetic samples that count as right have a step that is false."""
+    prompts = read_prompts(data / "prompts" / "prompts.parquet", ("validation",))
+    references, task = {prompt.id: prompt.references for prompt in prompts}, get_task("arithmetic")
+    rows = pl.read_parquet(data / "scored" / "samples-*.parquet").to_dicts()
+    right = [row["response"] for row in rows if task.accepts(row["response"], references[row["prompt_id"]])]
+    steps = [re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", response) for response in right]
+    false = [any(OPERATIONS[sign](int(a), int(b)) != int(c) for a, sign, b, c in found) for found in steps]
+    return f"{len(right)} of {len(rows):,} arithmetic samples are right, {sum(false)} of them with a step that is false"
 
 
 def main(out: Path) -> None:
@@ -50,6 +69,7 @@ def main(out: Path) -> None:
             f"{soft['inside_2_sigma']:.0%} within 1 and 2 sigma, {soft['sigma_at_floor']:.0%} at the floor | "
             f"negatives {'used' if negatives['used'] else 'not used'}: {negatives.get('choice_auc')} | |"
         )
+    print("\n" + lucky(out / "arithmetic" / "data"))
 
 
 if __name__ == "__main__":
