@@ -16,7 +16,7 @@ from stages.objectives.divergences import DIVERGENCES
 from stages.objectives.outcomes import TAILS, SparseLogprobs, at_least_float32
 
 _CHUNK_BYTES = 64 * 2**20  # of logits
-_CHUNK_ROWS = 64, 384  # fewer do not use the processor, more only take memory
+_CHUNK_ROWS = 64, 320  # fewer do not use the processor, more only take memory
 
 
 class TopK(NamedTuple):
@@ -66,7 +66,7 @@ def sparse_divergence(
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Positions a chunk: as many as make 64 MiB of float32 logits, at least 64, at most 384."""
+    """Positions a chunk: as many as make 64 MiB of float32 logits, at least 64, at most 320."""
     fewest, most = _CHUNK_ROWS
     return min(max(_CHUNK_BYTES // (4 * vocabulary), fewest), most)
 
