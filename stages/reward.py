@@ -136,29 +136,25 @@ def _soft(
 
     Where there is a choice it is made on every other prompt, and reported on the others.
     """
-    wanted = fitting.settings.negatives
-    if wanted == "never" or not negatives or (wanted == "choose" and not found) or fitting.settings.fit == "policy":
-        if wanted == "always":
-            raise UserError("reward.negatives: always, and there are none: run `xkd-pipeline score`, or pass --scored")
-        fit = fitting.fit("soft")
-        return fit, _judges(found, {"reward": fit}), found, {"used": False, "rows": 0}
-    if wanted == "always":
-        fit = fitting.fit("soft", negatives)
-        return fit, _judges(found, {"reward": fit}), found, {"used": True, "rows": len(negatives)}
-    to_choose, to_report = rankings.halves(found)
-    if not to_choose.keys() == to_report.keys() == found.keys():
+    wanted, to_choose, to_report = fitting.settings.negatives, *rankings.halves(found)
+    if wanted == "always" and not negatives:
+        raise UserError("reward.negatives: always, and there are none: run `xkd-pipeline score`, or pass --scored")
+    choosing = wanted == "choose" and bool(negatives) and fitting.settings.fit == "teacher"
+    if choosing and not (found and to_choose.keys() == to_report.keys() == found.keys()):
         console.warn("too few held-out prompts can be ranked to choose negatives by: they are not used")
-        fit = fitting.fit("soft")
-        return fit, _judges(found, {"reward": fit}), found, {"used": False, "rows": 0}
+        choosing = False
+    if not choosing:
+        used = negatives if wanted == "always" else ()
+        fit = fitting.fit("soft", used)
+        return fit, _judges(found, {"reward": fit}), found, {"used": bool(used), "rows": len(used)}
     fits = {"without": fitting.fit("soft"), "with": fitting.fit("soft", negatives)}
     ranked = rankings.rows_of(to_choose)
     aucs = {
         name: rankings.mean_auc(to_choose, rankings.reward_judge(ranked, fit.posterior)) for name, fit in fits.items()
     }
-    used = aucs["with"] > aucs["without"]
-    kept, other = ("with", "without") if used else ("without", "with")
+    kept, other = ("with", "without") if aucs["with"] > aucs["without"] else ("without", "with")
     judges = _judges(to_report, {"reward": fits[kept], f"reward_{other}_negatives": fits[other]})
-    return fits[kept], judges, to_report, {"used": used, "rows": len(negatives), "choice_auc": aucs}
+    return fits[kept], judges, to_report, {"used": kept == "with", "rows": len(negatives), "choice_auc": aucs}
 
 
 def _judges(found: dict[str, rankings.Ranking], fits: dict[str, Fitted]) -> dict[str, rankings.Judge]:
