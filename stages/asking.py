@@ -1,7 +1,7 @@
 """Ask a teacher for what the store does not hold: shared by the stages that draw responses and that score them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,15 +19,18 @@ from pipeline.models import (
     tokenizer_identity,
 )
 from pipeline.params import Generate, Params
-from pipeline.prompts import TEMPLATE_VERSION, Prompt, PromptFormat
+from pipeline.prompts import TEMPLATE_VERSION, Prompt, PromptFormat, encode_response
 from pipeline.provenance import seconds_since_start
 from pipeline.shards.files import digest
-from pipeline.shards.identity import Request, Sampling
+from pipeline.shards.identity import Request, Sampling, score_key
 from pipeline.shards.schema import count_tokens
 from pipeline.shards.selection import Part
 from pipeline.shards.store import RequestFolder
+from pipeline.tasks.corruption import corruptions
 from pipeline.teachers import Engine, choose_engine, open_engine
 from pipeline.teachers.orders import Order, Wanted
+
+Asked = Sequence[tuple[Prompt, str, np.ndarray]]  # prompt, what models read, its token ids
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,28 @@ def rendered(prompts: list[Prompt], form: PromptFormat, tokenizer) -> list[tuple
     """Prompts with the text and the token ids that the teacher reads."""
     texts = [form.text(tokenizer, prompt.prompt) for prompt in prompts]
     return list(zip(prompts, texts, form.encode_texts(tokenizer, texts), strict=True))
+
+
+def to_score(
+    part: str, prompt: Prompt, text: str, ids: np.ndarray, number: int, origin: str, response: np.ndarray
+) -> Wanted:
+    """A given response, as one that the teacher is to score."""
+    return Wanted(part, prompt, text, ids, number, score_key(ids, response), origin, response)
+
+
+def references(part: str, asked: Asked, tokenizer) -> Iterator[Wanted]:
+    """The prompts' references."""
+    for prompt, text, ids in asked:
+        for number, reference in enumerate(prompt.references):
+            yield to_score(part, prompt, text, ids, number, "reference", encode_response(tokenizer, reference))
+
+
+def corrupted(part: str, asked: Asked, tokenizer, count: int, seed: int) -> Iterator[Wanted]:
+    """Corrupted copies of each prompt's first reference, which depend on the prompt and the seed alone."""
+    for prompt, text, ids in asked:
+        right = [encode_response(tokenizer, reference) for reference in prompt.references]
+        for number, wrong in enumerate(corruptions(right, count, [seed, *ids.tolist()]) if right else ()):
+            yield to_score(part, prompt, text, ids, number, "corrupted", wrong)
 
 
 def look_up(orders: Sequence[Order], retry_skipped: bool = False, set_aside: bool = True) -> tuple[int, int]:

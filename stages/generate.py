@@ -1,9 +1,7 @@
 """Run the teacher once: ask for what the store does not hold, keep it, and write the selection of this experiment."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
 
 from pipeline import console
 from pipeline.errors import UserError
@@ -11,15 +9,14 @@ from pipeline.params import Params
 from pipeline.prompts import Prompt, PromptFormat, encode_response, read_prompts, read_responses
 from pipeline.provenance import git_commit, versions
 from pipeline.shards.files import write_json_atomically
-from pipeline.shards.identity import sample_key, score_key
+from pipeline.shards.identity import sample_key
 from pipeline.shards.selection import write_selection
 from pipeline.shards.store import store_root
 from pipeline.tasks import get_task
-from pipeline.tasks.corruption import corruptions
 from pipeline.teachers import Engine
 from pipeline.teachers.orders import Order, Wanted
 from stages import asking
-from stages.asking import Summary, Teacher
+from stages.asking import Asked, Summary, Teacher
 
 
 def generate(
@@ -81,13 +78,17 @@ def _orders(params: Params, prompts: list[Prompt], teacher: Teacher, root: Path)
         for prompt, text, ids in asked
         for sample in range(counts[prompt.split])
     ]
-    to_score = [] if teacher.engine == "text" else list(_references(asked, params, tokenizer))
+    held_out = [each for each in asked if each[0].split == "validation"]
+    to_score: list[Wanted] = []
+    if teacher.engine != "text":
+        to_score += asking.references("scored", held_out, tokenizer)
+        to_score += asking.corrupted("scored", held_out, tokenizer, settings.corrupted, params.seed)
     if settings.responses:
         to_score = [*_given(asked, Path(settings.responses), tokenizer), *to_score]
     return teacher.order(drawn, to_draw, root), teacher.order(given, to_score, root)
 
 
-def _given(asked: Sequence[tuple[Prompt, str, np.ndarray]], path: Path, tokenizer) -> Iterator[Wanted]:
+def _given(asked: Asked, path: Path, tokenizer) -> Iterator[Wanted]:
     """The responses that another tool gave to these prompts."""
     given = read_responses(path)
     unasked = len(given.keys() - {prompt.prompt for prompt, _, _ in asked})
@@ -99,16 +100,4 @@ def _given(asked: Sequence[tuple[Prompt, str, np.ndarray]], path: Path, tokenize
     for prompt, text, ids in asked:
         for number, each in enumerate(given.get(prompt.prompt, ())):
             response = encode_response(tokenizer, each.response, each.ends)
-            yield Wanted(prompt.split, prompt, text, ids, number, score_key(ids, response), "teacher", response)
-
-
-def _references(asked: Sequence[tuple[Prompt, str, np.ndarray]], params: Params, tokenizer) -> Iterator[Wanted]:
-    """References of the held-out prompts, and corrupted copies of the first of each."""
-    for prompt, text, ids in asked:
-        if prompt.split != "validation" or not prompt.references:
-            continue
-        references = [encode_response(tokenizer, reference) for reference in prompt.references]
-        wrong = corruptions(references, params.generate.corrupted, [params.seed, *ids.tolist()])
-        for origin, given in (("reference", references), ("corrupted", wrong)):
-            for number, response in enumerate(given):
-                yield Wanted("scored", prompt, text, ids, number, score_key(ids, response), origin, response)
+            yield asking.to_score(prompt.split, prompt, text, ids, number, "teacher", response)

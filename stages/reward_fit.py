@@ -11,7 +11,7 @@ from pipeline.models import best_device, load_lm
 from pipeline.params import Reward
 from pipeline.shards.schema import Row
 from stages.audit import calibration
-from stages.batches import IGNORED, from_rows, per_response
+from stages.batches import IGNORED, Response, from_rows, per_response
 from stages.curves import split_history
 from stages.objectives.avril import gaussian_nll, kept_steps, kl_to_prior
 from stages.residuals import Scaled
@@ -68,12 +68,16 @@ class Fitting:
         """
         settings = self.settings
         scaled = Scaled.of(self.train, td, getattr(settings, td))
+        rows = [*self.train, *negatives]
+        known = {"delta": scaled.clipped([*rows, *self.validation])} if settings.fit == "teacher" else None
+        responses = from_rows(rows, False, known), from_rows(self.validation, False, known)
         best: tuple[float, float, Learner, list[dict]] | None = None
         for number, phi_kl in enumerate(settings.phi_kl):
             seed_everything(self.seed)
             learner = self._learner(phi_kl, scaled)
             run = self.run / f"{td}-{len(negatives)}-{number}"
-            history = once(run, learner, lambda: self._train(learner, scaled, phi_kl, negatives, run))  # noqa: B023
+            what = f"{td} reward{' with negatives' if negatives else ''}, phi_kl {phi_kl:g}"
+            history = once(run, learner, lambda: self._train(what, learner, *responses, run))  # noqa: B023
             nll = min(entry["eval_reward_nll"] for entry in history if "eval_reward_nll" in entry)
             if best is None or nll < best[0]:
                 best = nll, phi_kl, learner.to(best_device()).eval(), history
@@ -100,16 +104,13 @@ class Fitting:
         )  # fmt: skip
 
     def _train(
-        self, learner: Learner, scaled: Scaled, phi_kl: float, negatives: Sequence[Row], run: Path
+        self, what: str, learner: Learner, train_on: Sequence[Response], held_out: Sequence[Response], run: Path
     ) -> list[dict]:
-        settings, rows = self.settings, [*self.train, *negatives]
-        known = {"delta": scaled.clipped([*rows, *self.validation])} if settings.fit == "teacher" else None
+        every = self.settings.evaluate_every
         return train(
-            f"{scaled.td} reward{' with negatives' if negatives else ''}, phi_kl {phi_kl:g}",
-            learner, from_rows(rows, False, known), from_rows(self.validation, False, known), settings.optimisation,
-            run, self.seed, log_every=settings.evaluate_every,
-            evaluate_every=settings.evaluate_every, save_every=settings.evaluate_every, best="reward_nll",
-            callbacks=[EarlyStoppingCallback(settings.patience)],
+            what, learner, train_on, held_out, self.settings.optimisation, run, self.seed, log_every=every,
+            evaluate_every=every, save_every=every, best="reward_nll",
+            callbacks=[EarlyStoppingCallback(self.settings.patience)],
         )  # fmt: skip
 
 

@@ -40,7 +40,9 @@ def reward_inputs(
         return RewardInputs()
     if settings.reward not in FITTED:
         # c is of the teacher's own samples, whatever is learned from, as it is in a fitted reward.
-        spoken = list(selection.rows("train")) if "train" in selection.parts else rows["train"]
+        spoken = rows["train"]
+        if settings.objective == "sft" and "train" in selection.parts:
+            spoken = list(selection.rows("train"))
         scaled = Scaled.of(spoken, settings.td, settings.residual)
         return RewardInputs(None, scaled.scale, scaled.offset)
     if reward_path is None:

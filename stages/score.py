@@ -12,20 +12,17 @@ import numpy as np
 from pipeline import console
 from pipeline.models import best_device, load_lm, load_tokenizer, require_context, require_same_tokenizer
 from pipeline.params import Params
-from pipeline.prompts import Prompt, PromptFormat, encode_response, read_prompts
+from pipeline.prompts import PromptFormat, read_prompts
 from pipeline.provenance import fingerprint, git_commit, versions
 from pipeline.shards.files import digest, write_json_atomically
-from pipeline.shards.identity import Sampling, sample_seed, score_key
+from pipeline.shards.identity import Sampling, sample_seed
 from pipeline.shards.selection import write_selection
 from pipeline.shards.store import store_root
-from pipeline.tasks.corruption import corruptions
 from pipeline.teachers import Ask, Engine
 from pipeline.teachers.hf import HfEngine
 from pipeline.teachers.orders import Wanted
 from stages import asking
-from stages.asking import Summary, Teacher
-
-Asked = Sequence[tuple[Prompt, str, np.ndarray]]  # prompt, what models read, its token ids
+from stages.asking import Asked, Summary, Teacher
 
 
 def score(
@@ -50,10 +47,10 @@ def score(
     training = [each for each in asked if each[0].split == "train"]
     held_out = [each for each in asked if each[0].split == "validation"]
 
-    wanted = list(_references(training, teacher.tokenizer))
+    wanted = list(asking.references("references", training, teacher.tokenizer))
     if teacher.engine != "text":
         some = training[: params.score.prompts or None]
-        wanted += _corrupted(some, params, teacher.tokenizer)
+        wanted += asking.corrupted("negatives", some, teacher.tokenizer, params.score.corrupted, params.seed)
         drawn = [("negatives", some, params.score.samples), ("samples", held_out, params.score.validation_samples)]
         wanted += _student_samples(drawn, params, student_path, teacher)
     fitting = [each for each in wanted if teacher.reads(each)]
@@ -74,27 +71,6 @@ def score(
         write_json_atomically(results, {"cost": cost, "provenance": provenance | {"git_commit": git_commit()}})
     asking.report("scored by the teacher", summary, parts, orders, out, cost)
     return summary
-
-
-def _references(asked: Asked, tokenizer) -> Iterator[Wanted]:
-    for prompt, text, ids in asked:
-        for number, reference in enumerate(prompt.references):
-            yield _wanted("references", prompt, text, ids, number, "reference", encode_response(tokenizer, reference))
-
-
-def _corrupted(asked: Asked, params: Params, tokenizer) -> Iterator[Wanted]:
-    for prompt, text, ids in asked:
-        references = [encode_response(tokenizer, reference) for reference in prompt.references]
-        if references:
-            wrong = corruptions(references, params.score.corrupted, [params.seed, *ids.tolist()])
-            for number, response in enumerate(wrong):
-                yield _wanted("negatives", prompt, text, ids, number, "corrupted", response)
-
-
-def _wanted(
-    part: str, prompt: Prompt, text: str, ids: np.ndarray, number: int, origin: str, response: np.ndarray
-) -> Wanted:
-    return Wanted(part, prompt, text, ids, number, score_key(ids, response), origin, response)
 
 
 def _student_samples(
@@ -120,4 +96,4 @@ def _student_samples(
             advance()
     for place, (part, (prompt, text, ids), number) in enumerate(places):
         response = answers[str(place)]
-        yield _wanted(part, prompt, text, ids, number, "student", response)
+        yield asking.to_score(part, prompt, text, ids, number, "student", response)

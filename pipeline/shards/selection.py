@@ -23,7 +23,7 @@ from pipeline.shards.store import Location, RequestFolder, pick, store_root
 
 ROWS_PER_FILE = 4096
 _ROWS_AT_ONCE = 512
-_FILE = re.compile(r"[a-z]+-\d{5}\.parquet")
+_FILE = re.compile(r"(train|validation|scored|references|negatives|samples)-\d{5}\.parquet")
 
 
 @dataclass
