@@ -83,8 +83,8 @@ def say(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """One line that asks for attention."""
-    console.print(f"[yellow]warning:[/yellow] {escape(message)}")
+    """One line that asks for attention, however long, so that it can be searched and copied."""
+    console.print(f"[yellow]warning:[/yellow] {escape(message)}", soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -236,7 +236,7 @@ def report(what: str, summary: Summary, parts: dict[str, Part], orders: Sequence
             ("made now", f"{summary.made:,} rows, {cost['tokens_made']:,} tokens in {cost['seconds']:.0f} s{rate}"),
             ("left out", _left_out(summary, orders)),
             ("selected", ", ".join(f"{part.rows:,} {name}" for name, part in parts.items())),
-            ("store", f"{orders[0].folder} ({size})"),
+            ("store", f"{orders[0].folder.storage.name}/{orders[0].folder.teacher} ({size})"),
             ("selection", out),
         ],
     )

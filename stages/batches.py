@@ -48,22 +48,16 @@ def from_rows(
     return responses
 
 
+def collate_rows(
+    rows: Sequence[Row], topk: bool, extras: dict[str, dict[str, np.ndarray]] | None = None
+) -> dict[str, Tensor]:
+    """A batch of cached rows; arguments as for `from_rows`."""
+    return collate(from_rows(rows, topk, extras))
+
+
 def from_references(prompt_ids: Sequence[np.ndarray], reference_ids: Sequence[np.ndarray]) -> list[Response]:
     """Prompts with their references, which end by themselves."""
     return [Response(prompt, reference, True) for prompt, reference in zip(prompt_ids, reference_ids, strict=True)]
-
-
-class Responses(torch.utils.data.Dataset):
-    """A list as a dataset."""
-
-    def __init__(self, responses: Sequence[Response]):
-        self.responses = responses
-
-    def __len__(self) -> int:
-        return len(self.responses)
-
-    def __getitem__(self, index: int) -> Response:
-        return self.responses[index]
 
 
 def collate(responses: Sequence[Response], pad: int = 0) -> dict[str, Tensor]:

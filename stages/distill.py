@@ -1,7 +1,7 @@
 """Train the student on the cached teacher: L_KD, likelihood and the X term, the reward read from its cache."""
 
 import shutil
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from transformers import EarlyStoppingCallback
@@ -20,9 +20,9 @@ from pipeline.models import (
 from pipeline.params import TOKEN_OBJECTIVES, Distill, Lora, Params
 from pipeline.provenance import code_fingerprint, fingerprint, git_commit, seconds_since_start, versions
 from pipeline.shards.files import digest, write_json_atomically
-from pipeline.shards.schema import Row
+from pipeline.shards.reading import TeacherRows
 from pipeline.shards.selection import Selection
-from stages.batches import from_rows
+from stages.batches import collate_rows
 from stages.curves import split_history, write_csv
 from stages.reward_inputs import FITTED, RewardInputs, posterior_for, reward_inputs
 from stages.reward_model import RewardPosterior
@@ -66,10 +66,9 @@ def distill(
     _require_vocabulary(student.config.get_text_config().vocab_size, rows, student_path)
     posterior = posterior_for(params, student_path, reward_path)
     topk = settings.objective not in TOKEN_OBJECTIVES
-    responses = {name: from_rows(part, topk, inputs.extras) for name, part in rows.items()}
-    longest = max(len(row.prompt_ids) + len(row.response_ids) for part in rows.values() for row in part)
+    longest = max(int(part.lengths.max()) for part in rows.values())
     require_context(student.config, longest, f"the student {student_path}")
-    if settings.best and not rows.get("validation"):
+    if settings.best and "validation" not in rows:
         raise UserError(f"distill.best needs held-out responses, and {selection_path} has no part validation")
     origins = {"selection": fingerprint(selection_path), "student": fingerprint(student_path)}
     origins["scored"] = fingerprint(scored_path) if settings.objective == "sft" else None
@@ -81,17 +80,19 @@ def distill(
     history = train(
         f"distilling ({name_of(settings)})",
         _learner(settings, student, posterior, inputs),
-        responses["train"],
-        responses.get("validation"),
+        rows["train"],
+        rows.get("validation"),
         settings.optimisation,
         run,
         seed,
         log_every=settings.log_every,
-        evaluate_every=settings.evaluate_every if "validation" in responses else None,
+        evaluate_every=settings.evaluate_every if "validation" in rows else None,
         save_every=settings.save_every,
         best=settings.best or None,
         callbacks=[first_step, *([EarlyStoppingCallback(settings.patience)] if settings.patience else [])],
         report_to=settings.report_to,
+        collator=partial(collate_rows, topk=topk, extras=inputs.extras),
+        workers=settings.workers,
     )
     if adapted is not None:
         student = adapted.merge_and_unload()
@@ -158,11 +159,13 @@ def _mixture(settings: Distill) -> float | None:
 
 def _rows(
     settings: Distill, selection: Selection, scored_path: Path | None, store: str | Path | None
-) -> dict[str, list[Row]]:
+) -> dict[str, TeacherRows]:
     """The responses to learn and to validate on: the teacher's samples, or the references for `sft`."""
+    topk = settings.objective not in TOKEN_OBJECTIVES
     if settings.objective != "sft":
-        rows = {name: list(selection.rows(name)) for name in ("train", "validation") if name in selection.parts}
-        if not rows.get("train"):
+        parts = [name for name in ("train", "validation") if name in selection.parts]
+        rows = {name: TeacherRows(selection, name, topk) for name in parts}
+        if not len(rows.get("train", ())):
             raise UserError(f"{selection.folder} holds no training responses")
         return rows
     if scored_path is None:
@@ -171,20 +174,19 @@ def _rows(
     scored.require_same_teacher(selection)
     if "references" not in scored.parts:
         raise UserError(f"{scored_path} holds no references: do the training prompts have any?")
-    held_out = selection.rows("scored") if "scored" in selection.parts else ()
-    rows = {"train": list(scored.rows("references"))}
-    validation = [row for row in held_out if row.origin == "reference"]
-    return rows | ({"validation": validation} if validation else {})
+    rows = {"train": TeacherRows(scored, "references", topk)}
+    held_out = TeacherRows(selection, "scored", topk, "reference") if "scored" in selection.parts else ()
+    return rows | ({"validation": held_out} if len(held_out) else {})
 
 
-def _require_vocabulary(size: int, rows: dict[str, Sequence[Row]], student: Path) -> None:
+def _require_vocabulary(size: int, rows: dict[str, TeacherRows], student: Path) -> None:
     """Raises UserError where a response has a token that the student cannot say.
 
     The teacher's top k may have such tokens: the padding of a larger embedding counts to the tail.
     """
-    for row in (row for part in rows.values() for row in part):
-        highest = max(row.prompt_ids.max(initial=0), row.response_ids.max(initial=0))
-        if highest >= size:
+    for part in rows.values():
+        if found := part.beyond(size):
+            row, highest = found
             raise UserError(
                 f"row {row.key} (prompt '{row.prompt_id}') has token {highest}, and the student {student} has {size} "
                 "embeddings: use a student whose vocabulary is as large as the teacher's"

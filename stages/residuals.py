@@ -1,6 +1,6 @@
 """TD residuals of cached teacher rows, and their scale: shared by reward fitting and distillation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +38,7 @@ class Scaled:
     offset: float
 
     @classmethod
-    def of(cls, rows: Sequence[Row], td: str, residual: Residual) -> "Scaled":
+    def of(cls, rows: Iterable[Row], td: str, residual: Residual) -> "Scaled":
         """c is the deviation of the teacher's non-terminal residuals, the offset their mean where gamma < 1.
 
         Q(EOS) is an outlier, so the last step never counts for the scale. Raises UserError where there is no residual.

@@ -1,6 +1,5 @@
 """What distillation is told of a reward: fitted, trained on, new, or a control that knows nothing."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import UserError
 from pipeline.models import load_lm
 from pipeline.params import Distill, Params
-from pipeline.shards.schema import Row
+from pipeline.shards.reading import TeacherRows
 from pipeline.shards.selection import Selection
 from stages.residuals import Scaled
 from stages.reward_model import RewardPosterior, load_posterior, read_description, require_same_residual
@@ -31,7 +30,7 @@ class RewardInputs:
 def reward_inputs(
     settings: Distill,
     selection: Selection,
-    rows: dict[str, Sequence[Row]],
+    rows: dict[str, TeacherRows],
     reward_path: Path | None,
     seed: int,
 ) -> RewardInputs:
@@ -40,9 +39,7 @@ def reward_inputs(
         return RewardInputs()
     if settings.reward not in FITTED:
         # c is of the teacher's own samples, whatever is learned from, as it is in a fitted reward.
-        spoken = rows["train"]
-        if settings.objective == "sft" and "train" in selection.parts:
-            spoken = list(selection.rows("train"))
+        spoken = selection.rows("train", topk=False) if "train" in selection.parts else rows["train"]
         scaled = Scaled.of(spoken, settings.td, settings.residual)
         return RewardInputs(None, scaled.scale, scaled.offset)
     if reward_path is None:
@@ -64,7 +61,7 @@ def reward_inputs(
     return RewardInputs(extras, *known)
 
 
-def _read_rewards(folder: Path, rows: dict[str, Sequence[Row]]) -> dict[str, dict[str, np.ndarray]]:
+def _read_rewards(folder: Path, rows: dict[str, TeacherRows]) -> dict[str, dict[str, np.ndarray]]:
     """mu and log sigma by key. Raises UserError where a row has none."""
     table = pq.read_table(folder / "rewards.parquet")
     keys = table.column("key").to_pylist()
@@ -73,7 +70,10 @@ def _read_rewards(folder: Path, rows: dict[str, Sequence[Row]]) -> dict[str, dic
         for name in ("mu", "log_sigma")
     }
     unknown = [
-        row.key for part in rows.values() for row in part if len(extras["mu"].get(row.key, ())) != len(row.response_ids)
+        key
+        for part in rows.values()
+        for key, steps in zip(part.keys, part.response_tokens, strict=True)
+        if len(extras["mu"].get(key, ())) != steps
     ]
     if unknown:
         raise UserError(
@@ -84,7 +84,7 @@ def _read_rewards(folder: Path, rows: dict[str, Sequence[Row]]) -> dict[str, dic
 
 
 def shuffled(
-    rewards: dict[str, dict[str, np.ndarray]], rows: dict[str, Sequence[Row]], seed: int
+    rewards: dict[str, dict[str, np.ndarray]], rows: dict[str, TeacherRows], seed: int
 ) -> dict[str, dict[str, np.ndarray]]:
     """Rewards permuted among the samples of each part: each sample gets another one's, from its first token on.
 
@@ -92,13 +92,14 @@ def shuffled(
     """
     found: dict[str, dict[str, np.ndarray]] = {name: {} for name in rewards}
     for part, samples in rows.items():
-        if len(samples) < 2:
-            raise UserError(f"distill.reward: shuffled needs two samples or more, and {part} holds {len(samples)}")
-        order = np.random.default_rng(seed).permutation(len(samples))
+        count = len(samples.keys)
+        if count < 2:
+            raise UserError(f"distill.reward: shuffled needs two samples or more, and {part} holds {count}")
+        order = np.random.default_rng(seed).permutation(count)
         for own, other in zip(order, np.roll(order, 1), strict=True):
             for name, by_key in rewards.items():
-                values = by_key[samples[other].key]
-                found[name][samples[own].key] = np.resize(values, len(samples[own].response_ids))
+                values = by_key[samples.keys[other]]
+                found[name][samples.keys[own]] = np.resize(values, samples.response_tokens[own])
     return found
 
 

@@ -23,7 +23,8 @@ from pipeline.errors import UserError
 from pipeline.params import Optimisation
 from pipeline.provenance import seconds_since_start
 from pipeline.shards.files import write_json_atomically
-from stages.batches import IGNORED, Response, Responses, collate
+from pipeline.shards.reading import RowLoader, TeacherRows
+from stages.batches import IGNORED, Response, collate
 from stages.objectives.avril import kept_steps
 
 COUNTS = ("tokens", "steps")
@@ -68,6 +69,14 @@ class TermTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # by the counts
         self._logged: dict[str, list[Tensor]] = {}
         self._steps = 0  # optimiser steps since the last log
+
+    def get_train_dataloader(self):
+        """Cached rows in batches of similar length, decoded as they come; anything else as the Trainer does it."""
+        if not isinstance(self.train_dataset, TeacherRows):
+            return super().get_train_dataloader()
+        parts = self.args.gradient_accumulation_steps
+        size, workers = self.args.per_device_train_batch_size * parts, self.args.dataloader_num_workers
+        return RowLoader(self.train_dataset, size, self.args.data_seed, self.data_collator, workers, parts)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -176,8 +185,8 @@ class FirstStep(TrainerCallback):
 def train(
     what: str,
     learner: Learner,
-    responses: Sequence[Response],
-    validation: Sequence[Response] | None,
+    responses: Sequence[Response] | TeacherRows,
+    validation: Sequence[Response] | TeacherRows | None,
     optimisation: Optimisation,
     run: Path,
     seed: int,
@@ -187,8 +196,12 @@ def train(
     best: str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     report_to: Sequence[str] = (),
+    collator: Callable[[list], dict[str, Tensor]] = collate,
+    workers: int = 0,
 ) -> list[dict]:
     """Train in place and return the Trainer's log history.
+
+    collator makes a batch of what `responses` hold; `workers` processes do so.
 
     run: folder of the checkpoints. The newest whole checkpoint that is already there is resumed from, so a killed run
     goes on where it was; the caller removes the folder once what was trained is saved. With `best` the learner ends
@@ -225,7 +238,7 @@ def train(
         remove_unused_columns=False,
         report_to=list(report_to),
         disable_tqdm=True,
-        dataloader_num_workers=0,
+        dataloader_num_workers=workers,
         use_cpu=not torch.cuda.is_available(),
         restore_callback_states_from_checkpoint=True,  # the patience of early stopping
     )
@@ -233,9 +246,9 @@ def train(
     trainer = TermTrainer(
         learner,
         args=arguments,
-        train_dataset=Responses(responses),
-        eval_dataset=Responses(validation) if validation else None,
-        data_collator=collate,
+        train_dataset=responses,
+        eval_dataset=validation or None,
+        data_collator=collator,
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)

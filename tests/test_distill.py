@@ -1,6 +1,7 @@
 """What holds for distillation: every objective with every reward by configuration alone, and what is refused."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -9,6 +10,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.models import load_lm, load_tokenizer
+from pipeline.shards.reading import TeacherRows
 from pipeline.shards.selection import Selection
 from stages.batches import collate, from_rows
 from stages.distill import distill
@@ -91,7 +93,7 @@ def test_references_that_another_teacher_scored_are_refused(cache, student, tmp_
 
 def test_the_controls_of_sft_have_the_scale_of_what_they_control(cache, fitted, teacher):
     """c is of the teacher's own samples, although sft learns the references."""
-    rows = {"train": list(Selection(cache / "scored").rows("references"))}
+    rows = {"train": TeacherRows(Selection(cache / "scored"), "references")}
     scales = [
         reward_inputs(
             make_params(teacher, f"distill.reward={kind}", "distill.objective=sft").distill,
@@ -131,7 +133,7 @@ def test_joint_keeps_student_and_reward_apart_and_scratch_does_not(cache, fitted
 
 
 def test_shuffled_rewards_are_those_of_another_sample(cache, fitted):
-    rows = {"train": list(Selection(cache / "selection").rows("train"))}
+    rows = {"train": TeacherRows(Selection(cache / "selection"), "train")}
     frame = pl.read_parquet(fitted / "sarsa" / "rewards.parquet")
     rewards = {n: {k: np.array(v) for k, v in zip(frame["key"], frame[n], strict=True)} for n in ("mu", "log_sigma")}
     owned = {"mu": {row.key: np.full(len(row.response_ids), i) for i, row in enumerate(rows["train"])}}
@@ -145,7 +147,7 @@ def test_shuffled_rewards_are_those_of_another_sample(cache, fitted):
         assert [len(x) for x in before] == [len(x) for x in after]
         assert {x[0] for x in after} == {x[0] for x in before}
     with pytest.raises(UserError, match="needs two samples or more, and train holds 1"):
-        shuffled(rewards, {"train": rows["train"][:1]}, seed=0)
+        shuffled(rewards, {"train": SimpleNamespace(keys=rows["train"].keys[:1])}, seed=0)
     again, other = shuffled(rewards, rows, seed=3), shuffled(rewards, rows, seed=4)
     key = rows["train"][0].key
     assert np.array_equal(again["mu"][key], found["mu"][key]) and not np.array_equal(other["mu"][key], found["mu"][key])

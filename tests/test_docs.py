@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pipeline.caching import cache as cache_app
 from pipeline.cli import app
 from pipeline.params import Params
 from pipeline.shards.selection import Selection
@@ -47,8 +48,10 @@ def keys(section, prefix="") -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_parameters_that_are_named_exist(page):
     text = page.read_text()
-    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands} | {"cache"}
     assert set(re.findall(r"xkd-pipeline ([a-z]+)\b", text)) <= commands
+    of_cache = {command.name or command.callback.__name__ for command in cache_app.registered_commands}
+    assert set(re.findall(r"xkd-pipeline cache ([a-z]+)\b", text)) <= of_cache
     known = keys(Params())
     for name in re.findall(r"(?:-S|--set) ([a-z_.]+)=", text):
         assert name in known, name

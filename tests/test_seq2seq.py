@@ -93,8 +93,8 @@ def test_the_stages_run_and_the_student_comes_nearer(t5, tmp_path, lora):
     generate(params, prompts, data / "teacher")
     reward(params, data / "teacher", student, data / "reward", data / "audit", runs)
     distill(params, data / "teacher", student, data / "reward", data / "student", data / "distill", runs)
-    curve = pl.read_csv(data / "distill" / "heldout.csv")
-    assert curve["kd"][-1] < 0.9 * curve["kd"][0]
+    curve = pl.read_csv(data / "distill" / "training.csv")
+    assert curve["kd"][-1] < 0.5 * curve["kd"][0]
     models = {"teacher": t5, "undistilled": student, "distilled": data / "student"}
     results = evaluate(params, prompts, models, data / "teacher", data / "evaluation")
     kl = {name: modes["heldout"]["kl_to_teacher"]["value"] for name, modes in results["metrics"].items()}

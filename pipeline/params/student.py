@@ -87,6 +87,8 @@ class Distill(Section):
     optimisation: Optimisation = Optimisation(steps=800, batch_size=32, learning_rate=3e-3)
     chunk: Count = 0
     """Response positions that go through the language-model head at once; 0: as many as make 64 MiB of logits."""
+    workers: Count = 0
+    """Processes that decode the cached rows beside the training; 0: the training's own."""
     log_every: Positive = 20
     """Steps between logged points of the training curve."""
     evaluate_every: Positive = 100

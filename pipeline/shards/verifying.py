@@ -43,7 +43,8 @@ def verify_store(storage: Storage, prefix: str, set_aside: bool, advance: Callab
         folder = RequestFolder(storage, *request.split("/"))
         if any(name.rpartition("/")[0] == request for name in files):  # not only what was set aside before
             yield from _description(storage, f"{request}/request.json", set_aside)
-        for name in sorted(files):
+        strange = [f"{request}/{path.name}" for path in folder.path.glob("part-*") if path.is_dir()]
+        for name in sorted([*files, *strange]):
             inside, _, last = name.rpartition("/")
             if inside == request and not last.startswith(".tmp-") and not last.endswith(ASIDE):
                 yield from _file(storage, folder, last, set_aside)

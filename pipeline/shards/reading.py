@@ -1,0 +1,214 @@
+"""A selection for training: a torch dataset that decodes what is asked for, and batches of similar length.
+
+Memory is bounded by the batch: rows are decoded by row group, a few groups at a time, and the order of an epoch is such
+that a group is decoded about once (once for each worker process). The order follows from seed and epoch alone, so that an
+epoch can be left in its middle and taken up again.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from pipeline.shards.schema import Row
+from pipeline.shards.selection import Selection, read_group
+
+WINDOW = 16  # batches whose rows are shuffled together, then sorted by length
+_LIGHT = ["key", "origin", "prompt_ids", "response_ids"]
+
+
+class TeacherRows(Dataset):
+    """The rows of one part of a selection, in its canonical order.
+
+    keys: key of each row. prompt_tokens, response_tokens: int [N]. groups: int [N], which rows are decoded together.
+    """
+
+    def __init__(self, selection: Selection, part: str, topk: bool = True, origin: str | None = None):
+        """origin: only rows of this one. Raises UserError where rows have left the store."""
+        source = _Files if selection.manifest["materialized"] else _Stored
+        self._source = source(selection, part, topk)
+        count = selection.part(part)["rows"]
+        keys, fits = np.empty(count, object), np.zeros(count, bool)
+        prompts, responses, groups, places = (np.zeros(count, np.int32) for _ in range(4))
+        self._highest: list[int] = []  # token id of each group
+        for number, at in enumerate(self._source.rows):
+            found, origins, table = self._source.light(number)
+            keys[at], fits[at] = found, [origin in (None, each) for each in origins]
+            prompts[at], responses[at] = (pc.list_value_length(table.column(name)) for name in _LIGHT[2:])
+            groups[at], places[at] = number, np.arange(len(at))
+            highest = (pc.max(pc.list_flatten(table.column(name))).as_py() for name in _LIGHT[2:])
+            self._highest.append(max(-1 if value is None else value for value in highest))
+        self.keys: list[str] = keys[fits].tolist()
+        self.prompt_tokens, self.response_tokens = prompts[fits], responses[fits]
+        self.groups, self._places = groups[fits], places[fits]
+        self._decoded: OrderedDict[int, list[Row]] = OrderedDict()
+        self.keep_rows = 1024  # decoded rows that are remembered beyond the group that was read last
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of prompt and response together, int [N]."""
+        return self.prompt_tokens + self.response_tokens
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Row:
+        number = int(self.groups[index])
+        if number not in self._decoded:
+            self._decoded[number] = self._source.load(number)
+            while len(self._decoded) > 1 and sum(map(len, self._decoded.values())) > self.keep_rows:
+                self._decoded.popitem(last=False)
+        self._decoded.move_to_end(number)
+        return self._decoded[number][self._places[index]]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Row]:
+        return [self[index] for index in indices]
+
+    def beyond(self, vocabulary: int) -> tuple[Row, int] | None:
+        """A row with a token id that a vocabulary of this size has not, and the id; None where there is none."""
+        for index, number in enumerate(self.groups):
+            if self._highest[number] >= vocabulary:
+                row = self[index]
+                highest = max(row.prompt_ids.max(initial=-1), row.response_ids.max(initial=-1))
+                if highest >= vocabulary:
+                    return row, int(highest)
+        return None
+
+
+class _Files:
+    """Row groups of a selection's own files. rows: where the rows of each group are in the canonical order."""
+
+    def __init__(self, selection: Selection, part: str, topk: bool):
+        self.topk, self.rows, self.places, start = topk, [], [], 0
+        for file in selection.part(part)["files"]:
+            path = selection.folder / file["name"]
+            metadata = pq.read_metadata(path)
+            for number in range(metadata.num_row_groups):
+                end = start + metadata.row_group(number).num_rows
+                self.rows.append(np.arange(start, end))
+                self.places.append((path, number))
+                start = end
+
+    def light(self, group: int) -> tuple[list[str], list[str], pa.Table]:
+        path, number = self.places[group]
+        table = pq.ParquetFile(path).read_row_group(number, columns=_LIGHT)
+        return table.column("key").to_pylist(), table.column("origin").to_pylist(), table
+
+    def load(self, group: int) -> list[Row]:
+        path, number = self.places[group]
+        return read_group(pq.ParquetFile(path), number, self.topk)
+
+
+class _Stored:
+    """Rows that stayed in the store, which the selection labels; those of one shard are a group."""
+
+    def __init__(self, selection: Selection, part: str, topk: bool):
+        self.k = selection.manifest["k"] if topk else 0
+        self.folder, self.labels, self.locations = selection.located(part)
+        shards: dict[Any, list[int]] = {}
+        for place, location in enumerate(self.locations):
+            shards.setdefault(location.shard, []).append(place)
+        self.rows = [np.array(places) for places in shards.values()]
+
+    def light(self, group: int) -> tuple[list[str], list[str], pa.Table]:
+        at = self.rows[group]
+        shard = self.locations[at[0]].shard
+        table = pq.read_table(shard, columns=_LIGHT).take([self.locations[place].row for place in at])
+        labels = [self.labels[place] for place in at]
+        return [label.key for label in labels], [label.origin for label in labels], table
+
+    def load(self, group: int) -> list[Row]:
+        at = self.rows[group]
+        rows = self.folder.read(self.locations[place] for place in at)
+        return [self.labels[place].apply(row, self.k) for place, row in zip(at, rows, strict=True)]
+
+
+class BucketedBatches(Sampler[list[int]]):
+    """Batches of row numbers for one epoch after the other, of similar length, shuffled by seed and epoch.
+
+    Groups come in random order; the rows of some of them are shuffled together, sorted by length, cut into batches, and
+    the batches shuffled. All rows come once an epoch; only the last batch may be smaller.
+    """
+
+    def __init__(self, lengths: np.ndarray, groups: np.ndarray, batch_size: int, seed: int, parts: int = 1):
+        """lengths, groups: int [N]. parts: micro-batches that each batch is handed out in."""
+        if batch_size % parts:
+            raise ValueError(f"{batch_size} rows cannot be handed out in {parts} equal parts")
+        self.lengths, self.batch_size, self.seed, self.parts = lengths, batch_size, seed, parts
+        order = np.argsort(groups, kind="stable")
+        self.groups = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1) if len(order) else []
+        self.epoch = self.start = 0  # start: micro-batches of the epoch that are passed over
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration is of."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.lengths), self.batch_size)
+        return full * self.parts + -(-rest // (self.batch_size // self.parts))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        micro, passed, skipped = self.batch_size // self.parts, 0, self.start
+        for batch in self._batches(np.random.default_rng([self.seed, self.epoch])):
+            for start in range(0, len(batch), micro):
+                passed += 1
+                if passed > skipped:
+                    yield batch[start : start + micro].tolist()
+
+    def _batches(self, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        waiting = np.empty(0, np.int64)
+        order = rng.permutation(len(self.groups))
+        for place, group in enumerate(order, start=1):
+            waiting = np.concatenate([waiting, self.groups[group]])
+            last = place == len(order)
+            if last or len(waiting) >= WINDOW * self.batch_size:
+                waiting = rng.permutation(waiting)
+                full = len(waiting) - len(waiting) % self.batch_size
+                window, waiting = waiting[:full], waiting[full:]
+                window = window[np.argsort(self.lengths[window], kind="stable")]
+                yield from rng.permutation(window.reshape(-1, self.batch_size))
+        if len(waiting):
+            yield waiting
+
+
+class RowLoader(DataLoader):
+    """A DataLoader over TeacherRows that knows where it is: `state_dict` and `load_state_dict` resume in mid-epoch."""
+
+    def __init__(
+        self,
+        rows: TeacherRows,
+        batch_size: int,
+        seed: int,
+        collate: Callable[[list[Row]], Any],
+        workers: int = 0,
+        parts: int = 1,
+    ):
+        """collate: makes a batch of rows. workers: processes that decode. parts: micro-batches of a batch."""
+        batches = BucketedBatches(rows.lengths, rows.groups, batch_size, seed, parts)
+        largest = max(map(len, batches.groups), default=0)
+        rows.keep_rows = (WINDOW + 1) * batch_size + 2 * largest  # a window, and what the one before has left
+        super().__init__(rows, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration is of, from its start."""
+        self.batch_sampler.epoch, self.batch_sampler.start = epoch, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = self.batch_sampler
+        for batch in super().__iter__():
+            batches.start += 1  # what was handed out, not what workers have decoded ahead
+            yield batch
+        self.set_epoch(batches.epoch + 1)
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, and micro-batches of it that were handed out."""
+        return {"epoch": self.batch_sampler.epoch, "batches": self.batch_sampler.start}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.batch_sampler.epoch, self.batch_sampler.start = state["epoch"], state["batches"]

@@ -1,0 +1,82 @@
+"""`xkd-pipeline` in processes of its own that start at once: forked from one that has imported the heavy libraries.
+
+Each is a real process with its own signals, environment and files, and can be killed for real.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["pipeline.cli", "stages.generate", "stages.distill", "pipeline.teachers.hf"])
+
+
+def _run(arguments: list[str], environment: dict[str, str], cwd: str, log: str) -> None:
+    os.setsid()
+    output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.argv = ["xkd-pipeline", *arguments]
+    import torch
+    from rich.console import Console
+
+    from pipeline import cli, console
+
+    console.console = Console(stderr=True, highlight=False, width=200)
+    console.quiet_libraries()
+    torch.set_num_threads(1)
+    cli.main()
+
+
+@dataclass
+class Run:
+    """A started command."""
+
+    process: multiprocessing.Process
+    log: Path
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def wait(self, seconds: float = 120) -> int:
+        """Its exit code, as a shell counts: 128 + the signal that ended it."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"still running after {seconds} s: {self.output}"
+        code = self.process.exitcode
+        return 128 - code if code < 0 else code
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+    def wait_for(self, happened, seconds: float = 60) -> None:
+        """Return as soon as `happened()`, which must be before the command ends."""
+        deadline = time.monotonic() + seconds
+        while not happened():
+            assert self.process.is_alive(), f"it ended too soon: {self.output}"
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.002)
+
+
+def start(*arguments: object, log: Path, cwd: Path = ROOT, **environment: str) -> Run:
+    """Start `xkd-pipeline ARGUMENTS`; what it prints is appended to `log`."""
+    own = {name: os.environ[name] for name in ("XKD_STORE", "XKD_MIRROR") if name in os.environ}
+    own |= {"OMP_NUM_THREADS": "1", **environment}
+    process = _CONTEXT.Process(target=_run, args=([*map(str, arguments)], own, str(cwd), str(log)))
+    process.start()
+    return Run(process, log)
+
+
+def run(*arguments: object, log: Path, **options) -> tuple[int, str]:
+    """Run `xkd-pipeline ARGUMENTS` to its end; exit code, and what it printed."""
+    started = start(*arguments, log=log, **options)
+    before = len(started.output)
+    return started.wait(), started.output[before:]

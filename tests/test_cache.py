@@ -1,0 +1,173 @@
+"""What holds for `xkd-pipeline cache`: it shows what is there, removes only what nobody uses, exports plain files."""
+
+import os
+import shutil
+import time
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+
+from pipeline.shards.exporting import export, splits_of_selection
+from pipeline.shards.references import references
+from pipeline.shards.schema import SCHEMA
+from pipeline.shards.selection import Selection
+from pipeline.shards.storage import Storage
+from stages.generate import generate
+from tests.conftest import make_prompts
+from tests.processes import run
+from tests.test_generate import Recorder, contents, stub_params
+
+pytestmark = [pytest.mark.slow]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    return make_prompts(tmp_path / "prompts.parquet", train=20, validation=5)
+
+
+@pytest.fixture
+def cli(tmp_path, own_store):
+    """`xkd-pipeline cache ...` in an empty folder; exit code, and what it said."""
+    (tmp_path / "cwd").mkdir()
+
+    def call(*arguments: object) -> tuple[int, str]:
+        return run("cache", *arguments, log=tmp_path / "log", cwd=tmp_path / "cwd")
+
+    return call
+
+
+def files(store) -> set[str]:
+    return {str(path.relative_to(store)) for path in store.rglob("*") if path.is_file()}
+
+
+def parts(store) -> set[str]:
+    return {path.name for path in store.glob("*/*/part-*.parquet")}
+
+
+def test_ls_and_show_say_what_is_there_and_where_it_came_from(teacher, prompts, tmp_path, own_store, cli):
+    assert "holds nothing" in cli("ls")[1]
+    generate(stub_params(teacher), prompts, tmp_path / "a")
+    generate(stub_params(teacher, "generate.k=12"), prompts, tmp_path / "b")
+    code, said = cli("ls")
+    lines = [line.split() for line in said.splitlines() if "/" in line and ("sample:" in line or "score" in line)]
+    sampled, scored = sorted(lines, key=len, reverse=True)
+    assert code == 0 and "2 requests, 120 rows" in said, said
+    assert "90" in sampled and "30" in scored and "8," in sampled and "12" in sampled, said
+    name = sampled[0]
+    code, said = cli("show", name.split("/")[1][:7])
+    for expected in (name, '"max_tokens": 6', '"licence": "apache-2.0"', "engine stub", str(tmp_path / "a")):
+        assert expected in said, said
+    assert said.count("part-") == len(list((own_store / name).glob("part-*")))
+    code, said = cli("show", "zzz")
+    assert code == 2 and "'zzz' names 0 requests" in said and name in said, said
+
+
+def test_gc_removes_only_what_nothing_refers_to_and_only_once_agreed(teacher, prompts, tmp_path, own_store, cli):
+    generate(stub_params(teacher), prompts, tmp_path / "a")
+    first = files(own_store)
+    generate(stub_params(teacher, "generate.samples=4", "seed=1"), prompts, tmp_path / "b")
+    generate(stub_params(teacher, "generate.samples=4"), prompts, tmp_path / "c")
+    everything = files(own_store)
+    assert cli("gc")[1].count("nothing to remove") == 1
+    shutil.rmtree(tmp_path / "b")
+    (tmp_path / "c" / "manifest.json").unlink()
+    code, said = cli("gc")
+    assert code == 0 and "nothing was removed; `--yes` removes" in said and files(own_store) == everything, said
+    assert str(tmp_path / "a") in said and "no selection refers to the request" in said
+    assert "no selection refers to its rows" in said
+    code, said = cli("gc", "--yes")
+    assert code == 0 and files(own_store) == first, said
+    engine = Recorder(teacher)
+    generate(stub_params(teacher), prompts, tmp_path / "again", engine=engine)
+    assert not engine.sampled and contents(tmp_path / "again") == contents(tmp_path / "a")
+
+
+def test_gc_keeps_what_an_unfinished_run_a_named_selection_or_another_machine_uses(
+    teacher, prompts, tmp_path, own_store, cli
+):
+    with pytest.raises(Exception, match="the engine died"):
+        generate(stub_params(teacher), prompts, tmp_path / "a", engine=Recorder(teacher, die_after=20))
+    kept = files(own_store)
+    code, said = cli("gc", "--yes")
+    assert code == 0 and files(own_store) == kept and "(not finished)" in said, said
+    generate(stub_params(teacher), prompts, tmp_path / "a")
+    kept = files(own_store)
+    (reference,) = references(Storage(own_store))
+    (own_store / reference.name).unlink()  # a store that was copied from elsewhere
+    assert "nothing is known to refer to this store" in cli("gc")[1]
+    assert "nothing to remove" in cli("gc", "--keep", tmp_path / "a", "--yes")[1]
+    from dataclasses import asdict, replace
+
+    Storage(own_store).write_json(reference.name, asdict(replace(reference, host="elsewhere", selection="/x")))
+    assert "nothing to remove" in cli("gc", "--yes")[1] and files(own_store) == kept
+
+
+def test_gc_removes_what_killed_writers_and_verify_left_but_nothing_that_is_being_written(
+    teacher, prompts, tmp_path, own_store, cli
+):
+    generate(stub_params(teacher), prompts, tmp_path / "a")
+    kept = files(own_store)
+    folder = next(own_store.glob("*/*/part-*.parquet")).parent
+    old, young, aside = folder / ".tmp-old", folder / ".tmp-young", folder / "damaged" / "part-x.parquet"
+    aside.parent.mkdir()
+    for path in (old, young, aside):
+        path.write_bytes(b"x" * 100)
+    os.utime(old, (time.time() - 7200,) * 2)
+    said = cli("gc", "--yes")[1]
+    assert "left by a killed writer" in said and "damaged, and set aside" in said, said
+    assert files(own_store) == kept | {str(young.relative_to(own_store))}
+
+
+def test_gc_counts_a_copy_that_another_one_replaces_as_unused(teacher, prompts, tmp_path, own_store, cli):
+    """After k was raised, and the selection with it, the narrow shards serve nobody."""
+    generate(stub_params(teacher), prompts, tmp_path / "a")
+    narrow = parts(own_store)
+    generate(stub_params(teacher, "generate.k=12"), prompts, tmp_path / "a")
+    before = contents(tmp_path / "a")
+    cli("gc", "--yes")
+    assert parts(own_store) and not parts(own_store) & narrow
+    generate(stub_params(teacher, "generate.k=12"), prompts, tmp_path / "b", engine=Recorder(teacher, die_after=0))
+    assert contents(tmp_path / "b") == before
+
+
+@pytest.mark.parametrize("materialize", ["true", "false"])
+def test_an_export_is_a_plain_data_set_with_a_card(teacher, prompts, tmp_path, cli, materialize):
+    generate(stub_params(teacher, f"generate.materialize={materialize}"), prompts, tmp_path / "a")
+    code, said = cli("export", tmp_path / "out", "--selection", tmp_path / "a")
+    assert code == 0, said
+    loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "hf"))
+    selection = Selection(tmp_path / "a")
+    assert {name: split.num_rows for name, split in loaded.items()} == {"train": 40, "validation": 5, "scored": 15}
+    for row, found in zip(selection.rows("train"), loaded["train"], strict=True):
+        assert found["key"] == row.key and found["topk_ids"] == row.topk_ids.ravel().tolist()
+        np.testing.assert_array_equal(np.asarray(found["topk_logprobs"], np.float16), row.topk_logprobs.ravel())
+    card = (tmp_path / "out" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["license"] == "apache-2.0" and front["configs"][0]["config_name"] == "default"
+    assert all(f"| `{name}` |" in card for name in SCHEMA.names) and selection.teacher["identity"] in card
+    code, said = cli("export", tmp_path / "out", "--selection", tmp_path / "a")
+    assert code == 2 and "is not empty" in said
+
+
+def test_all_rows_of_a_request_can_be_exported_each_k_apart(teacher, prompts, tmp_path, own_store, cli):
+    generate(stub_params(teacher), prompts, tmp_path / "a")
+    generate(stub_params(teacher, "generate.k=12", "generate.samples=1"), prompts, tmp_path / "b")
+    request = max(own_store.glob("*/*"), key=lambda path: len(list(path.glob("part-*")))).name
+    code, said = cli("export", tmp_path / "out", "--request", request)
+    assert code == 0, said
+    loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "hf"))
+    assert {name: split.num_rows for name, split in loaded.items()} == {"train_k8": 20, "train_k12": 25}
+
+
+def test_nothing_in_a_name_can_leave_its_place_in_the_card(teacher, prompts, tmp_path):
+    generate(stub_params(teacher), prompts, tmp_path / "a")
+    _, splits = splits_of_selection(Selection(tmp_path / "a"))
+    name = "x`|\n---\nlicense: mit\n<script>alert(1)</script>"
+    described = Selection(tmp_path / "a").teacher | {"name": name, "licence": "a\nb: c"}
+    export(described, splits, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert yaml.safe_load(card.split("\n---\n")[0])["license"] == "a\nb: c"
+    lines = [line for line in card.splitlines() if "<script>" in line]
+    assert lines and all(line.count("`") % 2 == 0 and "`x'/ --- license: mit <script>" in line for line in lines)
