@@ -150,9 +150,14 @@ def read_metadata(path: Path) -> dict:
     return found
 
 
-def count_tokens(path: Path) -> int:
-    """Response tokens in a shard."""
+def response_lengths(path: Path) -> dict[str, int]:
+    """Response tokens of every row of a shard, by key."""
     import pyarrow.compute as pc
 
-    column = pq.read_table(path, columns=["response_ids"]).column(0)
-    return pc.sum(pc.list_value_length(column)).as_py() or 0
+    keys, responses = pq.read_table(path, columns=["key", "response_ids"]).columns
+    return dict(zip(keys.to_pylist(), pc.list_value_length(responses).to_pylist(), strict=True))
+
+
+def count_tokens(path: Path) -> int:
+    """Response tokens in a shard."""
+    return sum(response_lengths(path).values())
