@@ -56,6 +56,8 @@ class ModelMemory:
 
 def _cached_numbers(config) -> int:
     """Numbers that the attention keeps of one token, in all (decoder) layers."""
+    if not hasattr(config, "num_attention_heads"):
+        return 0  # a state-space model keeps a state of fixed size
     layers, heads = config.num_hidden_layers, getattr(config, "num_key_value_heads", None)
     width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     if config.is_encoder_decoder:

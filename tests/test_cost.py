@@ -64,6 +64,22 @@ def test_parameters_and_bytes_of_a_configuration_are_those_of_the_built_model(na
     assert ModelMemory.of(load_config(folder), "bfloat16").weights == found.weights / 2
 
 
+@pytest.mark.parametrize(
+    ("kind", "published"), [("gpt2", 124_439_808), ("llama", 6_738_415_616), ("mixtral", 46_702_792_704)]
+)
+def test_large_models_are_counted_as_published(kind, published):
+    from transformers import AutoConfig
+
+    assert ModelMemory.of(AutoConfig.for_model(kind), "bfloat16").parameters == published
+
+
+def test_a_model_without_attention_keeps_nothing_of_a_token():
+    from transformers import MambaConfig
+
+    found = ModelMemory.of(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1), "float32")
+    assert found.cache == 0 < found.parameters
+
+
 def cached_bytes(cache) -> int:
     """Of a transformers key-value cache."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
