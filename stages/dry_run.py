@@ -180,10 +180,14 @@ def _on_gpus(
         return [], [*facts, ("rate", why)]
     hours = [need.gpu_hours(plan.rate) for need in needs]
     rows = [
-        ("GPU-hours", *(f"{each:,.1f}" for each in hours)),
-        (f"hours on {_gpus(gpus)}", *(f"{each / gpus:,.1f}" for each in hours)),
+        ("GPU-hours", *map(_hours, hours)),
+        (f"hours on {_gpus(gpus)}", *(_hours(each / gpus) for each in hours)),
     ]
     return rows, [*facts, ("rate", f"{plan.rate:,g} response tokens a second and GPU, as given")]
+
+
+def _hours(count: float) -> str:
+    return f"{count:,.1f}" if count >= 1 else f"{count:.2g}"
 
 
 def _gpus(count: int) -> str:

@@ -210,7 +210,9 @@ def test_too_few_or_too_small_gpus_are_refused(teacher, prompts):
 
 def test_gpus_that_make_no_whole_copy_stay_idle(teacher, prompts, capsys):
     dry_run(make_params(teacher), prompts, plan=Plan(rate=1, gpus=5, memory=0.001))
-    assert "hours on 4 GPUs" in capsys.readouterr().err
+    found = printed(capsys.readouterr().err)
+    assert found["response tokens"][0] == "345" and found["GPU-hours"][0] == "0.096"
+    assert found["hours on 4 GPUs"][0] == "0.024"
 
 
 def test_responses_of_another_tool_need_no_gpu(teacher, prompts, tmp_path, capsys):
