@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,8 @@ import typer
 from rich.markup import escape
 
 from pipeline import __version__, console
-from pipeline.errors import UserError
+from pipeline.caching import cache
+from pipeline.errors import Interrupted, UserError
 from pipeline.options import (
     AUDIT,
     CURVES,
@@ -336,15 +338,28 @@ def report(
 
 for _command, _examples in COMMANDS.items():
     app.command(epilog=_examples)(_command)
+app.add_typer(cache)
 
 
 def main() -> None:
-    """Run the command line; a UserError becomes a short message and exit code 2 (3 for rows left out)."""
+    """Run the command line; a UserError becomes a short message and exit code 2 (3 for rows left out).
+
+    Ctrl-C and SIGTERM end it in order, with exit code 130 and 143: what was made so far is written first.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted(number)
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         app()
     except UserError as error:
         console.console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(LEFT_OUT if isinstance(error, LeftOut) else 2)
+    except Interrupted as error:
+        console.warn("interrupted. What was made so far is kept; run the same command to go on")
+        sys.exit(128 + error.signal)
     except OSError as error:
         if error.filename is None:
             raise

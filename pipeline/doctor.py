@@ -13,8 +13,10 @@ from pathlib import Path
 
 import psutil
 
+from pipeline.errors import UserError
 from pipeline.provenance import versions
-from pipeline.shards.store import store_root
+from pipeline.shards.storage import Storage
+from pipeline.shards.store import open_store
 
 OK, LOOK, BAD = "ok", "look", "bad"
 _GIB = 2**30
@@ -31,15 +33,17 @@ class Finding:
     advice: str = ""
 
 
-def examine(store: Path | None = None) -> Iterator[Finding]:
+def examine(store: str | Path | None = None) -> Iterator[Finding]:
     """All findings; `bad` ones stop the pipeline, `look` ones cost time or quality."""
     yield _engine()
     yield _accelerator()
     yield _threads()
     yield _memory()
-    root = store_root(store)
-    yield _writable("store", root)
-    yield _disk("disk of the store", root)
+    storage = open_store(store)
+    if storage.remote:
+        yield _reachable(storage)
+    yield _writable("mirror of the store" if storage.remote else "store", storage.path)
+    yield _disk("disk of the store", storage.path)
     yield _disk("disk of this folder", Path.cwd())
     yield _versioning()
 
@@ -90,6 +94,16 @@ def _memory() -> Finding:
         advice = "close other programs, or choose a smaller teacher, distill.chunk and batch_size"
         return Finding("memory", LOOK, f"{free / _GIB:.1f} GiB free", advice)
     return Finding("memory", OK, f"{free / _GIB:.1f} GiB free")
+
+
+def _reachable(storage: Storage) -> Finding:
+    try:
+        shards = sum("/part-" in name for name in storage.find())
+    except UserError as error:
+        return Finding(
+            "store", BAD, str(error), "check the URL, its credentials and the network, or choose another store"
+        )
+    return Finding("store", OK, f"{storage.name}, {shards:,} shards")
 
 
 def _writable(what: str, folder: Path) -> Finding:

@@ -3,3 +3,11 @@
 
 class UserError(Exception):
     """A slip of the user's or a fault of the environment; the command line prints its message without a traceback."""
+
+
+class Interrupted(BaseException):
+    """Somebody pressed Ctrl-C, or the system asked the process to end; raised where it was, so that work is kept."""
+
+    def __init__(self, signal: int):
+        super().__init__(signal)
+        self.signal = signal

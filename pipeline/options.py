@@ -25,8 +25,12 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one parameter; repeatable.")
 ]
 StoreOption = Annotated[
-    Path | None,
-    typer.Option("--store", help="Teacher store.  [dim]default: $XKD_STORE, else the user's cache directory[/dim]"),
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="FOLDER_OR_URL",
+        help="Teacher store.  [dim]default: $XKD_STORE, else the user's cache directory[/dim]",
+    ),
 ]
 PromptsOption = Annotated[
     Path,

@@ -21,11 +21,13 @@ from pipeline.models import (
 from pipeline.params import Generate, Params
 from pipeline.prompts import TEMPLATE_VERSION, Prompt, PromptFormat, encode_response
 from pipeline.provenance import seconds_since_start
-from pipeline.shards.files import digest
+from pipeline.shards.files import digest, require_writable
 from pipeline.shards.identity import Request, Sampling, score_key
+from pipeline.shards.references import Reference
 from pipeline.shards.schema import count_tokens
 from pipeline.shards.selection import Part
-from pipeline.shards.store import RequestFolder
+from pipeline.shards.storage import Storage
+from pipeline.shards.store import SKIPPED, RequestFolder
 from pipeline.tasks.corruption import corruptions
 from pipeline.teachers import Engine, choose_engine, open_engine
 from pipeline.teachers.orders import Order, Wanted
@@ -77,9 +79,9 @@ class Teacher:
         """Whether a prompt with its given response is within the teacher's context."""
         return self.context is None or len(wanted.prompt_ids) + len(wanted.response_ids) <= self.context
 
-    def order(self, request: Request, wanted: list[Wanted], root: Path) -> Order:
-        """What is wanted of one request, at the store `root`."""
-        folder = RequestFolder(root, self.description["identity"], request.identity)
+    def order(self, request: Request, wanted: list[Wanted], store: Storage) -> Order:
+        """What is wanted of one request, and what `store` has of it."""
+        folder = RequestFolder(store, self.description["identity"], request.identity)
         return Order(request, folder, wanted, self.k, self.stops, self.context)
 
 
@@ -147,13 +149,18 @@ def look_up(orders: Sequence[Order], retry_skipped: bool = False, set_aside: boo
 
 
 def fulfil(
-    orders: Sequence[Order], teacher: Teacher, settings: Generate, cached: int, engine: Engine | None = None
+    orders: Sequence[Order], teacher: Teacher, settings: Generate, cached: int, out: Path, engine: Engine | None = None
 ) -> tuple[Summary, dict]:
     """Have made what `look_up` did not find, and look again; returns the counts, and tokens and seconds it took.
 
-    engine: in place of the teacher's own, which is opened only where something must be made.
+    out: folder of the selection that it is for. engine: in place of the teacher's own, which is opened only where
+    something must be made. Raises UserError, before that, where nothing can be written.
     """
     lacking = [(order, wanted) for order in orders for wanted in [*order.missing, *order.widen]]
+    require_writable(out)
+    if lacking:
+        require_writable(orders[0].folder.storage.path)
+        leave_word(orders, out, complete=False)
     if lacking and engine is None:
         longest = max(order.length(wanted) for order, wanted in lacking)
         if teacher.engine != "text":
@@ -177,6 +184,12 @@ def fulfil(
         console.warn(f"the engine gave no answer for {lost} rows; run the same command to ask again")
     summary = Summary(cached, made, sum(len(order.skipped) for order in orders) + lost)
     return summary, {"tokens": tokens, "seconds": asking}
+
+
+def leave_word(orders: Sequence[Order], out: Path, complete: bool) -> None:
+    """Tell the store that the selection `out` is made of these orders, or is about to be."""
+    folder, requests = orders[0].folder, [order.request.identity for order in orders if order.wanted]
+    Reference.of(out, folder.teacher, requests, complete).record(folder.storage)
 
 
 def cost_of(summary: Summary, manifest: dict, orders: Sequence[Order], asked: dict) -> dict:
@@ -206,9 +219,15 @@ def report(what: str, summary: Summary, parts: dict[str, Part], orders: Sequence
         [
             ("found in the store", f"{summary.cached:,} rows"),
             ("made now", f"{summary.made:,} rows, {cost['tokens_made']:,} tokens in {cost['seconds']:.0f} s{rate}"),
-            ("left out", f"{summary.skipped:,} rows"),
+            ("left out", _left_out(summary, orders)),
             ("selected", ", ".join(f"{part.rows:,} {name}" for name, part in parts.items())),
-            ("store", f"{orders[0].folder.path.parent} ({size})"),
+            ("store", f"{orders[0].folder} ({size})"),
             ("selection", out),
         ],
     )
+
+
+def _left_out(summary: Summary, orders: Sequence[Order]) -> str:
+    """How many rows, and where their reasons are."""
+    where = ", ".join(str(order.folder.path / SKIPPED) for order in orders if order.skipped)
+    return f"{summary.skipped:,} rows" + (f" ({where})" if where else "")

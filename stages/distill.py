@@ -40,7 +40,7 @@ def distill(
     out: Path,
     metrics_out: Path,
     runs: Path,
-    store: Path | None = None,
+    store: str | Path | None = None,
     scored_path: Path | None = None,
 ) -> dict:
     """Distil the model in `student_path` into the folder `out`; returns the closing metrics, also in `metrics_out`.
@@ -157,7 +157,7 @@ def _mixture(settings: Distill) -> float | None:
 
 
 def _rows(
-    settings: Distill, selection: Selection, scored_path: Path | None, store: Path | None
+    settings: Distill, selection: Selection, scored_path: Path | None, store: str | Path | None
 ) -> dict[str, list[Row]]:
     """The responses to learn and to validate on: the teacher's samples, or the references for `sft`."""
     if settings.objective != "sft":

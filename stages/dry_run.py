@@ -22,7 +22,7 @@ from pipeline.models import (
     stop_token_ids,
 )
 from pipeline.params import Generate, Params
-from pipeline.shards.store import store_root
+from pipeline.shards.store import open_store
 from pipeline.teachers.orders import Order, Wanted
 from stages import asking
 from stages.asking import Summary, Teacher
@@ -46,7 +46,7 @@ class Plan:
 def dry_run(
     params: Params,
     prompts_path: Path,
-    store: Path | None = None,
+    store: str | Path | None = None,
     retry_skipped: bool = False,
     plan: Plan = Plan(),
 ) -> Summary:
@@ -55,7 +55,7 @@ def dry_run(
         raise UserError("--tokens plans what a teacher is to say, and generate.responses gives it: leave one out")
     prompts = [] if plan.tokens else prompts_to_ask(params, prompts_path)
     teacher = _teacher(params.generate)
-    orders = orders_of(params, prompts, teacher, store_root(store))
+    orders = orders_of(params, prompts, teacher, open_store(store))
     cached, missing = asking.look_up(orders, retry_skipped, set_aside=False)
     if not plan.tokens:
         console.table(
@@ -200,4 +200,4 @@ def _report_store(teacher: Teacher, orders: Sequence[Order]) -> None:
         why = f"not looked up: {teacher.source} has no weights, which say what teacher it is; everything is missing"
         console.facts("store", [("teacher", why)])
     else:
-        console.facts("store", [("teacher", identity), *((order.request.kind, order.folder.path) for order in orders)])
+        console.facts("store", [("teacher", identity), *((order.request.kind, order.folder) for order in orders)])

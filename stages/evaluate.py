@@ -50,7 +50,7 @@ def evaluate(
     models: Mapping[str, str | Path],
     selection_path: Path,
     out: Path,
-    store: Path | None = None,
+    store: str | Path | None = None,
 ) -> dict:
     """Write metrics.json, results.json, quality.csv and predictions.parquet to `out`; returns the results.
 

@@ -11,7 +11,8 @@ from pipeline.provenance import git_commit, versions
 from pipeline.shards.files import write_json_atomically
 from pipeline.shards.identity import sample_key
 from pipeline.shards.selection import write_selection
-from pipeline.shards.store import store_root
+from pipeline.shards.storage import Storage
+from pipeline.shards.store import open_store
 from pipeline.tasks import get_task
 from pipeline.teachers import Engine
 from pipeline.teachers.orders import Order, Wanted
@@ -23,7 +24,7 @@ def generate(
     params: Params,
     prompts_path: Path,
     out: Path,
-    store: Path | None = None,
+    store: str | Path | None = None,
     retry_skipped: bool = False,
     engine: Engine | None = None,
     results: Path | None = None,
@@ -33,13 +34,13 @@ def generate(
     results: file for what the run found, made and took; apart from `out`, whose bytes do not depend on that.
     `engine` replaces the one that the parameters name. Raises UserError on bad input; what was stored stays.
     """
-    settings, root = params.generate, store_root(store)
+    settings, storage = params.generate, open_store(store)
     prompts = prompts_to_ask(params, prompts_path)
     teacher = Teacher.of(settings)
     task = get_task(params.prepare.task)
-    orders = orders_of(params, prompts, teacher, root)
+    orders = orders_of(params, prompts, teacher, storage)
     cached, _ = asking.look_up(orders, retry_skipped)
-    summary, asked = asking.fulfil(orders, teacher, settings, cached, engine)
+    summary, asked = asking.fulfil(orders, teacher, settings, cached, out, engine)
     rejected = sum(order.reject("train", task.accepts) for order in orders if settings.accept == "correct")
     if rejected:
         console.say(f"{rejected:,} training responses are wrong by the task's checker and were not selected")
@@ -48,6 +49,7 @@ def generate(
         reason = "no training response was accepted" if rejected else "see the warnings above"
         raise UserError(f"nothing could be made of any prompt: {reason}")
     manifest = write_selection(out, parts, teacher.description, teacher.k, summary.skipped, settings.materialize)
+    asking.leave_word(orders, out, complete=True)
     cost = asking.cost_of(summary, manifest, orders, asked)
     if results is not None:
         provenance = {"engine": teacher.engine, "teacher": teacher.description, "k": teacher.k, "versions": versions()}
@@ -67,7 +69,7 @@ def prompts_to_ask(params: Params, path: Path) -> list[Prompt]:
     return prompts
 
 
-def orders_of(params: Params, prompts: list[Prompt], teacher: Teacher, root: Path) -> tuple[Order, Order]:
+def orders_of(params: Params, prompts: list[Prompt], teacher: Teacher, storage: Storage) -> tuple[Order, Order]:
     """What is to be drawn from the teacher, and what is to be scored by it."""
     settings, tokenizer = params.generate, teacher.tokenizer
     drawn, given = asking.sampling_request(params, teacher), asking.scoring_request(params, teacher)
@@ -87,7 +89,7 @@ def orders_of(params: Params, prompts: list[Prompt], teacher: Teacher, root: Pat
         to_score += asking.corrupted("scored", held_out, tokenizer, settings.corrupted, params.seed)
     if settings.responses:
         to_score = [*_given(asked, Path(settings.responses), tokenizer), *to_score]
-    return teacher.order(drawn, to_draw, root), teacher.order(given, to_score, root)
+    return teacher.order(drawn, to_draw, storage), teacher.order(given, to_score, storage)
 
 
 def _given(asked: Asked, path: Path, tokenizer) -> Iterator[Wanted]:

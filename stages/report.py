@@ -18,7 +18,7 @@ from stages.reporting.reward import reward_section
 _KL = "KL(teacher ‖ model) on held-out teacher samples, nats a token, over the top k and the rest (a lower bound)"
 
 
-def report(settings: Report, data: Path, out: Path, store: Path | None = None) -> None:
+def report(settings: Report, data: Path, out: Path, store: str | Path | None = None) -> None:
     """Write the page `out` from the folder `data` that the stages filled.
 
     What a stage has not written is left out and named. Raises UserError where not even an evaluation is there.

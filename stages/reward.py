@@ -32,7 +32,7 @@ def reward(
     out: Path,
     audit_out: Path,
     runs: Path,
-    store: Path | None = None,
+    store: str | Path | None = None,
     scored_path: Path | None = None,
     prompts_path: Path | None = None,
 ) -> dict:
@@ -103,7 +103,9 @@ def reward(
     return metrics
 
 
-def _also_scored(selection: Selection, path: Path | None, student: Path, store: Path | None) -> dict[str, list[Row]]:
+def _also_scored(
+    selection: Selection, path: Path | None, student: Path, store: str | Path | None
+) -> dict[str, list[Row]]:
     """The parts of what the stage `score` wrote. Raises UserError where it is of another teacher or student."""
     if path is None:
         return {}

@@ -17,7 +17,7 @@ from pipeline.provenance import fingerprint, git_commit, versions
 from pipeline.shards.files import digest, write_json_atomically
 from pipeline.shards.identity import Sampling, sample_seed
 from pipeline.shards.selection import write_selection
-from pipeline.shards.store import store_root
+from pipeline.shards.store import open_store
 from pipeline.teachers import Ask, Engine
 from pipeline.teachers.hf import HfEngine
 from pipeline.teachers.orders import Wanted
@@ -30,7 +30,7 @@ def score(
     prompts_path: Path,
     student_path: Path,
     out: Path,
-    store: Path | None = None,
+    store: str | Path | None = None,
     retry_skipped: bool = False,
     engine: Engine | None = None,
     results: Path | None = None,
@@ -40,7 +40,7 @@ def score(
     Where no teacher is run (generate.engine: text) only references are kept, as text. `engine` replaces the one that
     the parameters name. Raises UserError on bad input; what was stored stays.
     """
-    settings, root = params.generate, store_root(store)
+    settings, storage = params.generate, open_store(store)
     prompts = read_prompts(prompts_path, ("train", "validation"))
     teacher = Teacher.of(settings)
     asked = asking.rendered(prompts, PromptFormat.of(params), teacher.tokenizer)
@@ -56,15 +56,16 @@ def score(
     fitting = [each for each in wanted if teacher.reads(each)]
     if len(fitting) < len(wanted):
         console.warn(f"{len(wanted) - len(fitting):,} responses exceed the teacher's context and are left out")
-    orders = [teacher.order(asking.scoring_request(params, teacher), fitting, root)]
+    orders = [teacher.order(asking.scoring_request(params, teacher), fitting, storage)]
     cached, _ = asking.look_up(orders, retry_skipped)
-    summary, took = asking.fulfil(orders, teacher, settings, cached, engine)
+    summary, took = asking.fulfil(orders, teacher, settings, cached, out, engine)
     parts = orders[0].parts()
     spoke = any("student" in origins for part in parts.values() for origins in part.origins.values())
     student = fingerprint(student_path) if spoke else None
     manifest = write_selection(
         out, parts, teacher.description, teacher.k, summary.skipped, settings.materialize, student
     )
+    asking.leave_word(orders, out, complete=True)
     cost = asking.cost_of(summary, manifest, orders, took)
     if results is not None:
         provenance = {"parameters": params.score.model_dump(), "student": student, "versions": versions()}

@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 from pipeline.shards.files import sha256_file, write_atomically
 from pipeline.shards.identity import Request, Sampling, sample_key, sample_seed, score_key
 from pipeline.shards.schema import SCHEMA, Row, footer, from_table, read_metadata, write_shard
-from pipeline.shards.store import RequestFolder, pick, store_root
+from pipeline.shards.store import RequestFolder, open_store, pick
 
 TEACHER = {"identity": "teacher0", "vocab_size": 50, "tokenizer": "t", "name": None, "licence": "mit"}
 REQUEST = Request("sample", "{prompt}", 1, 0, Sampling(1.0, 1.0, 8, (2,)))
@@ -216,16 +216,16 @@ def test_files_that_others_left_are_no_shards(folder):
 
 
 def test_a_torn_last_line_of_the_skipped_rows_is_ignored(folder):
-    folder.skip({"key": "a", "prompt_id": "p", "reason": "too long"})
+    folder.skip([{"key": "a", "prompt_id": "p", "reason": "too long"}])
     with (folder.path / "skipped.jsonl").open("a") as file:
         file.write('{"key": "b", "rea')
     assert folder.skipped() == {"a": {"key": "a", "prompt_id": "p", "reason": "too long"}}
-    folder.skip({"key": "c", "prompt_id": "p", "reason": "x"})
+    folder.skip([{"key": "c", "prompt_id": "p", "reason": "x"}])
     assert folder.skipped().keys() == {"a", "c"}
 
 
 def test_the_store_is_where_the_option_or_the_environment_says(tmp_path, own_store, monkeypatch):
-    assert store_root(tmp_path) == tmp_path
-    assert store_root() == own_store
+    assert open_store(tmp_path).path == tmp_path
+    assert open_store().path == own_store
     monkeypatch.delenv("XKD_STORE")
-    assert store_root().parts[-2:] == ("xkd-pipeline", "store")
+    assert open_store().path.parts[-2:] == ("xkd-pipeline", "store")

@@ -68,6 +68,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def require_writable(folder: Path) -> None:
+    """Raises UserError where nothing can be written into `folder`, which is made where it is absent."""
+    with writing_to(folder):
+        probe = folder / f".tmp-{uuid.uuid4().hex}"
+        probe.touch()
+        probe.unlink()
+
+
 def write_json_atomically(path: Path, value: Any) -> None:
     """Readable JSON with the keys in their given order, whole or absent."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"

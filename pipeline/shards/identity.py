@@ -49,7 +49,12 @@ class Request:
 
 def sample_key(request: Request, prompt_ids: np.ndarray, sample: int) -> str:
     """Key of one drawn response: prompt token ids, sampling identity, sample index."""
-    return _key(b"sample", request.identity.encode(), _bytes(prompt_ids), str(sample).encode())
+    return key_of_sample(request.identity, prompt_ids, sample)
+
+
+def key_of_sample(request: str, prompt_ids: np.ndarray, sample: int) -> str:
+    """`sample_key` where only the request's identity is known."""
+    return _key(b"sample", request.encode(), _bytes(prompt_ids), str(sample).encode())
 
 
 def score_key(prompt_ids: np.ndarray, response_ids: np.ndarray) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -128,15 +128,20 @@ def footer(teacher: dict, request: dict, k: int, **more) -> dict:
 
 
 def write_shard(path: Path, rows: Sequence[Row], metadata: dict) -> None:
-    """One Parquet file: zstd, no dictionary on values, float32 byte-split, `metadata` as JSON in the footer."""
-    table = to_table(rows).replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
-    pq.write_table(
-        table,
-        path,
-        compression="zstd",
-        use_dictionary=_DICTIONARY,
-        column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in _BYTE_SPLIT},
-    )
+    """One Parquet file; `metadata` goes into its footer as JSON, with the numbers of `rows` and response `tokens`."""
+    counts = {"rows": len(rows), "tokens": sum(len(row.response_ids) for row in rows)}
+    write_row_groups(path, [rows], metadata | counts)
+
+
+def write_row_groups(path: Path, groups: Iterable[Sequence[Row]], metadata: dict) -> None:
+    """One Parquet file with a row group for each of `groups`: zstd, no dictionary on values, float32 byte-split."""
+    schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    encoding = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in _BYTE_SPLIT}
+    with pq.ParquetWriter(
+        path, schema, compression="zstd", use_dictionary=_DICTIONARY, column_encoding=encoding
+    ) as writer:
+        for rows in groups:
+            writer.write_table(to_table(rows).cast(schema))
 
 
 def read_metadata(path: Path) -> dict:
@@ -145,6 +150,8 @@ def read_metadata(path: Path) -> dict:
     if METADATA_KEY not in metadata:
         raise ValueError("the footer has no xkd metadata")
     found = json.loads(metadata[METADATA_KEY])
+    if not isinstance(found, dict):
+        raise ValueError("the footer's xkd metadata is no JSON object")
     if found.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(f"schema version {found.get('schema_version')}, expected {SCHEMA_VERSION}")
     return found
@@ -160,4 +167,4 @@ def response_lengths(path: Path) -> dict[str, int]:
 
 def count_tokens(path: Path) -> int:
     """Response tokens in a shard."""
-    return sum(response_lengths(path).values())
+    return read_metadata(path)["tokens"]

@@ -6,11 +6,14 @@ trimmed, no times, hosts or paths. So nothing reruns because of how or when rows
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,12 +21,14 @@ import pyarrow.parquet as pq
 from pipeline.errors import UserError
 from pipeline.shards.files import sha256_file, write_atomically, write_json_atomically, writing_to
 from pipeline.shards.identity import Request
-from pipeline.shards.schema import SCHEMA, SCHEMA_VERSION, Row, footer, from_table, row_digest, write_shard
-from pipeline.shards.store import Location, RequestFolder, pick, store_root
+from pipeline.shards.schema import SCHEMA, SCHEMA_VERSION, Row, footer, from_table, row_digest, write_row_groups
+from pipeline.shards.store import Location, RequestFolder, open_store, pick
 
 ROWS_PER_FILE = 4096
-_ROWS_AT_ONCE = 512
+ROW_GROUP_VALUES = 2**19  # top-k entries of a row group: what a reader must have in memory, about 3 MB
+_ROWS_AT_ONCE = 256
 _FILE = re.compile(r"(train|validation|scored|references|negatives|samples)-\d{5}\.parquet")
+_LEFT_BEHIND = re.compile(rf"manifest\.json(\.aside)?|{_FILE.pattern}(\.aside)?|\.tmp-[0-9a-f]{{32}}")
 
 
 @dataclass
@@ -43,6 +48,11 @@ class Part:
             self.origins.setdefault(prompt_id, []).append(origin)
             self.locations[key] = location
 
+    def labelled(self, labels: Sequence["Label"], k: int) -> Iterator[Row]:
+        """The stored rows as the selection labels them."""
+        stored = self.folder.read_each((self.locations[label.key] for label in labels), _ROWS_AT_ONCE)
+        return (label.apply(row, k) for label, row in zip(labels, stored, strict=True))
+
     @property
     def rows(self) -> int:
         return sum(map(len, self.keys.values()))
@@ -60,7 +70,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class _Label:
+class Label:
     """What a selection says of a stored row. The store may have got the row for another prompt file or purpose."""
 
     key: str
@@ -73,9 +83,9 @@ class _Label:
         return replace(row.trimmed(k), prompt_id=self.prompt_id, origin=self.origin, sample=sample)
 
 
-def _labels(part: dict) -> list[_Label]:
+def labels_of(part: dict) -> list[Label]:
     return [
-        _Label(key, prompt_id, origin, origins[:place].count(origin))
+        Label(key, prompt_id, origin, origins[:place].count(origin))
         for prompt_id, keys in part["keys"].items()
         for origins in [part["origins"][prompt_id]]
         for place, (key, origin) in enumerate(zip(keys, origins, strict=True))
@@ -91,14 +101,10 @@ def write_selection(
     materialize: bool,
     student: str | None = None,
 ) -> dict:
-    """Write `out` (files of an earlier selection are removed, no others) and return the manifest.
+    """Write `out` and return the manifest; an earlier selection there is replaced once the new one is whole.
 
-    student: fingerprint of the model that rows of origin `student` are samples of.
+    Other files in `out` stay. student: fingerprint of the model that rows of origin `student` are samples of.
     """
-    with writing_to(out):
-        for stale in out.iterdir():
-            if stale.name == "manifest.json" or _FILE.fullmatch(stale.name):
-                stale.unlink()
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "teacher": teacher,
@@ -107,55 +113,90 @@ def write_selection(
         "skipped": skipped,
         "parts": {},
     } | ({} if student is None else {"student": student})
-    for name, part in parts.items():
-        described = part.describe()
-        labels, tokens, files, content = _labels(described), 0, [], hashlib.sha256()
-        for number, start in enumerate(range(0, len(labels), ROWS_PER_FILE)):
-            some = labels[start : start + ROWS_PER_FILE]
-            stored = part.folder.read(part.locations[label.key] for label in some)
-            rows = [label.apply(row, k) for label, row in zip(some, stored, strict=True)]
-            tokens += sum(len(row.response_ids) for row in rows)
-            if materialize:
-                footing = footer(teacher, part.request.describe(), k)
-                path = write_atomically(
-                    out, partial(write_shard, rows=rows, metadata=footing), f"{name}-{number:05d}.parquet"
-                )
-                files.append({"name": path.name, "rows": len(rows), "sha256": sha256_file(path)})
-            else:
-                for row in rows:
-                    content.update(row_digest(row))
-        manifest["parts"][name] = described | {"tokens": tokens, "files": files}
-        if not materialize:
-            manifest["parts"][name]["content"] = content.hexdigest()
+    staged = out / f".tmp-{uuid.uuid4().hex}"
+    try:
+        with writing_to(staged):
+            for name, part in parts.items():
+                manifest["parts"][name] = _write_part(staged, name, part, teacher, k, materialize)
+            for stale in out.iterdir():
+                if _LEFT_BEHIND.fullmatch(stale.name) and stale != staged:
+                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+            for file in sorted(staged.iterdir()):
+                os.replace(file, out / file.name)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
     write_json_atomically(out / "manifest.json", manifest)
     return manifest
+
+
+def _write_part(out: Path, name: str, part: Part, teacher: dict, k: int, materialize: bool) -> dict:
+    """The manifest's entry of a part, after writing its files where they are wanted."""
+    described = part.describe()
+    labels, counted, files = labels_of(described), _Counted(), []
+    if materialize:
+        footing = footer(teacher, part.request.describe(), k)
+        for number, start in enumerate(range(0, len(labels), ROWS_PER_FILE)):
+            some = labels[start : start + ROWS_PER_FILE]
+            groups = row_groups(counted.through(part.labelled(some, k)))
+            path = write_atomically(
+                out,
+                lambda temporary, groups=groups: write_row_groups(temporary, groups, footing),
+                f"{name}-{number:05d}.parquet",
+            )
+            files.append({"name": path.name, "rows": len(some), "sha256": sha256_file(path)})
+        return described | {"tokens": counted.tokens, "files": files}
+    for _ in counted.through(part.labelled(labels, k)):
+        pass
+    return described | {"tokens": counted.tokens, "files": [], "content": counted.content.hexdigest()}
+
+
+@dataclass
+class _Counted:
+    """Response tokens and one digest of the rows that went through."""
+
+    tokens: int = 0
+    content: Any = field(default_factory=hashlib.sha256)
+
+    def through(self, rows: Iterable[Row]) -> Iterator[Row]:
+        for row in rows:
+            self.tokens += len(row.response_ids)
+            self.content.update(row_digest(row))
+            yield row
+
+
+def row_groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Rows in groups of about as many values, so that a reader's memory does not depend on their lengths."""
+    group: list[Row] = []
+    values = 0
+    for row in rows:
+        group.append(row)
+        values += len(row.prompt_ids) + len(row.response_ids) * (1 + row.k)
+        if values >= ROW_GROUP_VALUES:
+            yield group
+            group, values = [], 0
+    if group:
+        yield group
 
 
 class Selection:
     """A selection on disk, opened for reading."""
 
-    def __init__(self, folder: Path, store: Path | None = None):
+    def __init__(self, folder: Path, store: str | Path | None = None):
         """Raises UserError where the manifest is missing or a file does not match it.
 
         `store` is where rows are read from that were not materialised.
         """
         self.folder, self.store = Path(folder), store
-        path = self.folder / "manifest.json"
-        if not path.is_file():
-            raise UserError(
-                f"no cached teacher at {folder}: run `xkd-pipeline generate` (or `dvc repro generate`) first"
-            )
-        self.manifest = json.loads(path.read_text(encoding="utf-8"))
+        self.manifest = read_manifest(self.folder)
         self.teacher: dict = self.manifest["teacher"]
         self.parts: dict[str, dict] = self.manifest["parts"]
         for part in self.parts.values():
             for file in part["files"]:
-                self._verify(file)
-
-    def _verify(self, file: dict) -> None:
-        path = self.folder / file["name"]
-        if not path.is_file() or sha256_file(path) != file["sha256"]:
-            raise UserError(f"{path} is missing or not what manifest.json says: run `xkd-pipeline generate` again")
+                if file_fault(self.folder, file):
+                    raise UserError(
+                        f"{self.folder / file['name']} is missing or not what manifest.json says: run `xkd-pipeline "
+                        "generate` again"
+                    )
 
     def require_teacher(self, what: str) -> None:
         """Raises UserError where the rows are text alone, without a teacher's log-probabilities."""
@@ -180,37 +221,91 @@ class Selection:
             raise UserError(f"{self.folder} has no part '{name}'; it holds {', '.join(self.parts)}")
         return self.parts[name]
 
-    def rows(self, name: str) -> Iterator[Row]:
-        """All rows of a part in their canonical order."""
+    def rows(self, name: str, topk: bool = True) -> Iterator[Row]:
+        """All rows of a part in their canonical order; without `topk` they have no top k, and are small."""
         part = self.part(name)
-        if self.manifest["materialized"]:
-            for file in part["files"]:
-                for batch in pq.ParquetFile(self.folder / file["name"]).iter_batches(_ROWS_AT_ONCE):
-                    yield from from_table(pa.Table.from_batches([batch]).cast(SCHEMA))
-        else:
-            yield from self._rows_in_store(part)
+        if not self.manifest["materialized"]:
+            for row in self._rows_in_store(part):
+                yield row if topk else row.trimmed(0)
+            return
+        for file in part["files"]:
+            reader = pq.ParquetFile(self.folder / file["name"])
+            for group in range(reader.num_row_groups):
+                yield from read_group(reader, group, topk)
+
+    def located(self, name: str) -> tuple[RequestFolder, list["Label"], list[Location]]:
+        """Where the rows of a part are in the store, in their canonical order, and how they are labelled."""
+        part, k = self.part(name), self.manifest["k"]
+        folder = RequestFolder(open_store(self.store), self.teacher["identity"], part["request_identity"])
+        index, labels = folder.index(), labels_of(part)
+        return folder, labels, [self._locate(index, label.key, k, folder) for label in labels]
 
     def _rows_in_store(self, part: dict) -> Iterator[Row]:
-        folder = RequestFolder(store_root(self.store), self.teacher["identity"], part["request_identity"])
-        index, k, content = folder.index(), self.manifest["k"], hashlib.sha256()
-        labels = _labels(part)
-        for start in range(0, len(labels), _ROWS_AT_ONCE):
-            some = labels[start : start + _ROWS_AT_ONCE]
-            stored = folder.read([self._locate(index, label.key, k, folder) for label in some])
-            for label, row in zip(some, stored, strict=True):
-                labelled = label.apply(row, k)
-                content.update(row_digest(labelled))
-                yield labelled
-        if content.hexdigest() != part["content"]:
-            raise UserError(
-                f"the store {folder.path} holds other rows than {self.folder} was made of: run generate again"
-            )
+        name = next(name for name, each in self.parts.items() if each is part)
+        folder, labels, locations = self.located(name)
+        counted = _Counted()
+        rows = folder.read_each(locations, _ROWS_AT_ONCE)
+        yield from counted.through(
+            label.apply(row, self.manifest["k"]) for label, row in zip(labels, rows, strict=True)
+        )
+        if counted.content.hexdigest() != part["content"]:
+            raise UserError(f"the store {folder} holds other rows than {self.folder} was made of: run generate again")
 
     def _locate(self, index: dict[str, list[Location]], key: str, k: int, folder: RequestFolder) -> Location:
         location = pick(index.get(key, []), k)
         if location is None:
             raise UserError(
-                f"row {key} of {self.folder} is no longer in the store {folder.path}: run `xkd-pipeline generate` "
+                f"row {key} of {self.folder} is no longer in the store {folder}: run `xkd-pipeline generate` "
                 "again, with the same --store"
             )
         return location
+
+
+def read_manifest(folder: Path) -> dict:
+    """A selection's manifest. Raises UserError where there is none, or one that cannot be used."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise UserError(f"no cached teacher at {folder}: run `xkd-pipeline generate` (or `dvc repro generate`) first")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["schema_version"]
+        used = manifest["teacher"]["identity"], manifest["k"], manifest["materialized"], manifest["parts"].values()
+        complete = len(used) and all(
+            {"keys", "origins", "files", "request_identity"} <= part.keys() for part in used[3]
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): run `xkd-pipeline generate` again") from error
+    if version != SCHEMA_VERSION or not complete:
+        raise UserError(f"{path} is of schema version {version}, expected {SCHEMA_VERSION}: run generate again")
+    return manifest
+
+
+def selection_files(folder: Path) -> list[Path]:
+    """The files of rows in a selection's folder, listed or not."""
+    return sorted(path for path in folder.iterdir() if _FILE.fullmatch(path.name))
+
+
+def file_fault(folder: Path, file: dict) -> str | None:
+    """What is wrong with a file that a manifest lists, or None."""
+    path = folder / file["name"]
+    if not path.is_file():
+        return "it is missing"
+    return None if sha256_file(path) == file["sha256"] else "its content is not what manifest.json says"
+
+
+_LARGE = ("topk_ids", "topk_logprobs")
+
+
+def read_group(reader: pq.ParquetFile, group: int, topk: bool = True) -> list[Row]:
+    """The rows of one row group of a selection's file."""
+    if topk:
+        return from_table(reader.read_row_group(group).cast(SCHEMA))
+    names = [name for name in SCHEMA.names if name not in _LARGE]
+    table = reader.read_row_group(group, columns=names)
+    for name in _LARGE:
+        field = SCHEMA.field(name)
+        empty = pa.ListArray.from_arrays(
+            pa.array([0] * (table.num_rows + 1), pa.int32()), pa.array([], field.type.value_type), type=field.type
+        )
+        table = table.append_column(field, empty)
+    return from_table(table.select(SCHEMA.names).cast(SCHEMA))

@@ -1,4 +1,4 @@
-"""The store on disk: `<store>/<teacher>/<request>/part-<first 16 hex digits of the file's sha256>.parquet`.
+"""The store: `<store>/<teacher>/<request>/part-<first 16 hex digits of the file's sha256>.parquet`.
 
 A name that is its content's digest makes damage visible and collisions of writers impossible. Nothing is ever changed
 in place: shards are added whole, and a damaged one is moved aside.
@@ -6,8 +6,8 @@ in place: shards are added whole, and a damaged one is moved aside.
 
 import json
 import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,18 +15,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from platformdirs import user_cache_path
 
-from pipeline.shards.files import canonical_json, sha256_file, write_atomically, write_json_atomically, writing_to
+from pipeline.errors import UserError
+from pipeline.shards.checking import SHARD, Damaged, Header, check_shard
+from pipeline.shards.files import canonical_json, digest, sha256_file, write_atomically, writing_to
 from pipeline.shards.schema import SCHEMA, Row, from_table, read_metadata, write_shard
+from pipeline.shards.storage import Storage
 
-_SHARD = re.compile(r"part-([0-9a-f]{16})\.parquet")
-
-
-def store_root(option: Path | None = None) -> Path:
-    """`--store`, else the environment's XKD_STORE, else the user's cache directory."""
-    return Path(option or os.environ.get("XKD_STORE") or user_cache_path("xkd-pipeline") / "store")
+SKIPPED = "skipped.jsonl"
+ASIDE = ".aside"  # ending of a small file that is damaged and no longer read
 
 
-@dataclass(frozen=True)
+def open_store(where: str | Path | None = None) -> Storage:
+    """The files at `--store`, else at the environment's XKD_STORE, else in the user's cache directory."""
+    return Storage(where or os.environ.get("XKD_STORE") or user_cache_path("xkd-pipeline") / "store")
+
+
+@dataclass(frozen=True, slots=True)
 class Location:
     """Where a row is."""
 
@@ -43,98 +47,163 @@ def pick(locations: Sequence[Location], k: int) -> Location | None:
 class RequestFolder:
     """All that one teacher answered to one request."""
 
-    def __init__(self, root: Path, teacher: str, request: str):
+    def __init__(self, store: Storage | str | Path, teacher: str, request: str):
         """`teacher` and `request` are identities."""
-        self.path = Path(root) / teacher / request
+        self.storage = store if isinstance(store, Storage) else Storage(store)
+        self.teacher, self.request = teacher, request
+        self.name = f"{teacher}/{request}"
+        self.path = self.storage.path / self.name
         self.damaged: list[str] = []
-        self._skipped_path = self.path / "skipped.jsonl"
+        self._passed: dict[Path, Header] = {}
+
+    def __str__(self) -> str:
+        return f"{self.storage.name}/{self.name}"
 
     def index(self, set_aside: bool = True) -> dict[str, list[Location]]:
-        """Every stored row by key, after checking each shard's bytes against its name.
+        """Every stored row by key; each shard's bytes are checked against its name the first time.
 
         A damaged shard is named in `self.damaged`, left out and, with `set_aside`, moved to `damaged/`. Where a key
         is stored more than once (at several k, or by two writers at once) its locations come in a fixed order: k,
         then shard name.
         """
         rows: dict[str, list[Location]] = {}
-        for shard in sorted(self.path.glob("part-*.parquet")):
-            problem = _fault(shard)
-            if problem is not None:
-                self.damaged.append(f"{shard}: {problem}")
-                if set_aside:
-                    self._set_aside(shard)
-                continue
-            k = read_metadata(shard)["k"]
-            for number, key in enumerate(pq.read_table(shard, columns=["key"]).column(0).to_pylist()):
-                rows.setdefault(key, []).append(Location(shard, number, k))
+        for shard in self._shards(set_aside):
+            header = self._passed.get(shard) or self._check(shard, set_aside)
+            if header is not None:
+                self._passed[shard] = header
+                for number, key in enumerate(header.keys):
+                    rows.setdefault(key, []).append(Location(shard, number, header.k))
         for locations in rows.values():
             locations.sort(key=lambda location: (location.k, location.shard.name))
         return rows
 
-    def _set_aside(self, shard: Path) -> None:
-        aside = shard.parent / "damaged"
+    def headers(self) -> list[dict]:
+        """The footers of the shards that passed a check, by shard name; call after `index`."""
+        return [read_metadata(shard) for shard in sorted(self._passed)]
+
+    def _shards(self, write: bool) -> list[Path]:
+        """The shards on this machine, after fetching those that only the remote has."""
+        if self.storage.remote:
+            if write:
+                self.storage.push(self.name)
+            for name in self.storage.find(self.name):
+                folder, _, last = name.rpartition("/")
+                if folder == self.name and SHARD.fullmatch(last) and not (self.path / last).exists():
+                    self.storage.fetch(name, self.path / last)
+        found = [*self.path.glob("part-*.parquet"), *(self.path / "outbox").glob("part-*.parquet")]
+        return sorted(found, key=lambda path: path.name)
+
+    def _check(self, shard: Path, set_aside: bool) -> Header | None:
         try:
-            aside.mkdir(exist_ok=True)
-            shard.replace(aside / shard.name)
-        except OSError as error:
-            self.damaged[-1] += f" (left in place: {error.strerror})"
+            return check_shard(shard, self.teacher, self.request)
+        except Damaged as error:
+            if self.storage.remote and self._fetched_again(shard):
+                return check_shard(shard, self.teacher, self.request)
+            self.damaged.append(f"{self}/{shard.name}: {error}")
+        if set_aside:
+            try:
+                self.set_aside(shard.name)
+            except (OSError, UserError) as error:
+                self.damaged[-1] += f" (left in place: {getattr(error, 'strerror', None) or error})"
+        return None
+
+    def _fetched_again(self, shard: Path) -> bool:
+        """Whether it was only the mirror's copy that was damaged."""
+        try:
+            self.storage.fetch(f"{self.name}/{shard.name}", shard)
+            check_shard(shard, self.teacher, self.request)
+        except (FileNotFoundError, Damaged):
+            return False
+        return True
+
+    def set_aside(self, name: str) -> None:
+        """Move a file of this folder to `damaged/`, where nothing reads it."""
+        self._passed.pop(self.path / name, None)
+        with suppress(FileNotFoundError):
+            self.storage.move(f"{self.name}/{name}", f"{self.name}/damaged/{name}")
+        if self.storage.remote:
+            (self.path / name).unlink(missing_ok=True)
 
     def add(self, rows: Sequence[Row], footer: dict) -> Path:
         """Write one shard; all rows have the same k. `footer` is `schema.footer(...)`."""
-        return write_atomically(
-            self.path,
+        written = write_atomically(
+            self.storage.outbox(self.name),
             lambda temporary: write_shard(temporary, rows, footer),
             lambda temporary: f"part-{sha256_file(temporary)[:16]}.parquet",
         )
+        self.storage.push(self.name)
+        return self.path / written.name
 
     def describe(self, teacher: dict, request: dict) -> None:
         """Make the folder self-describing: teacher.json above it, request.json in it."""
-        for path, value in ((self.path.parent / "teacher.json", teacher), (self.path / "request.json", request)):
-            if not path.exists():
-                write_json_atomically(path, value)
+        files = {f"{self.teacher}/teacher.json": teacher, f"{self.name}/request.json": request}
+        for name, value in files.items():
+            if not describes(name, self.storage.read_text(name)):
+                self.storage.write_json(name, value)
 
     def read(self, locations: Iterable[Location]) -> list[Row]:
-        """The rows at `locations`, in their order; each shard is decoded once."""
+        """The rows at `locations`, in their order; each shard is decoded once.
+
+        Raises UserError where a shard that was there is no longer readable.
+        """
         locations = list(locations)
         by_shard: dict[Path, list[int]] = {}
         for number, location in enumerate(locations):
             by_shard.setdefault(location.shard, []).append(number)
         rows: dict[int, Row] = {}
         for shard, numbers in by_shard.items():
-            table = pq.read_table(shard, schema=SCHEMA).take([locations[number].row for number in numbers])
+            try:
+                table = pq.read_table(shard, schema=SCHEMA).take([locations[number].row for number in numbers])
+            except (OSError, pa.ArrowException) as error:
+                raise UserError(f"{shard} cannot be read any more ({error}): run the same command again") from error
             rows.update(zip(numbers, from_table(table), strict=True))
         return [rows[number] for number in range(len(locations))]
 
-    def skipped(self) -> dict[str, dict]:
-        """Rows that could not be made, by key: {key, prompt_id, reason}. A torn last line is ignored."""
-        found = {}
-        if self._skipped_path.exists():
-            for line in self._skipped_path.read_text(encoding="utf-8").split("\n"):
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    continue
-                found[entry["key"]] = entry
-        return found
+    def read_each(self, locations: Iterable[Location], at_once: int = 256) -> Iterator[Row]:
+        """The rows at `locations`, one after the other, with at most `at_once` of them in memory."""
+        locations = list(locations)
+        for start in range(0, len(locations), at_once):
+            yield from self.read(locations[start : start + at_once])
 
-    def skip(self, entry: dict) -> None:
-        """Append one entry to skipped.jsonl, durably."""
-        with writing_to(self.path), self._skipped_path.open("a+b") as file:
+    def skipped(self) -> dict[str, dict]:
+        """Rows that could not be made, by key: {key, prompt_id, reason}. Lines that are no entry are ignored."""
+        texts = [self.storage.read_text(f"{self.name}/{SKIPPED}") or ""]
+        if self.storage.remote and (self.path / SKIPPED).is_file():  # other machines may have written the remote's
+            texts.append((self.path / SKIPPED).read_text(encoding="utf-8", errors="replace"))
+        entries = (skipped_entry(line) for text in texts for line in text.split("\n"))
+        return {entry["key"]: entry for entry in entries if entry is not None}
+
+    def skip(self, entries: Sequence[dict]) -> None:
+        """Append entries to skipped.jsonl, durably."""
+        if not entries:
+            return
+        path = self.path / SKIPPED
+        with writing_to(self.path), path.open("a+b") as file:
             torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-            file.write(b"\n" * torn + canonical_json(entry).encode() + b"\n")
+            file.write(b"\n" * torn + b"".join(canonical_json(entry).encode() + b"\n" for entry in entries))
             file.flush()
             os.fsync(file.fileno())
+        if self.storage.remote:
+            lines = "".join(canonical_json(entry) + "\n" for entry in self.skipped().values())
+            write_atomically(self.path, lambda temporary: temporary.write_text(lines, encoding="utf-8"), SKIPPED)
+            self.storage.put(path, f"{self.name}/{SKIPPED}")
 
 
-def _fault(shard: Path) -> str | None:
-    """What is wrong with a shard, or None."""
-    name = _SHARD.fullmatch(shard.name)
-    if name is None:
-        return "not a shard's name"
-    if not sha256_file(shard).startswith(name[1]):
-        return "its content does not match its name"
+def describes(name: str, text: str | None) -> bool:
+    """Whether the text of `<teacher>/teacher.json` or `<teacher>/<request>/request.json` fits the folder it is in."""
+    folder = name.split("/")[-2]
     try:
-        read_metadata(shard)
-    except (ValueError, pa.ArrowException) as error:
-        return str(error)
+        value = json.loads(text or "")
+    except json.JSONDecodeError:
+        return False
+    if name.endswith("/teacher.json"):
+        return isinstance(value, dict) and value.get("identity") == folder
+    return digest(value)[:16] == folder
+
+
+def skipped_entry(line: str) -> dict | None:
+    """An entry of skipped.jsonl; None for a line that is none."""
+    with suppress(json.JSONDecodeError, KeyError, TypeError):
+        entry = json.loads(line)
+        return {"key": entry["key"], "prompt_id": entry["prompt_id"], "reason": entry["reason"]}
     return None

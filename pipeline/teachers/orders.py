@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from pipeline.shards.store import RequestFolder, pick
 from pipeline.teachers.base import Answer, Ask, Engine, Failure
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Wanted:
     """One row that an experiment needs."""
 
@@ -91,35 +91,31 @@ class Order:
             return 0
         self.folder.describe(teacher, self.request.describe())
         writer = _Writer(self, engine, tokenizer, teacher, rows_per_shard)
-        asks = [wanted.ask() for wanted in self.missing]
         rows = {wanted.key: wanted for wanted in self.missing}
+        asks = (wanted.ask() for wanted in self.missing)
         if self.request.sampling is not None:
             writer.write("sampling", engine.sample(asks, self.request.sampling, self.k), rows)
         else:
             writer.write("scoring", engine.score(asks, self.k, self.stop_token_ids), rows)
-        stored = {
-            row.key: replace(wanted, response_ids=row.response_ids)
-            for wanted, row in zip(self.widen, self._stored(self.widen), strict=True)
-        }
-        asks = [wanted.ask() for wanted in stored.values()]
-        writer.write(f"scoring for k = {self.k}", engine.score(asks, self.k, self.stop_token_ids), stored)
+        rows = {wanted.key: wanted for wanted in self.widen}
+        stored = self.folder.read_each(self.index[wanted.key][0] for wanted in self.widen)
+        asks = (Ask(row.key, row.prompt_ids, response_ids=row.response_ids) for row in stored)
+        writer.write(f"scoring for k = {self.k}", engine.score(asks, self.k, self.stop_token_ids), rows)
         return writer.tokens
-
-    def _stored(self, wanted: Sequence[Wanted]) -> list[Row]:
-        return self.folder.read(self.index[row.key][0] for row in wanted)
 
     def _record_skips(self) -> None:
         recorded = self.folder.skipped()
-        for wanted in self.wanted:
-            if wanted.key in self.skipped.keys() - recorded.keys():
-                self.skip(wanted, self.skipped[wanted.key])
-                recorded[wanted.key] = {}
+        new = {wanted.key: wanted for wanted in self.wanted if wanted.key in self.skipped.keys() - recorded.keys()}
+        self.skip({key: (wanted, self.skipped[key]) for key, wanted in new.items()})
 
-    def skip(self, wanted: Wanted, reason: str) -> None:
-        """Record that a row cannot be made."""
-        self.skipped[wanted.key] = reason
-        self.folder.skip({"key": wanted.key, "prompt_id": wanted.prompt.id, "reason": reason})
-        console.warn(f"prompt '{wanted.prompt.id}' left out: {reason}")
+    def skip(self, rows: dict[str, tuple[Wanted, str]]) -> None:
+        """Record rows that cannot be made: key -> what was wanted, and the reason."""
+        for key, (wanted, reason) in rows.items():
+            self.skipped[key] = reason
+            console.warn(f"prompt '{wanted.prompt.id}' left out: {reason}")
+        self.folder.skip(
+            [{"key": key, "prompt_id": wanted.prompt.id, "reason": reason} for key, (wanted, reason) in rows.items()]
+        )
 
     def parts(self) -> dict[str, Part]:
         """The cached rows by part, in the order they were wanted; call after a last `look_up`."""
@@ -134,7 +130,7 @@ class Order:
     def reject(self, part: str, accepts: Callable[[str, Sequence[str]], bool]) -> int:
         """Leave cached rows of a part out of the selection that `accepts(response, references)` does not; how many."""
         wanted = [wanted for wanted in self.cached if wanted.part == part]
-        rows = self.folder.read(pick(self.index[each.key], self.k) for each in wanted)
+        rows = self.folder.read_each(pick(self.index[each.key], self.k) for each in wanted)
         self.rejected = {
             each.key
             for each, row in zip(wanted, rows, strict=True)
@@ -157,26 +153,22 @@ class _Writer:
         waiting: list[Answer] = []
         with console.progress(what, len(wanted)) as advance, closing(answers):
             try:
-                for answer in answers:
+                for answer in _from_engine(answers):
                     if isinstance(answer, Failure):
-                        self.order.skip(wanted[answer.key], answer.reason)
+                        self.order.skip({answer.key: (wanted[answer.key], answer.reason)})
                     else:
                         waiting.append(answer)
                         self.tokens += len(answer.response_ids)
                     advance(note=f"{self.tokens:,} tokens")
                     if len(waiting) >= self.rows_per_shard:
                         self._flush(waiting, wanted)
-            except RuntimeError as error:
-                raise UserError(
-                    f"the teacher's engine failed: {error}. What was made is kept; run the same command to go on"
-                ) from error
-            finally:
+            finally:  # also when the engine fails or somebody interrupts: what was made is kept
                 self._flush(waiting, wanted)
 
     def _flush(self, waiting: list[Answer], wanted: dict[str, Wanted]) -> None:
         if waiting:
-            answers, waiting[:] = list(waiting), []
-            self.order.folder.add(list(self._rows(answers, wanted)), self.footer)
+            self.order.folder.add(list(self._rows(waiting, wanted)), self.footer)
+            waiting.clear()
 
     def _rows(self, answers: Sequence[Answer], wanted: dict[str, Wanted]) -> Iterable[Row]:
         texts = self.tokenizer.batch_decode([a.response_ids for a in answers], skip_special_tokens=True)
@@ -188,3 +180,16 @@ class _Writer:
                 finish=answer.finish, logprobs=answer.logprobs, topk_ids=answer.topk_ids,
                 topk_logprobs=answer.topk_logprobs.astype(np.float16), lse=answer.lse,
             )  # fmt: skip
+
+
+def _from_engine(answers: Iterator[Answer | Failure]) -> Iterator[Answer | Failure]:
+    """The answers; whatever an engine dies of becomes a UserError."""
+    try:
+        yield from answers
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        raise UserError(
+            f"the teacher's engine failed: {reason}. What was made is kept; run the same command to go on"
+        ) from error

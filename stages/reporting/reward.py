@@ -11,7 +11,7 @@ from stages.reporting.page import Figure, Section, Table
 from stages.reporting.rewarded import rewarded_prompts
 
 
-def reward_section(audit: dict, data: Path, store: Path | None, prompts: int) -> Section | None:
+def reward_section(audit: dict, data: Path, store: str | Path | None, prompts: int) -> Section | None:
     if not audit:
         return None
     section = Section("reward", "The recovered reward")

@@ -1,0 +1,229 @@
+"""`xkd-pipeline cache ...`: look at the teacher store, verify it, tidy it, take something out of it."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline import console
+from pipeline.options import SCORED, SELECTION, StoreOption, example
+
+cache = typer.Typer(
+    name="cache",
+    no_args_is_help=True,
+    help="Look at the teacher store: what it holds, whether it is whole, what can go, and how to take it elsewhere.",
+)
+
+RequestArgument = Annotated[
+    str, typer.Argument(metavar="[REQUEST]", help="Only requests whose TEACHER/REQUEST begins like this.")
+]
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} TiB"
+
+
+def _date(seconds: float | None) -> str:
+    return "?" if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
+
+
+@cache.command(epilog=example("xkd-pipeline cache ls", "xkd-pipeline cache ls --store s3://bucket/teachers"))
+def ls(request: RequestArgument = "", store: StoreOption = None) -> None:
+    """List the requests in the store: who was asked what, how much is there."""
+    from pipeline.shards.catalogue import catalogue, describe_request
+    from pipeline.shards.store import open_store
+
+    storage = open_store(store)
+    found = list(catalogue(storage, request))
+    if not found:
+        console.say(f"{storage.name} holds nothing{f' that begins with {request}' if request else ''}")
+        return
+    rows = [
+        (
+            info.name,
+            info.teacher.get("name") or "local model",
+            describe_request(info.request) if info.request else "?",
+            f"{info.rows:,}",
+            f"{info.tokens:,}",
+            ", ".join(map(str, info.ks)) or "-",
+            _size(info.size),
+            f"{info.size / info.tokens:,.0f}" if info.tokens else "-",
+            info.skipped,
+            info.damaged + len(info.unreadable),
+            _date(info.modified),
+        )
+        for info in found
+    ]
+    columns = ("teacher/request", "teacher", "asked", "rows", "tokens", "k", "size", "bytes a token", "left out")
+    console.table(f"teacher store {storage.name}", (*columns, "damaged", "changed"), rows)
+    total = sum(info.size for info in found)
+    console.say(f"{len(found)} requests, {sum(info.rows for info in found):,} rows, {_size(total)}")
+
+
+@cache.command(epilog=example("xkd-pipeline cache show 3f2a"))
+def show(
+    request: Annotated[str, typer.Argument(help="The beginning of a request's name, or of its identity.")],
+    store: StoreOption = None,
+) -> None:
+    """Show one request: its teacher, what was asked, engines and versions, every shard, and who uses it."""
+    from pipeline.shards.catalogue import catalogue, find_request, to_json
+    from pipeline.shards.references import references
+    from pipeline.shards.store import open_store
+
+    storage = open_store(store)
+    name = find_request(storage, request)
+    (info,) = [info for info in catalogue(storage, name) if info.name == name]
+    users = [user for user in references(storage) if name in (f"{user.teacher}/{each}" for each in user.requests)]
+    console.facts(
+        name,
+        [
+            ("store", storage.name),
+            ("rows", f"{info.rows:,}"),
+            ("tokens", f"{info.tokens:,}"),
+            ("size", _size(info.size)),
+            ("k", ", ".join(map(str, info.ks)) or "-"),
+            ("left out", f"{info.skipped:,} rows (skipped.jsonl)"),
+            ("damaged", f"{info.damaged} set aside, {len(info.unreadable)} unreadable {' '.join(info.unreadable)}"),
+            *((("waiting", f"{info.waiting} shards that {storage.name} does not have yet"),) if info.waiting else ()),
+            *(("made by", f"{engine or 'unknown'}: {rows:,} rows") for engine, rows in info.engines.items()),
+            *(("used by", _user(user)) for user in users),
+        ],
+    )
+    console.say(f"teacher {to_json(info.teacher)}")
+    console.say(f"request {to_json(info.request)}")
+    console.table(
+        "shards",
+        ("shard", "rows", "tokens", "k", "size", "changed"),
+        [
+            (s.name, f"{s.rows:,}", f"{s.tokens:,}", s.k, _size(s.size), _date(s.modified))
+            for s in sorted(info.shards, key=lambda shard: shard.modified or 0.0)
+        ],
+    )
+
+
+def _user(user) -> str:
+    state = "gone" if user.gone else "" if user.complete else "not finished"
+    return f"{user.selection} on {user.host}" + (f" ({state})" if state else "")
+
+
+@cache.command(
+    epilog=example("xkd-pipeline cache verify", "xkd-pipeline cache verify --selection data/teacher --dry-run")
+)
+def verify(
+    request: RequestArgument = "",
+    store: StoreOption = None,
+    selection: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--selection",
+            help="Selection to verify too, repeatable.  [dim]default: data/teacher and data/scored if they exist[/dim]",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is wrong; move nothing.")] = False,
+) -> None:
+    """Read every byte and every row, and set aside what is damaged: `generate` then makes exactly that again.
+
+    Exit code 1: something was found.
+    """
+    from pipeline.shards.catalogue import files_by_request
+    from pipeline.shards.store import open_store
+    from pipeline.shards.verifying import verify_selection, verify_store
+
+    storage = open_store(store)
+    total = sum(map(len, files_by_request(storage, request).values()))
+    with console.progress("verifying", total) as advance:
+        found = list(verify_store(storage, request, not dry_run, advance))
+    selections = selection or [folder for folder in (SELECTION, SCORED) if folder.is_dir()]
+    for folder in selections:
+        found += verify_selection(folder, store, not dry_run)
+    looked = f"{total:,} files of {storage.name}" + "".join(f", {folder}" for folder in selections)
+    if not found:
+        console.say(f"all is well: {looked}")
+        return
+    for problem in found:
+        state = " (set aside)" if problem.aside else ""
+        console.warn(f"{problem.file}: {problem.what}{state}. Then: {problem.repair}")
+    console.say(f"{len(found)} problems in {looked}")
+    raise typer.Exit(1)
+
+
+@cache.command(epilog=example("xkd-pipeline cache gc", "xkd-pipeline cache gc --keep ../other/data/teacher --yes"))
+def gc(
+    store: StoreOption = None,
+    keep: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--keep", help="Further selection whose rows are kept (one that came from elsewhere); repeatable."
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
+) -> None:
+    """Show what no selection refers to, and remove it once you agree.
+
+    Selections leave word in the store when they are made. Kept is what one of them reads, all that an unfinished run
+    or a selection on another machine refers to, and what is being written.
+    """
+    from pipeline.shards.collecting import garbage, in_use
+    from pipeline.shards.store import open_store
+
+    storage = open_store(store)
+    own = [folder for folder in (SELECTION, SCORED) if (folder / "manifest.json").is_file()]
+    uses, holding, gone = in_use(storage, [*own, *(keep or [])])
+    found = list(garbage(storage, uses, gone))
+    kept = sorted({*(_user(user) for user in holding), *map(str, own), *map(str, keep or [])})
+    console.say(f"kept is what these refer to: {', '.join(kept) or 'nothing is known to refer to this store'}")
+    if not found:
+        console.say(f"nothing to remove in {storage.name}")
+        return
+    console.table(
+        f"nothing refers to these files of {storage.name}",
+        ("file", "size", "why"),
+        [(each.name, _size(each.size), each.why) for each in found],
+    )
+    total = f"{len(found)} files, {_size(sum(each.size for each in found))}"
+    if not yes and not (console.console.is_terminal and typer.confirm(f"Remove {total}?")):
+        console.say(f"nothing was removed; `--yes` removes {total}")
+        return
+    for each in found:
+        storage.remove(each.name)
+    storage.remove_empty_folders()
+    console.say(f"removed {total}")
+
+
+@cache.command(
+    epilog=example(
+        "xkd-pipeline cache export shared/teacher",
+        "xkd-pipeline cache export shared/teacher --selection data/scored",
+        "xkd-pipeline cache export shared/all --request 3f2a",
+    )
+)
+def export(
+    out: Annotated[Path, typer.Argument(help="New folder to write.")],
+    selection: Annotated[Path, typer.Option("--selection", help="Selection to export.")] = SELECTION,
+    request: Annotated[
+        str, typer.Option("--request", help="In place of a selection: all rows of this request in the store.")
+    ] = "",
+    store: StoreOption = None,
+) -> None:
+    """Write a plain folder that `datasets.load_dataset` reads, with a card, ready for a hub."""
+    from pipeline.shards.catalogue import find_request
+    from pipeline.shards.exporting import export as run
+    from pipeline.shards.exporting import splits_of_request, splits_of_selection
+    from pipeline.shards.selection import Selection
+    from pipeline.shards.store import open_store
+
+    if request:
+        storage = open_store(store)
+        teacher, splits = splits_of_request(storage, find_request(storage, request))
+    else:
+        teacher, splits = splits_of_selection(Selection(selection, store))
+    counts = run(teacher, splits, out)
+    console.facts(
+        "exported",
+        [*((split, f"{rows:,} rows") for split, rows in counts.items()), ("folder", out), ("card", out / "README.md")],
+    )
