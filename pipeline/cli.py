@@ -26,8 +26,11 @@ from pipeline.options import (
     START,
     STUDENT,
     TOKENIZER,
+    GpuMemoryOption,
+    GpusOption,
     ParamsOption,
     PromptsOption,
+    RateOption,
     RetryOption,
     RunsOption,
     ScoredOption,
@@ -35,6 +38,7 @@ from pipeline.options import (
     SetOption,
     StoreOption,
     StudentOption,
+    TokensOption,
     example,
     load,
 )  # fmt: skip
@@ -103,6 +107,7 @@ def teach(
         "xkd-pipeline generate --teacher path/to/model --prompts questions.jsonl --samples 4 -k 32 --out cache",
         "xkd-pipeline generate --responses answers.jsonl --engine text",
         "xkd-pipeline generate --dry-run",
+        "xkd-pipeline generate --dry-run --teacher folder/with/config --tokens 1e9 -k 32 --rate 2500 --gpus 64",
     )
 )
 def generate(
@@ -133,7 +138,13 @@ def generate(
     template: Annotated[
         str | None, typer.Option("--template", help="What the teacher reads, with {prompt} in it.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is cached and what is missing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what is cached, what is missing and what that takes.")
+    ] = False,
+    tokens: TokensOption = None,
+    rate: RateOption = None,
+    gpus: GpusOption = None,
+    gpu_memory: GpuMemoryOption = None,
     retry_skipped: RetryOption = False,
 ) -> None:
     """Run the teacher on what the store does not hold yet, and select this experiment's rows.
@@ -148,12 +159,22 @@ def generate(
     }  # fmt: skip
     overrides = [*(set or []), *(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)]
     loaded = load(params, overrides)
+    assumed = {"tokens": tokens, "rate": rate, "gpus": gpus, "memory": gpu_memory}
+    assumed = {name: value for name, value in assumed.items() if value is not None}
+    if assumed and not dry_run:
+        raise UserError("--tokens, --rate, --gpus and --gpu-memory are for planning: add --dry-run")
     _limit_threads(loaded.generate.teacher)
+    if dry_run:
+        from stages.dry_run import Plan
+        from stages.dry_run import dry_run as run_dry
+
+        summary = run_dry(loaded, prompts, store, retry_skipped, Plan(**assumed))
+        return _require_few_skipped(summary.skipped, loaded.generate.max_skipped)
     from stages.generate import generate as run
 
     if results is None and out == SELECTION:
         results = DATA / "generate" / "results.json"
-    summary = run(loaded, prompts, out, store, dry_run, retry_skipped, results=results)
+    summary = run(loaded, prompts, out, store, retry_skipped, results=results)
     _require_few_skipped(summary.skipped, loaded.generate.max_skipped)
 
 

@@ -44,6 +44,21 @@ ScoredOption = Annotated[
 ]
 StudentOption = Annotated[Path, typer.Option("--student", help="The student's starting point.")]
 RetryOption = Annotated[bool, typer.Option("--retry-skipped", help="Try rows again that were left out before.")]
+TokensOption = Annotated[
+    float | None,
+    typer.Option("--tokens", min=1, help="With --dry-run: response tokens to plan for, in place of a prompt file."),
+]
+RateOption = Annotated[
+    float | None,
+    typer.Option("--rate", min=0.01, help="With --dry-run: response tokens a second and GPU, for GPU-hours."),
+]
+GpusOption = Annotated[
+    int | None,
+    typer.Option("--gpus", min=1, help="With --dry-run: number of GPUs.  [dim]default: those of one teacher[/dim]"),
+]
+GpuMemoryOption = Annotated[
+    float | None, typer.Option("--gpu-memory", min=1, help="With --dry-run: GiB a GPU.  [dim]default: 80[/dim]")
+]
 
 
 def load(params: Path | None, overrides: list[str] | None) -> Params:

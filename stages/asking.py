@@ -192,21 +192,6 @@ def leave_word(orders: Sequence[Order], out: Path, complete: bool) -> None:
     Reference.of(out, folder.teacher, requests, complete).record(folder.storage)
 
 
-def report_dry_run(orders: Sequence[Order], teacher: Teacher) -> None:
-    console.table(
-        "dry run: nothing was generated",
-        ("request", "cached", "missing", "to rescore for k", "left out"),
-        [
-            (order.request.kind, len(order.cached), len(order.missing), len(order.widen), len(order.skipped))
-            for order in orders
-        ],
-    )
-    console.facts(
-        "store",
-        [("teacher", teacher.description["identity"]), *((order.request.kind, order.folder) for order in orders)],
-    )
-
-
 def cost_of(summary: Summary, manifest: dict, orders: Sequence[Order], asked: dict) -> dict:
     """Rows, tokens, bytes and seconds of this run; bytes a token are of the rows' shards, text and ids included."""
     shards = {location.shard for order in orders for found in order.index.values() for location in found}

@@ -25,7 +25,6 @@ def generate(
     prompts_path: Path,
     out: Path,
     store: str | Path | None = None,
-    dry_run: bool = False,
     retry_skipped: bool = False,
     engine: Engine | None = None,
     results: Path | None = None,
@@ -36,19 +35,11 @@ def generate(
     `engine` replaces the one that the parameters name. Raises UserError on bad input; what was stored stays.
     """
     settings, storage = params.generate, open_store(store)
-    prompts = read_prompts(prompts_path, ("train", "validation"))
-    if not prompts:
-        raise UserError(f"{prompts_path} has no prompts in the splits train and validation")
+    prompts = prompts_to_ask(params, prompts_path)
     teacher = Teacher.of(settings)
     task = get_task(params.prepare.task)
-    if settings.accept == "correct" and not task.checked:
-        raise UserError(f"generate.accept: correct needs a task whose answers are right or wrong; {task.name} has none")
-
-    orders = _orders(params, prompts, teacher, storage)
-    cached, to_make = asking.look_up(orders, retry_skipped, set_aside=not dry_run)
-    if dry_run:
-        asking.report_dry_run(orders, teacher)
-        return Summary(cached, 0, sum(len(order.skipped) for order in orders), to_make)
+    orders = orders_of(params, prompts, teacher, storage)
+    cached, _ = asking.look_up(orders, retry_skipped)
     summary, asked = asking.fulfil(orders, teacher, settings, cached, out, engine)
     rejected = sum(order.reject("train", task.accepts) for order in orders if settings.accept == "correct")
     if rejected:
@@ -67,7 +58,18 @@ def generate(
     return summary
 
 
-def _orders(params: Params, prompts: list[Prompt], teacher: Teacher, storage: Storage) -> tuple[Order, Order]:
+def prompts_to_ask(params: Params, path: Path) -> list[Prompt]:
+    """The prompts of a file that the teacher is asked. Raises UserError where the parameters cannot be met."""
+    prompts = read_prompts(path, ("train", "validation"))
+    if not prompts:
+        raise UserError(f"{path} has no prompts in the splits train and validation")
+    task = get_task(params.prepare.task)
+    if params.generate.accept == "correct" and not task.checked:
+        raise UserError(f"generate.accept: correct needs a task whose answers are right or wrong; {task.name} has none")
+    return prompts
+
+
+def orders_of(params: Params, prompts: list[Prompt], teacher: Teacher, storage: Storage) -> tuple[Order, Order]:
     """What is to be drawn from the teacher, and what is to be scored by it."""
     settings, tokenizer = params.generate, teacher.tokenizer
     drawn, given = asking.sampling_request(params, teacher), asking.scoring_request(params, teacher)

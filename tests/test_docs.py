@@ -1,6 +1,7 @@
 """What holds for the documentation: its code runs, its commands and parameters exist."""
 
 import re
+import shlex
 
 import pytest
 import torch
@@ -8,12 +9,13 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.caching import cache as cache_app
 from pipeline.cli import app
+from pipeline.cost import GIB, Need, bytes_per_token
 from pipeline.params import Params
 from pipeline.shards.selection import Selection
 from stages.batches import collate, from_rows
 from stages.students import StudentLearner
 from stages.training import held_out
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_cli
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -68,3 +70,41 @@ def test_every_line_of_code_that_the_derivation_points_to_says_what_it_claims():
         lines = (ROOT / file).read_text().split("\n")
         places = [place for place, line in enumerate(lines, start=1) if code in line]
         assert int(number) in places, f"{file}#L{number}: {code} is in lines {places}"
+
+
+COST = (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")
+
+
+def rows_under(heading: str) -> list[list[float]]:
+    """The numbers of the table under a heading of the page."""
+    section = COST.split(heading, 1)[1].split("\n#", 1)[0]
+    lines = re.findall(r"^\| [\d,]+ \|.*$", section, re.M)
+    assert len(lines) >= 3
+    return [[float(cell.replace(",", "")) for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_the_cost_page_shows_what_its_command_prints(tmp_path):
+    config, command, shown = (
+        re.search(rf"```{language}\n(.*?)```", COST, re.S)[1] for language in ("json", "bash", "text")
+    )
+    (tmp_path / "qwen2.5-7b").mkdir()
+    (tmp_path / "qwen2.5-7b" / "config.json").write_text(config)
+    program, *arguments = shlex.split(command)
+    done = run_cli(*arguments, cwd=tmp_path)
+    assert program == "xkd-pipeline" and done.returncode == 0, done.stderr
+    lines = ([line.rstrip() for line in text.splitlines() if line.strip()] for text in (done.stderr, shown))
+    assert next(lines) == next(lines)
+
+
+def test_the_tables_of_the_cost_page_follow_from_its_assumptions():
+    for k, measured, line, gib in rows_under("### If k is another one"):
+        assert line == round(bytes_per_token(int(k)), 1) and gib == round(bytes_per_token(int(k)) * 1e9 / GIB, 1)
+        assert line == pytest.approx(measured, rel=0.05)
+    need = Need(1, 0, 1e9, 0)
+    for rate, hours, on_64 in rows_under("### If the rate is another one"):
+        assert hours == round(need.gpu_hours(rate), 1) and on_64 == round(need.gpu_hours(rate) / 64, 1)
+    once, scoring = need.gpu_hours(2500), need.gpu_hours(4 * 2500)
+    for experiments, *hours in rows_under("## Against an online teacher"):
+        assert hours == [round(h, 1) for h in (once, once + experiments * scoring, experiments * once)]
+    assert f"about {1_953_125 / 1024:,.0f} shards of {1024 * 512 * bytes_per_token(32) / 2**20:.0f} MiB" in COST
+    assert f"{1024 * 512 / 2500 / 60:.1f} minutes at this rate" in COST

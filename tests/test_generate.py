@@ -16,6 +16,7 @@ from pipeline.shards.selection import Selection
 from pipeline.shards.store import RequestFolder
 from pipeline.teachers import Failure
 from pipeline.teachers.stub import StubEngine
+from stages.dry_run import dry_run
 from stages.generate import Summary, generate
 from tests.conftest import ROOT, WORDS, make_params, make_prompts, run_cli
 
@@ -103,7 +104,7 @@ def test_other_sampling_seeds_and_templates_are_other_samples(teacher, prompts, 
 
 def test_the_stub_never_answers_for_the_real_teacher(teacher, prompts, tmp_path):
     generate(stub_params(teacher), prompts, tmp_path / "a")
-    assert generate(make_params(teacher), prompts, tmp_path / "b", dry_run=True) == Summary(0, 0, 0, missing=60)
+    assert dry_run(make_params(teacher), prompts) == Summary(0, 0, 0, missing=60)
 
 
 def test_a_row_says_where_it_came_from(teacher, prompts, tmp_path):
@@ -118,10 +119,9 @@ def test_a_row_says_where_it_came_from(teacher, prompts, tmp_path):
     assert selection.teacher["licence"] == "apache-2.0"
 
 
-def test_a_dry_run_counts_and_writes_nothing(teacher, prompts, tmp_path, own_store, capsys):
-    found = generate(stub_params(teacher), prompts, tmp_path / "a", dry_run=True)
-    assert found == Summary(0, 0, 0, missing=60)
-    assert not own_store.exists() and not (tmp_path / "a").exists()
+def test_a_dry_run_counts_and_writes_nothing(teacher, prompts, own_store, capsys):
+    assert dry_run(stub_params(teacher), prompts) == Summary(0, 0, 0, missing=60)
+    assert not own_store.exists()
     assert "nothing was generated" in capsys.readouterr().err
 
 

@@ -1,7 +1,7 @@
 """Models and tokenizers: building, loading, saving, and knowing whether two are the same."""
 
 from pipeline.models.building import ModelSize, build_causal_lm, build_from_config, keep_layers
-from pipeline.models.identity import describe_model, licence_of, weights_digest
+from pipeline.models.identity import describe_model, licence_of, number_type, weights_digest
 from pipeline.models.loading import (
     best_device,
     context_length,
@@ -32,6 +32,7 @@ __all__ = [
     "load_lm",
     "load_tokenizer",
     "local_folder",
+    "number_type",
     "require_context",
     "require_replaceable",
     "require_same_tokenizer",

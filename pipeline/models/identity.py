@@ -36,8 +36,7 @@ def describe_model(source: str | Path, dtype: str) -> dict:
             f"the weights of {source} have changed since it was made the teacher: dvc repro -f teach@teacher"
         )
     config, tokenizer = load_config(folder), tokenizer_identity(load_tokenizer(folder))
-    if dtype == "auto":
-        dtype = str(config.dtype).removeprefix("torch.") if config.dtype is not None else "float32"
+    dtype = number_type(config, dtype)
     # The file, not the loaded object: that also holds the defaults of the installed transformers.
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     settings = {key: value for key, value in stored.items() if key not in _NOT_IDENTITY}
@@ -59,6 +58,13 @@ def describe_model(source: str | Path, dtype: str) -> dict:
         "name": str(source) if from_hub else None,
         "commit": folder.name if from_hub else None,
     }
+
+
+def number_type(config, dtype: str) -> str:
+    """`generate.dtype`, where auto is the type that the configuration says the weights are stored in."""
+    if dtype != "auto":
+        return dtype
+    return str(config.dtype).removeprefix("torch.") if config.dtype is not None else "float32"
 
 
 def licence_of(folder: Path) -> str | None:

@@ -110,19 +110,16 @@ def context_length(config) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def local_folder(source: str | Path) -> Path:
-    """The folder of a model, which a hub name is downloaded to (weights, configuration, tokenizer)."""
+def local_folder(source: str | Path, weights: bool = True) -> Path:
+    """The folder of a model, which a hub name is downloaded to (configuration, tokenizer and, if wanted, weights)."""
     source = resolve(source)
     if Path(source).is_dir():
         return Path(source)
     load_config(source)  # a clear error for what is neither a folder nor on the hub
     from huggingface_hub import snapshot_download
 
-    return Path(
-        snapshot_download(
-            str(source), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
-        )
-    )
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", *["*.safetensors"] * weights]
+    return Path(snapshot_download(str(source), allow_patterns=patterns))
 
 
 def require_context(config, longest: int, what: str) -> None:
