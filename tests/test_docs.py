@@ -25,9 +25,11 @@ def test_the_loop_for_your_own_trainer_learns_from_the_cache(cache, student, tmp
     (tmp_path / "data" / "teacher").symlink_to(cache / "selection")
     (tmp_path / "data" / "models" / "student").symlink_to(student)
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own-trainer.md").read_text(), re.S)
+    loop, loader = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own-trainer.md").read_text(), re.S)
     names: dict = {}
-    exec(code, names)
+    exec(loop, names)
+    exec(loader, names)
+    assert names["state"] == {"epoch": 0, "batches": 1} and len(names["batch"]) == 8
     rows = list(Selection(cache / "selection").rows("train"))
     batch = collate(from_rows(rows, topk=True))
 

@@ -418,7 +418,11 @@ def test_rows_that_cannot_be_are_found_by_verify(filled, note, change, reason):
     assert code == 1 and reason in said and "(set aside)" not in said, said
     assert filled.verify()[0] == 1
     assert 0 < filled.finish() <= ROWS_PER_SHARD and set(rows_in(filled.store)) == complete
-    note("a forged shard with a fitting name", "`cache verify` named the row and set the shard aside", "as above")
+    note(
+        "a forged shard with a fitting name",
+        "`cache verify` named the row and set the shard aside",
+        "the shard's rows, made again",
+    )
 
 
 def replaced(row, **changes):

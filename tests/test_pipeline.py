@@ -110,3 +110,18 @@ def test_metrics_plots_and_the_graph_can_be_shown(project):
 
 def test_the_outputs_leave_the_git_tree_as_it_was(project):
     assert sh(project, "git", "status", "--porcelain").split() == ["??", "dvc.lock"]
+
+
+def test_a_colleague_distils_from_what_was_pushed_without_teacher_or_store(project):
+    sh(project, "dvc", "remote", "add", "-f", "-d", "team", str(project.parent / "remote"))
+    sh(project, "dvc", "push")
+    sh(project, "git", "add", "-f", "dvc.lock", ".dvc/config")
+    sh(project, "git", "commit", "-qm", "push")
+    colleague = project.parent / "colleague" / "clone"
+    sh(project, "git", "clone", "-q", str(project), str(colleague))
+    sh(colleague, "dvc", "pull", "data/teacher", "data/scored", "data/reward", "data/models/student")
+    assert not (colleague / "data" / "models" / "teacher").exists()
+    command = ("distill", "--set", "distill.objective=jsd", "--set", "distill.reward=frozen", "--out", "mine")
+    found = run_cli(*command, cwd=colleague, env={"XKD_STORE": str(colleague / "empty")})
+    assert found.returncode == 0, found.stderr
+    assert (colleague / "mine" / "model.safetensors").is_file() and not (colleague / "empty").exists()
