@@ -124,7 +124,7 @@ def generate(
         ),
     ] = None,
     store: StoreOption = None,
-    engine: Annotated[str | None, typer.Option("--engine", help="auto, vllm, hf, stub or text.")] = None,
+    engine: Annotated[str | None, typer.Option("--engine", help="auto, vllm, hf, ray, stub or text.")] = None,
     responses: Annotated[
         str | None,
         typer.Option("--responses", help="Responses made elsewhere (.jsonl, .parquet): scored, not sampled."),

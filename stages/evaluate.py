@@ -28,6 +28,7 @@ from pipeline.shards.selection import Selection
 from pipeline.tasks import get_task
 from pipeline.tasks.diversity import distinct_n, self_bleu
 from pipeline.teachers import Ask
+from pipeline.teachers.base import needed
 from pipeline.teachers.hf import HfEngine
 from stages.batches import per_response
 from stages.bootstrap import intervals, say_interval
@@ -123,7 +124,8 @@ def _run(
     texts: dict[str, str] = {}
     with console.progress(f"answers of {name}", len(asks) + len(drawn)) as advance:
         for batch, temperature in ((asks, 0.0), (drawn, settings.temperature)):
-            for answer in engine.sample(batch, Sampling(temperature, 1.0, params.max_tokens, stops), k=1):
+            sampling = Sampling(temperature, 1.0, params.max_tokens, stops)
+            for answer in needed(engine.sample(batch, sampling, k=1), f"the model {path}"):
                 texts[answer.key] = tokenizer.decode(answer.response_ids, skip_special_tokens=True)
                 advance()
     return Outputs(

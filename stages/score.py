@@ -19,6 +19,7 @@ from pipeline.shards.identity import Sampling, sample_seed
 from pipeline.shards.selection import write_selection
 from pipeline.shards.store import open_store
 from pipeline.teachers import Ask, Engine
+from pipeline.teachers.base import needed
 from pipeline.teachers.hf import HfEngine
 from pipeline.teachers.orders import Wanted
 from stages import asking
@@ -92,7 +93,8 @@ def _student_samples(
     sampling = Sampling(params.score.temperature, 1.0, params.max_tokens, teacher.stops)
     answers: dict[str, np.ndarray] = {}
     with console.progress("samples of the student", len(asks)) as advance:
-        for answer in HfEngine(model, params.score.batch_size).sample(asks, sampling, k=1):
+        engine = HfEngine(model, params.score.batch_size)
+        for answer in needed(engine.sample(asks, sampling, k=1), f"the student {student_path}"):
             answers[answer.key] = answer.response_ids
             advance()
     for place, (part, (prompt, text, ids), number) in enumerate(places):

@@ -1,8 +1,7 @@
 """What holds for the engines: one answer a sample whatever its batch, and the same from transformers and from vLLM."""
 
 import importlib.util
-import subprocess
-import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +10,11 @@ import torch
 from pipeline.errors import UserError
 from pipeline.models import load_lm
 from pipeline.shards.identity import Sampling, sample_seed
-from pipeline.teachers import Answer, Ask, Failure, choose_engine, open_engine
+from pipeline.teachers import Answer, Ask, Failure, choose_engine, require_supported
 from pipeline.teachers.hf import HfEngine
 from pipeline.teachers.stub import StubEngine
-from tests.conftest import ROOT
 
 GREEDY, DRAWN = Sampling(0.0, 1.0, 8, (2,)), Sampling(1.0, 1.0, 8, (2,))
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 
 
 def make_asks(n: int) -> list[Ask]:
@@ -32,6 +29,15 @@ def by_key(answers) -> dict[str, Answer]:
     found = {answer.key: answer for answer in answers}
     assert not any(isinstance(answer, Failure) for answer in found.values())
     return found
+
+
+@pytest.fixture
+def one_thread():
+    """What is promised bit by bit is promised on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +79,26 @@ def test_hf_greedy_takes_the_likeliest_token(hf):
         np.testing.assert_array_equal(answer.response_ids, answer.topk_ids[:, 0])
 
 
-def test_a_sample_does_not_depend_on_its_batch(teacher, hf):
-    asks = make_asks(20)
-    together = by_key(hf.sample(asks, DRAWN, 5))
-    alone = by_key(HfEngine(hf.model, batch_size=1).sample(asks[::-1], DRAWN, 5))
-    for key, answer in together.items():
-        np.testing.assert_array_equal(answer.response_ids, alone[key].response_ids)
-        np.testing.assert_allclose(answer.topk_logprobs, alone[key].topk_logprobs, atol=1e-4)
+def assert_identical(one: dict[str, Answer], other: dict[str, Answer]) -> None:
+    """In every bit."""
+    assert one.keys() == other.keys()
+    for key, answer in one.items():
+        for name in ("response_ids", "logprobs", "topk_ids", "topk_logprobs", "lse"):
+            np.testing.assert_array_equal(getattr(answer, name), getattr(other[key], name))
+
+
+def test_a_sample_does_not_depend_on_its_batch(hf, one_thread):
+    """Prompts of 2 to 40 tokens, alone and in batches of any size and order: equal in every bit."""
+    rng = np.random.default_rng(0)
+    asks = [replace(ask, prompt_ids=rng.integers(4, 44, 2 + 5 * i % 39).astype(np.int32))
+            for i, ask in enumerate(make_asks(50))]  # fmt: skip
+    drawn = by_key(HfEngine(hf.model, batch_size=64).sample(asks, DRAWN, 5))
+    given = [replace(ask, response_ids=drawn[ask.key].response_ids) for ask in asks]
+    scored = by_key(HfEngine(hf.model, batch_size=64).score(given, 5, (2,)))
+    for size in (1, 3, 7, 20):
+        engine = HfEngine(hf.model, batch_size=size)
+        assert_identical(drawn, by_key(engine.sample(asks[::-1], DRAWN, 5)))
+        assert_identical(scored, by_key(engine.score(given[::-1], 5, (2,))))
 
 
 def test_samples_follow_the_models_distribution(hf):
@@ -128,90 +147,49 @@ def test_auto_prefers_vllm_and_a_missing_vllm_is_a_clear_error(monkeypatch):
         choose_engine("vllm")
 
 
-# vLLM: one engine a session, because a process can hold one.
+def test_an_engine_that_is_not_there_or_cannot_do_what_is_asked_is_a_clear_error(monkeypatch):
+    require_supported("vllm", "fp8", 2, 2)
+    require_supported("hf", "", 1, 1)
+    for asked, name in ((("fp8", 1, 1), "quantization"), (("", 2, 1), "tensor_parallel"), (("", 1, 2), "pipeline_par")):
+        with pytest.raises(UserError, match=f"engine hf has no generate.{name}.*--engine vllm"):
+            require_supported("hf", *asked)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"ray is not installed.*\[ray\]"):
+        choose_engine("ray")
 
 
-@pytest.fixture(scope="module")
-def vllm(teacher):
-    return open_engine("vllm", teacher, "float32", 40)
+def test_hf_reads_its_asks_as_it_goes_and_keeps_near_their_order(hf):
+    """16 batches of 7 are sorted together; nothing of the next window is asked before they are answered."""
+    asks, taken = make_asks(300), []
+    stream = hf.sample((taken.append(ask.key) or ask for ask in asks), Sampling(0.0, 1.0, 1, (2,)), 2)
+    first = [next(stream).key for _ in range(112)]
+    assert len(taken) == 112 and set(first) == set(taken)
+    assert len(first + [answer.key for answer in stream]) == 300 == len(taken)
 
 
-@needs_vllm
-@pytest.mark.slow
-def test_vllm_and_hf_agree_greedy(vllm, hf):
-    """The contract of the capture: tokens, top k, log-probabilities and the exact normaliser."""
-    asks = make_asks(32)
-    ours, oracle = by_key(vllm.sample(asks, GREEDY, 5)), by_key(hf.sample(asks, GREEDY, 5))
-    for ask in asks:
-        np.testing.assert_array_equal(ours[ask.key].response_ids, oracle[ask.key].response_ids)
-        assert_columns_are_those_of_the_model(ours[ask.key], ask, hf.model, 5, 1e-3)
+def test_hf_leaves_out_what_does_not_fit_its_context_and_goes_on(hf):
+    long = np.full(58, 5, np.int32)
+    drawn = list(hf.sample([Ask("long", long, 1), *make_asks(3)], DRAWN, 5))
+    scored = list(hf.score([Ask("long", long, 0, np.full(8, 5, np.int32)), Ask("ok", long[:4], 0, long[:3])], 5, (2,)))
+    for found, count in ((drawn, 4), (scored, 2)):
+        (failure,) = [answer for answer in found if isinstance(answer, Failure)]
+        assert len(found) == count and failure.key == "long" and "58 tokens" in failure.reason
 
 
-@needs_vllm
-@pytest.mark.slow
-def test_a_vllm_sample_does_not_depend_on_its_neighbours(vllm, hf):
-    asks = make_asks(32)
-    together = by_key(vllm.sample(asks, DRAWN, 5))
-    apart = by_key(answer for ask in asks[::-1][:6] for answer in vllm.sample([ask], DRAWN, 5))
-    for key, answer in apart.items():
-        np.testing.assert_array_equal(answer.response_ids, together[key].response_ids)
-    for ask in asks:
-        assert_columns_are_those_of_the_model(together[ask.key], ask, hf.model, 5, 1e-3)
+def test_hf_halves_a_batch_that_does_not_fit_into_memory_down_to_one_row(hf, monkeypatch):
+    asks, sizes, sampled = [ask for ask in make_asks(20) if len(ask.prompt_ids) <= 8][:7], [], HfEngine._sampled
+    huge = asks[3].key
 
+    def short_of_memory(self, batch, sampling, k):
+        sizes.append(len(batch))
+        if len(batch) > 2 or huge in {ask.key for ask in batch}:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return sampled(self, batch, sampling, k)
 
-@needs_vllm
-@pytest.mark.slow
-def test_vllm_scores_as_hf_does(vllm, hf):
-    asks = [Ask(a.key, a.prompt_ids, 0, np.array([5, 9, 30, 2], np.int32)) for a in make_asks(12)]
-    for ask, (key, answer) in zip(asks, by_key(vllm.score(asks, 5, (2,))).items(), strict=True):
-        assert_columns_are_those_of_the_model(answer, next(a for a in asks if a.key == key), hf.model, 5, 1e-3)
-        assert ask.response_ids[-1] == 2
-
-
-@needs_vllm
-@pytest.mark.slow
-def test_a_row_that_vllm_refuses_does_not_end_the_run(vllm):
-    long = Ask("f" * 32, np.full(60, 5, np.int32), 1)
-    found = list(vllm.sample([long, *make_asks(3)], DRAWN, 5))
-    failures = [answer for answer in found if isinstance(answer, Failure)]
-    assert len(found) == 4 and [failure.key for failure in failures] == [long.key]
-    assert "60" in failures[0].reason
-
-
-@needs_vllm
-@pytest.mark.slow
-def test_vllm_reads_a_full_context_and_keeps_the_whole_vocabulary(vllm, hf):
-    """A scored sequence that fills the context, with every token of the vocabulary at every position."""
-    ask = Ask("c" * 32, np.arange(4, 38, dtype=np.int32), 0, np.array([5, 9, 30, 7, 8, 2], np.int32))
-    assert len(ask.prompt_ids) + len(ask.response_ids) == 40
-    (answer,) = vllm.score([ask], 44, (2,))
-    assert_columns_are_those_of_the_model(answer, ask, hf.model, 44, 1e-3)
-
-
-WITHOUT_HOOK = """
-import sys
-from pathlib import Path
-import numpy as np
-from pipeline.teachers import Ask
-from pipeline.teachers import vllm
-from pipeline.shards.identity import Sampling
-
-vllm.Capture.xkd_install = lambda self: False  # a vLLM whose sampler has no hook
-engine = vllm.VllmEngine(Path(sys.argv[1]), "float32", 40)
-(answer,) = engine.sample([Ask("a" * 32, np.array([5, 6, 7], np.int32), 1)], Sampling(0.0, 1.0, 4, (2,)), 5)
-assert answer.lse is None and answer.topk_ids.shape == (len(answer.response_ids), 5)
-np.savez(sys.argv[2], ids=answer.response_ids, logprobs=answer.logprobs, topk=answer.topk_logprobs)
-"""
-
-
-@needs_vllm
-@pytest.mark.slow
-def test_without_the_hook_vllm_gives_log_probabilities_and_no_lse(teacher, hf, tmp_path):
-    command = [sys.executable, "-c", WITHOUT_HOOK, str(teacher), str(tmp_path / "answer.npz")]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
-    assert found.returncode == 0, found.stderr[-3000:]
-    answer = np.load(tmp_path / "answer.npz")
-    (oracle,) = hf.sample([Ask("a" * 32, np.array([5, 6, 7], np.int32), 1)], Sampling(0.0, 1.0, 4, (2,)), 5)
-    np.testing.assert_array_equal(answer["ids"], oracle.response_ids)
-    np.testing.assert_allclose(answer["logprobs"], oracle.logprobs, atol=1e-3)
-    np.testing.assert_allclose(answer["topk"], oracle.topk_logprobs, atol=1e-3)
+    expected = by_key(hf.sample(asks, DRAWN, 5))
+    monkeypatch.setattr(HfEngine, "_sampled", short_of_memory)
+    found = {answer.key: answer for answer in hf.sample(asks, DRAWN, 5)}
+    assert isinstance(found[huge], Failure) and "2 GiB" in found[huge].reason
+    assert sizes[0] == 7 and min(sizes) == 1 and found.keys() == expected.keys()
+    for key in expected.keys() - {huge}:
+        np.testing.assert_array_equal(found[key].response_ids, expected[key].response_ids)

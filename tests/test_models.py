@@ -21,9 +21,11 @@ from pipeline.models import (
     resolve,
     save_model,
     stop_token_ids,
+    tokenizer_identity,
     weights_digest,
     word_tokenizer,
 )
+from pipeline.shards.files import digest
 from stages.students import require_plain_head
 from tests.conftest import WORDS, make_model
 
@@ -65,6 +67,19 @@ def test_any_change_makes_another_teacher(teacher, tmp_path, change):
 def test_the_number_type_is_part_of_the_identity(teacher):
     assert describe_model(teacher, "bfloat16")["identity"] != describe_model(teacher, "float32")["identity"]
     assert describe_model(teacher, "auto") == describe_model(teacher, "float32")
+
+
+def test_quantization_makes_another_teacher_and_without_it_identities_stay_what_they_were(teacher):
+    plain, quantized = describe_model(teacher, "float32"), describe_model(teacher, "float32", "fp8")
+    assert quantized["identity"] != plain["identity"] and quantized["quantization"] == "fp8"
+    config = json.loads((teacher / "config.json").read_text())
+    for key in ("transformers_version", "dtype", "use_cache", "_name_or_path"):
+        config.pop(key, None)
+    stored = {
+        "weights": weights_digest(teacher), "config": config, "dtype": "float32",
+        "tokenizer": tokenizer_identity(load_tokenizer(teacher)),
+    }  # fmt: skip
+    assert plain["identity"] == digest(stored)[:16] and "quantization" not in plain
 
 
 def test_other_weight_formats_are_refused(teacher, tmp_path):

@@ -22,11 +22,12 @@ def weights_digest(folder: Path) -> str:
     return digest(sorted(sha256_file(file) for file in files))
 
 
-def describe_model(source: str | Path, dtype: str) -> dict:
+def describe_model(source: str | Path, dtype: str, quantization: str = "") -> dict:
     """What identifies a teacher, and where it came from.
 
-    `identity` is a digest of weights, configuration (without paths and versions), tokenizer and dtype: the same
-    weights at another path or under another name are the same teacher. `name`, `commit` and `licence` are provenance.
+    `identity` is a digest of weights, configuration (without paths and versions), tokenizer, dtype and quantization:
+    the same weights at another path or under another name are the same teacher. `name`, `commit` and `licence` are
+    provenance.
     """
     link = read_link(source)
     source, folder = link["source"], local_folder(source)
@@ -40,14 +41,8 @@ def describe_model(source: str | Path, dtype: str) -> dict:
     # The file, not the loaded object: that also holds the defaults of the installed transformers.
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     settings = {key: value for key, value in stored.items() if key not in _NOT_IDENTITY}
-    identity = digest(
-        {
-            "weights": weights,
-            "config": settings,
-            "tokenizer": tokenizer,
-            "dtype": dtype,
-        }
-    )
+    quantized = {"quantization": quantization} if quantization else {}
+    identity = digest({"weights": weights, "config": settings, "tokenizer": tokenizer, "dtype": dtype} | quantized)
     from_hub = not Path(source).is_dir()
     return {
         "identity": identity[:16],
@@ -57,7 +52,7 @@ def describe_model(source: str | Path, dtype: str) -> dict:
         "licence": licence_of(folder),
         "name": str(source) if from_hub else None,
         "commit": folder.name if from_hub else None,
-    }
+    } | quantized
 
 
 def number_type(config, dtype: str) -> str:

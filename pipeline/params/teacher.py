@@ -10,8 +10,18 @@ from pipeline.params.base import Count, Positive, PositiveFloat, Section
 class Generate(Section):
     teacher: str = "data/models/teacher"
     """Folder or hub name of the teacher."""
-    engine: Literal["auto", "vllm", "hf", "stub", "text"] = "auto"
-    """What runs the teacher; auto is vllm where it is installed, else hf; text runs none and keeps `responses`."""
+    engine: Literal["auto", "vllm", "hf", "ray", "stub", "text"] = "auto"
+    """What runs the teacher: auto (vllm if installed, else hf), ray (copies of one), text (none; keeps `responses`)."""
+    replicas: Positive = 2
+    """Copies of the engine that ray runs, each with its share of the CPUs or its own GPUs."""
+    replica_engine: Literal["auto", "vllm", "hf", "stub"] = "auto"
+    """The engine that ray runs copies of."""
+    tensor_parallel: Positive = 1
+    """GPUs that share every layer of the teacher (vllm)."""
+    pipeline_parallel: Positive = 1
+    """Groups of layers on GPUs of their own, one after the other (vllm); a copy needs the product of both sizes."""
+    quantization: str = ""
+    """How vllm quantizes the teacher: fp8, bitsandbytes, ...; empty: not beyond how the weights are stored."""
     responses: str = ""
     """File (.jsonl or .parquet) of prompt and response made elsewhere: scored by the teacher in place of sampling."""
     accept: Literal["all", "correct"] = "all"

@@ -1,8 +1,8 @@
 """A selection for training: a torch dataset that decodes what is asked for, and batches of similar length.
 
 Memory is bounded by the batch: rows are decoded by row group, a few groups at a time, and the order of an epoch is such
-that a group is decoded about once (once for each worker process). The order follows from seed and epoch alone, so that
-epoch can be left in its middle and taken up again.
+that a group is decoded about once (once for each worker process). The order follows from seed and epoch alone: an epoch
+can be left in its middle and taken up again.
 """
 
 from collections import OrderedDict

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,15 +69,15 @@ def row_digest(row: Row) -> bytes:
     return hasher.digest()
 
 
-def to_table(rows: Sequence[Row]) -> pa.Table:
-    """Rows to a table of SCHEMA."""
+def to_table(rows: Sequence, schema: pa.Schema = SCHEMA) -> pa.Table:
+    """Rows (objects with the columns as attributes; one that lacks some has nulls there) to a table."""
     columns = []
-    for field in SCHEMA:
-        values = [getattr(row, field.name) for row in rows]
+    for field in schema:
+        values = [getattr(row, field.name, None) for row in rows]
         columns.append(
             _list_array(values, field.type) if pa.types.is_list(field.type) else pa.array(values, field.type)
         )
-    return pa.Table.from_arrays(columns, schema=SCHEMA)
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _list_array(values: list[np.ndarray | None], type_: pa.ListType) -> pa.ListArray:
@@ -92,20 +92,21 @@ def _list_array(values: list[np.ndarray | None], type_: pa.ListType) -> pa.ListA
 
 def from_table(table: pa.Table) -> list[Row]:
     """A table of SCHEMA to rows; the arrays are views of Arrow memory."""
-    plain, lists = {}, {}
-    for field in SCHEMA:
+    return [Row(**values) for values in row_values(table, SCHEMA)]
+
+
+def row_values(table: pa.Table, schema: pa.Schema) -> Iterator[dict]:
+    """The values of each row by column, the top k as [T, k]; the arrays are views of Arrow memory."""
+    columns = {}
+    for field in schema:
         column = table.column(field.name).combine_chunks()
-        if pa.types.is_list(field.type):
-            lists[field.name] = _split(column)
-        else:
-            plain[field.name] = column.to_pylist()
-    rows = []
+        columns[field.name] = _split(column) if pa.types.is_list(field.type) else column.to_pylist()
     for i in range(table.num_rows):
-        values = {name: column[i] for name, column in (plain | lists).items()}
-        steps = max(len(values["response_ids"]), 1)
-        values |= {name: values[name].reshape(steps, -1) for name in ("topk_ids", "topk_logprobs")}
-        rows.append(Row(**values))
-    return rows
+        values = {name: column[i] for name, column in columns.items()}
+        for name in ("topk_ids", "topk_logprobs"):
+            if values.get(name) is not None:
+                values[name] = values[name].reshape(max(len(values["response_ids"]), 1), -1)
+        yield values
 
 
 def _split(column: pa.ListArray) -> list[np.ndarray | None]:

@@ -1,18 +1,20 @@
-"""Teacher engines behind one interface: vllm, hf (transformers), text (none at all) and stub."""
+"""Teacher engines behind one interface: vllm, hf (transformers), ray (replicas of one), text (none at all) and stub."""
 
 import importlib.util
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.teachers.base import Answer, Ask, Engine, Failure
+from pipeline.teachers.base import Answer, Ask, Engine, EngineDead, Failure, Loading
 
-__all__ = ["Answer", "Ask", "Engine", "Failure", "choose_engine", "open_engine"]
+__all__ = [
+    "Answer", "Ask", "Engine", "EngineDead", "Failure", "Loading", "choose_engine", "open_engine", "require_supported",
+]  # fmt: skip
 
 
 def choose_engine(name: str, encoder_decoder: bool = False) -> str:
     """Resolve `auto`: vllm where it is installed, but hf for encoder-decoder models, which vLLM does not run.
 
-    Raises UserError where vLLM is asked for and cannot serve.
+    Raises UserError where vLLM or Ray is asked for and cannot serve.
     """
     installed = importlib.util.find_spec("vllm") is not None
     if name == "vllm" and not installed:
@@ -21,19 +23,37 @@ def choose_engine(name: str, encoder_decoder: bool = False) -> str:
         )
     if name == "vllm" and encoder_decoder:
         raise UserError("engine vllm: vLLM does not run encoder-decoder models; use --engine hf")
+    if name == "ray" and importlib.util.find_spec("ray") is None:
+        raise UserError(
+            "engine ray: the package ray is not installed. Install this project's extra: pip install -e '.[ray]', or "
+            "use --engine auto"
+        )
     return ("vllm" if installed and not encoder_decoder else "hf") if name == "auto" else name
 
 
-def open_engine(name: str, folder: Path, dtype: str, context: int) -> Engine:
-    """Load the teacher in `folder`. `context` is the longest prompt plus response that will be asked for."""
+def require_supported(engine: str, quantization: str, tensor_parallel: int, pipeline_parallel: int) -> None:
+    """Raises UserError where only vLLM could do what is asked of another engine."""
+    given = {"quantization": quantization != "", "tensor_parallel": tensor_parallel > 1}
+    given |= {"pipeline_parallel": pipeline_parallel > 1}
+    asked = [f"generate.{name}" for name, is_given in given.items() if is_given]
+    if engine != "vllm" and asked:
+        raise UserError(f"engine {engine} has no {' and no '.join(asked)}: leave the default, or use --engine vllm")
+
+
+def open_engine(name: str, folder: Path, loading: Loading) -> Engine:
+    """Load the teacher in `folder` (with ray: when it is first asked)."""
     if name == "vllm":
         from pipeline.teachers.vllm import VllmEngine
 
-        return VllmEngine(folder, dtype, context)
+        return VllmEngine(folder, loading)
     if name == "hf":
         from pipeline.teachers.hf import HfEngine
 
-        return HfEngine.load(folder, dtype)
+        return HfEngine.load(folder, loading.dtype)
+    if name == "ray":
+        from pipeline.teachers.ray import RayEngine
+
+        return RayEngine(folder, loading)
     if name == "text":
         from pipeline.teachers.text import TextEngine
 

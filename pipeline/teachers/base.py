@@ -4,13 +4,36 @@ Both return an iterator in any order, so that an engine can batch as it likes; a
 a Failure and never ends the run.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from pipeline.errors import UserError
 from pipeline.shards.identity import Sampling
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a teacher is loaded. Only `dtype` and `quantization` change what it says."""
+
+    dtype: str
+    context: int  # the longest prompt plus response that will be asked for, in tokens
+    tensor_parallel: int = 1  # GPUs that share each layer
+    pipeline_parallel: int = 1  # groups of layers, one after the other
+    quantization: str = ""  # vLLM's name; empty: the weights as they are stored
+    replicas: int = 1  # copies of the engine, with ray
+    replica_engine: str = ""  # what each copy is, with ray
+
+    @property
+    def devices(self) -> int:
+        """Devices (or processes, on a CPU) that hold one copy of the model."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+
+class EngineDead(RuntimeError):
+    """The engine cannot go on: whatever is asked of it now would fail as well."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +72,32 @@ class Engine(Protocol):
 
     description: dict
 
-    def sample(self, asks: Sequence[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]: ...
+    def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]: ...
 
-    def score(self, asks: Sequence[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]: ...
+    def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]: ...
+
+
+def needed(answers: Iterable[Answer | Failure], what: str) -> Iterator[Answer]:
+    """Answers of a model of which every row is needed. Raises UserError at the first that cannot be made."""
+    for answer in answers:
+        if isinstance(answer, Failure):
+            raise UserError(f"{what} gave no answer: {answer.reason}")
+        yield answer
+
+
+def too_long(prompt: int, response: int, context: int | None) -> str | None:
+    """Why a prompt and a response of up to so many tokens do not fit, if they do not."""
+    if context is None or prompt + response <= context:
+        return None
+    return (
+        f"a prompt of {prompt} tokens and a response of up to {response} exceed the teacher's context of {context}: "
+        "shorten the prompt or lower max_tokens"
+    )
+
+
+def reason_of(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def finish_of(response_ids: np.ndarray, stop_token_ids: Sequence[int]) -> str:

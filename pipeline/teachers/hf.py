@@ -1,22 +1,28 @@
 """The transformers engine: the oracle, and the teacher on machines without vLLM.
 
 transformers' own `generate` runs the model; a logits processor looks at the raw logits of each step, draws the next
-token with each sample's own random numbers and keeps the top k. A sample therefore does not depend on its batch.
+token with each sample's own random numbers and keeps the top k. How a sequence is padded follows from its own length,
+and no batch has very few rows, so that a sample does not depend on its batch: in float32 on one thread, not in one bit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from pipeline.models import best_device, context_length, load_lm
 from pipeline.shards.identity import Sampling
-from pipeline.teachers.base import Answer, Ask, Failure, finish_of
+from pipeline.teachers.base import Answer, Ask, EngineDead, Failure, finish_of, reason_of, too_long
+
+_WINDOW = 16  # batches that are sorted by length together; further apart, prompts keep their order
+_FEWEST = 8  # rows that a model is run on: with very few, libraries compute other roundings
 
 
 class HfEngine:
-    """Batched generation, longest prompts first; left-padded for causal models, right-padded for encoders."""
+    """Batched generation over a stream of asks; left-padded for causal models, right-padded for encoders."""
 
     def __init__(self, model, batch_size: int = 64):
         import transformers
@@ -26,45 +32,89 @@ class HfEngine:
 
     @classmethod
     def load(cls, folder: Path, dtype: str) -> "HfEngine":
-        from pipeline.models import best_device, load_lm
-
         return cls(load_lm(folder, dtype).to(best_device()))
 
-    @torch.inference_mode()
-    def sample(self, asks: Sequence[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:
-        for batch in self._batches(asks, lambda ask: len(ask.prompt_ids)):
-            capture = _Capture([ask.seed for ask in batch], sampling, k)
-            input_ids, mask = self._padded([ask.prompt_ids for ask in batch])
-            output = self.model.generate(
-                input_ids,
-                attention_mask=mask,
-                generation_config=GenerationConfig(
-                    max_new_tokens=sampling.max_tokens,
-                    do_sample=False,
-                    eos_token_id=list(sampling.stop_token_ids),
-                    pad_token_id=sampling.stop_token_ids[0],
-                    decoder_start_token_id=self.model.generation_config.decoder_start_token_id,
-                ),
-                logits_processor=LogitsProcessorList([capture]),
-            )
-            given = 1 if self.seq2seq else input_ids.shape[1]  # a decoder is given its start token
-            tokens = output[:, given:].cpu().numpy().astype(np.int32)
-            yield from capture.answers(batch, tokens)
+    def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:
+        return self._run(asks, lambda ask: sampling.max_tokens, lambda batch: self._sampled(batch, sampling, k))
+
+    def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]:
+        return self._run(asks, lambda ask: len(ask.response_ids), lambda batch: self._scored(batch, k, stop_token_ids))
+
+    def _run(
+        self, asks: Iterable[Ask], response: Callable[[Ask], int], answer: Callable[[list[Ask]], list[Answer]]
+    ) -> Iterator[Answer | Failure]:
+        """Answer in batches of similar length. `response(ask)`: the most tokens that its response can have."""
+        waiting, context = iter(asks), context_length(self.model.config)
+        while window := list(islice(waiting, _WINDOW * self.batch_size)):
+            fitting = []
+            for ask in window:
+                if reason := too_long(len(ask.prompt_ids), response(ask), context):
+                    yield Failure(ask.key, reason)
+                else:
+                    fitting.append(ask)
+            fitting.sort(key=self._sizes, reverse=True)
+            for _, alike in groupby(fitting, key=self._sizes):
+                while batch := list(islice(alike, self.batch_size)):
+                    yield from self._halving(batch, answer)
+
+    def _sizes(self, ask: Ask) -> tuple[int, ...]:
+        """Lengths that the ask's sequences are padded to, which follow from it alone; only equal ones share a batch."""
+        prompt, response = len(ask.prompt_ids), 0 if ask.response_ids is None else len(ask.response_ids)
+        return (_size(prompt), _size(response)) if self.seq2seq else (_size(prompt + response),)
+
+    def _halving(self, batch: list[Ask], answer: Callable[[list[Ask]], list[Answer]]) -> Iterator[Answer | Failure]:
+        """Answer a batch, in halves where it does not fit into memory, down to a single row."""
+        try:
+            answers = answer(batch)
+        except torch.OutOfMemoryError as error:
+            answers, reason = None, reason_of(error)  # the error itself would keep the batch's tensors alive
+        except getattr(torch, "AcceleratorError", ()) as error:
+            raise EngineDead(f"the device failed: {reason_of(error)}") from error
+        if answers is not None:
+            yield from answers
+        elif len(batch) == 1:
+            yield Failure(batch[0].key, f"one row alone does not fit into memory: {reason}")
+        else:
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+            middle = (len(batch) + 1) // 2
+            for half in (batch[:middle], batch[middle:]):
+                yield from self._halving(half, answer)
 
     @torch.inference_mode()
-    def score(self, asks: Sequence[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]:
-        for batch in self._batches(asks, lambda ask: len(ask.prompt_ids) + len(ask.response_ids)):
-            logits = self._decoder_logits(batch) if self.seq2seq else self._causal_logits(batch)
-            for i, ask in enumerate(batch):
-                steps = len(ask.response_ids)
-                view = (logits[i, :steps] if self.seq2seq else logits[i, -steps - 1 : -1]).float()
-                values, ids, lse = _top_k(view, k)
-                response = torch.tensor(ask.response_ids, device=view.device).long()
-                logprobs = view.gather(-1, response[:, None]).squeeze(-1) - lse
-                yield Answer(
-                    ask.key, ask.response_ids, finish_of(ask.response_ids, stop_token_ids),
-                    *(array.cpu().numpy() for array in (logprobs, ids.int(), values, lse)),
-                )  # fmt: skip
+    def _sampled(self, batch: Sequence[Ask], sampling: Sampling, k: int) -> list[Answer]:
+        filled = _filled(batch)
+        capture = _Capture([ask.seed for ask in filled], sampling, k)
+        input_ids, mask = self._padded([ask.prompt_ids for ask in filled])
+        output = self.model.generate(
+            input_ids,
+            attention_mask=mask,
+            generation_config=GenerationConfig(
+                max_new_tokens=sampling.max_tokens,
+                do_sample=False,
+                eos_token_id=list(sampling.stop_token_ids),
+                pad_token_id=sampling.stop_token_ids[0],
+                decoder_start_token_id=self.model.generation_config.decoder_start_token_id,
+            ),
+            logits_processor=LogitsProcessorList([capture]),
+        )
+        given = 1 if self.seq2seq else input_ids.shape[1]  # a decoder is given its start token
+        tokens = output[:, given:].cpu().numpy().astype(np.int32)
+        return list(capture.answers(batch, tokens))
+
+    @torch.inference_mode()
+    def _scored(self, batch: Sequence[Ask], k: int, stop_token_ids: Sequence[int]) -> list[Answer]:
+        filled, answers = _filled(batch), []
+        logits = self._decoder_logits(filled) if self.seq2seq else self._causal_logits(filled)
+        for i, ask in enumerate(batch):
+            steps = len(ask.response_ids)
+            view = (logits[i, :steps] if self.seq2seq else logits[i, -steps - 1 : -1]).float()
+            values, ids, lse = _top_k(view, k)
+            response = torch.tensor(ask.response_ids, device=view.device).long()
+            logprobs = view.gather(-1, response[:, None]).squeeze(-1) - lse
+            columns = (array.cpu().numpy() for array in (logprobs, ids.int(), values, lse))
+            answers.append(Answer(ask.key, ask.response_ids, finish_of(ask.response_ids, stop_token_ids), *columns))
+        return answers
 
     def _causal_logits(self, batch: Sequence[Ask]) -> torch.Tensor:
         """[B, 1 + R, V]; left padding puts all responses at the end, and only those positions go through the head."""
@@ -83,15 +133,21 @@ class HfEngine:
     def _padded(self, sequences: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         return _padded(sequences, self.model.device, left=not self.seq2seq)
 
-    def _batches(self, asks: Sequence[Ask], length) -> Iterator[list[Ask]]:
-        ordered = sorted(asks, key=length, reverse=True)
-        for start in range(0, len(ordered), self.batch_size):
-            yield ordered[start : start + self.batch_size]
+
+def _filled(batch: Sequence[Ask]) -> Sequence[Ask]:
+    """The batch, with its last row repeated where there are very few."""
+    return [*batch, *[batch[-1]] * (_FEWEST - len(batch))]
+
+
+def _size(length: int) -> int:
+    """The length that a sequence is padded to: at most an eighth more than its own, in steps of 8 or more."""
+    step = max(8, 1 << length.bit_length() >> 4)
+    return -(-length // step) * step
 
 
 def _padded(sequences: Sequence[np.ndarray], device, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, [B, L] each; padding is masked, so its id means nothing."""
-    longest = max(map(len, sequences))
+    longest = _size(max(map(len, sequences)))
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, sequence in enumerate(sequences):

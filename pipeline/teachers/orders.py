@@ -13,7 +13,7 @@ from pipeline.shards.identity import Request, sample_seed
 from pipeline.shards.schema import Row, footer
 from pipeline.shards.selection import Part
 from pipeline.shards.store import RequestFolder, pick
-from pipeline.teachers.base import Answer, Ask, Engine, Failure
+from pipeline.teachers.base import Answer, Ask, Engine, Failure, too_long
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +73,8 @@ class Order:
         return len(wanted.prompt_ids) + (self.request.sampling.max_tokens if given is None else len(given))
 
     def _too_long(self, wanted: Wanted) -> str | None:
-        if self.context is None or self.length(wanted) <= self.context:
-            return None
-        response = self.length(wanted) - len(wanted.prompt_ids)
-        return (
-            f"a prompt of {len(wanted.prompt_ids)} tokens and a response of up to {response} exceed the teacher's "
-            f"context of {self.context}: shorten the prompt or lower max_tokens"
-        )
+        prompt = len(wanted.prompt_ids)
+        return too_long(prompt, self.length(wanted) - prompt, self.context)
 
     def fulfil(self, engine: Engine, tokenizer, teacher: dict, rows_per_shard: int) -> int:
         """Have everything made that is missing or stored with too few tokens; returns the number of tokens.

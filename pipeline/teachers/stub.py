@@ -3,7 +3,7 @@
 Its answers are stored under an identity of their own, so they can never be taken for a real teacher's.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ class StubEngine:
 
         return cls(load_config(folder).get_text_config().vocab_size)
 
-    def sample(self, asks: Sequence[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:
+    def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:
         for ask in asks:
             rng = np.random.default_rng(ask.seed)
             length = int(rng.integers(1, sampling.max_tokens + 1))
@@ -35,7 +35,7 @@ class StubEngine:
                 response = np.append(response, np.int32(sampling.stop_token_ids[0]))
             yield self._answer(ask, response, k, sampling.stop_token_ids)
 
-    def score(self, asks: Sequence[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]:
+    def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]:
         for ask in asks:
             yield self._answer(ask, ask.response_ids, k, stop_token_ids)
 

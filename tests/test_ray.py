@@ -1,0 +1,168 @@
+"""What holds for the ray engine, with two actors in processes of their own: the same rows, none lost to a death."""
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("ray")
+
+from pipeline.models import load_lm
+from pipeline.shards.schema import read_metadata
+from pipeline.shards.selection import Selection
+from pipeline.teachers import Ask, EngineDead, Failure, Loading
+from pipeline.teachers.hf import HfEngine
+from pipeline.teachers.ray import RayEngine
+from pipeline.teachers.replica import Replica
+from pipeline.teachers.stub import StubEngine
+from stages.generate import Summary, generate
+from tests.conftest import ROOT, make_params, make_prompts, run_cli
+from tests.test_engines import DRAWN, GREEDY, by_key, make_asks
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """One cluster for the module; that the engine starts and ends its own is a test of processes below."""
+    import ray
+
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def open_ray(folder: Path, replica_engine: str = "hf") -> RayEngine:
+    return RayEngine(folder, Loading("float32", 40, replicas=2, replica_engine=replica_engine))
+
+
+def killing(marks: Path, key: str = "", seconds: float = 0.0) -> type[Replica]:
+    """Replicas that write down their process and take their time, and that kill it when they are given `key`."""
+
+    class Killing(Replica):
+        def __call__(self, table):
+            (marks / str(os.getpid())).touch()
+            time.sleep(seconds)
+            if key in table.column("key").to_pylist():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(table)
+
+    return Killing
+
+
+def assert_same_rows(ours, alone) -> None:
+    assert ours.keys() == alone.keys()
+    for key, answer in alone.items():
+        np.testing.assert_array_equal(ours[key].response_ids, answer.response_ids)
+        np.testing.assert_array_equal(ours[key].topk_ids, answer.topk_ids)
+        assert ours[key].finish == answer.finish
+        for name in ("logprobs", "topk_logprobs", "lse"):
+            np.testing.assert_allclose(getattr(ours[key], name), getattr(answer, name), atol=1e-4)
+            assert getattr(ours[key], name).dtype == np.float32
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+def test_two_replicas_make_the_rows_that_the_engine_makes_alone(teacher, sampling):
+    asks, alone = make_asks(40), HfEngine(load_lm(teacher))
+    drawn = by_key(open_ray(teacher).sample(iter(asks), sampling, 5))
+    assert_same_rows(drawn, by_key(alone.sample(asks, sampling, 5)))
+    if sampling is DRAWN:
+        given = [Ask(ask.key, ask.prompt_ids, 0, drawn[ask.key].response_ids) for ask in asks]
+        assert_same_rows(by_key(open_ray(teacher).score(given, 5, (2,))), by_key(alone.score(given, 5, (2,))))
+
+
+def test_a_row_that_cannot_be_made_fails_alone(teacher):
+    """A prompt that is too long, and one that makes the engine raise while it works on a whole table."""
+    too_long = Ask("a" * 32, np.full(60, 5, np.int32), 1)
+    broken = Ask("b" * 32, np.array([5, 4000, 6], np.int32), 1)  # no such token
+    asks = make_asks(30)
+    found = {answer.key: answer for answer in open_ray(teacher).sample([too_long, broken, *asks], GREEDY, 5)}
+    assert found.keys() == {too_long.key, broken.key, *(ask.key for ask in asks)}
+    assert {key for key, answer in found.items() if isinstance(answer, Failure)} == {too_long.key, broken.key}
+    assert "context of 64" in found[too_long.key].reason and "IndexError" in found[broken.key].reason
+
+
+def test_a_killed_replica_loses_no_row(teacher, tmp_path):
+    """SIGKILL of one of the two processes, after the first answers have come."""
+    engine, asks = open_ray(teacher, "stub"), make_asks(64)
+    engine.replica = killing(tmp_path, seconds=0.5)
+    answers, found = engine.sample(asks, DRAWN, 5), []
+    found.append(next(answers))
+    victim = int(next(tmp_path.iterdir()).name)
+    os.kill(victim, signal.SIGKILL)
+    found.extend(answers)
+    assert_same_rows(by_key(found), by_key(StubEngine(44).sample(asks, DRAWN, 5)))
+    assert len(found) == 64 and len(list(tmp_path.iterdir())) == 3  # two replicas, and the one that came after
+
+
+def test_a_row_that_kills_every_replica_fails_alone_and_the_job_ends(teacher, tmp_path):
+    engine, asks = open_ray(teacher, "stub"), make_asks(24)
+    engine.replica = killing(tmp_path, asks[10].key)
+    found = {answer.key: answer for answer in engine.sample(asks, DRAWN, 5)}
+    failure = found.pop(asks[10].key)
+    assert isinstance(failure, Failure) and "died" in failure.reason
+    others = [ask for ask in asks if ask.key != failure.key]
+    assert_same_rows(by_key(found.values()), by_key(StubEngine(44).sample(others, DRAWN, 5)))
+    assert len(list(tmp_path.iterdir())) <= 2 + 3 + 2 + 2  # replicas, tries in a table, tries alone, restarts
+
+
+def test_an_engine_that_says_it_is_dead_is_replaced_and_the_row_tried_elsewhere(teacher, tmp_path):
+    class Dead(Replica):
+        def __init__(self, folder, loading, job):
+            super().__init__(folder, loading, job)
+            if not (tmp_path / "dead").exists():
+                (tmp_path / "dead").touch()
+                self.engine.sample = self._die
+
+        def _die(self, asks, sampling, k):
+            raise EngineDead("the device failed")
+
+    engine, asks = open_ray(teacher, "stub"), make_asks(24)
+    engine.replica = Dead
+    assert_same_rows(by_key(engine.sample(asks, DRAWN, 5)), by_key(StubEngine(44).sample(asks, DRAWN, 5)))
+
+
+def test_a_replica_that_cannot_start_ends_the_job_with_its_reason(tmp_path):
+    with pytest.raises(RuntimeError, match=r"no .*at .*nowhere"):
+        list(open_ray(tmp_path / "nowhere").sample(make_asks(2), GREEDY, 5))
+
+
+def test_rows_made_through_ray_belong_to_the_model_and_name_their_engine(teacher, tmp_path, own_store):
+    prompts = make_prompts(tmp_path / "prompts.parquet", train=12, validation=2)
+    through = make_params(teacher, "generate.engine=ray", "generate.replica_engine=hf")
+    assert generate(through, prompts, tmp_path / "a") == Summary(0, 32, 0)
+    assert generate(make_params(teacher), prompts, tmp_path / "b") == Summary(32, 0, 0)
+    generate(make_params(teacher), prompts, tmp_path / "c", tmp_path / "other")
+    for ours, alone in zip(
+        Selection(tmp_path / "a").rows("train"), Selection(tmp_path / "c").rows("train"), strict=True
+    ):
+        assert ours.key == alone.key and (ours.response_ids == alone.response_ids).all()
+    engine = read_metadata(next(own_store.glob("*/*/part-*.parquet")))["engine"]
+    assert engine["engine"] == "ray" and engine["replicas"] == 2 and engine["ray"]
+    assert engine["replica"]["engine"] == "hf" and engine["replica"]["torch"]
+
+
+@pytest.mark.parametrize("joins", [True, False], ids=["a running cluster", "its own"])
+def test_the_command_uses_the_cluster_of_ray_address_or_one_of_its_own_and_stays_quiet(teacher, tmp_path, joins):
+    import ray
+
+    def actors() -> int:
+        return len(ray._private.state.actors())
+
+    prompts, before = make_prompts(tmp_path / "prompts.parquet", train=8), actors()
+    environment = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address} if joins else {}
+    done = run_cli(
+        "generate", "--teacher", teacher, "--prompts", prompts, "--out", tmp_path / "out", "--engine", "ray",
+        "--set", "generate.replica_engine=stub", "--template", "{prompt}", "--max-tokens", "4",
+        "--params", ROOT / "params.yaml", env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and "made now" in done.stderr
+    assert not [
+        line for line in done.stderr.splitlines() if re.search(r"ray\.|Ray|Dataset|pid=|WARNING|Traceback", line)
+    ]
+    assert (actors() > before) == joins

@@ -1,0 +1,224 @@
+"""What holds for the vLLM engine: the numbers of transformers, whatever the batch and however the model is split."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pipeline.models import load_lm
+from pipeline.shards.identity import Sampling
+from pipeline.shards.selection import Selection
+from pipeline.teachers import Ask, EngineDead, Failure, Loading, open_engine
+from pipeline.teachers.hf import HfEngine
+from stages.generate import generate
+from tests.conftest import ROOT, make_params, make_prompts
+from tests.test_engines import DRAWN, GREEDY, assert_columns_are_those_of_the_model, by_key, make_asks
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+pytestmark = [pytest.mark.slow, needs_vllm]
+
+
+@pytest.fixture(scope="module")
+def hf(teacher) -> HfEngine:
+    return HfEngine(load_lm(teacher), batch_size=7)
+
+
+# One engine a session, because a process can hold one.
+
+
+@pytest.fixture(scope="module")
+def vllm(teacher):
+    return open_engine("vllm", teacher, Loading("float32", 40))
+
+
+def test_vllm_and_hf_agree_greedy(vllm, hf):
+    """The contract of the capture: tokens, top k, log-probabilities and the exact normaliser."""
+    asks = make_asks(32)
+    ours, oracle = by_key(vllm.sample(asks, GREEDY, 5)), by_key(hf.sample(asks, GREEDY, 5))
+    for ask in asks:
+        np.testing.assert_array_equal(ours[ask.key].response_ids, oracle[ask.key].response_ids)
+        assert_columns_are_those_of_the_model(ours[ask.key], ask, hf.model, 5, 1e-3)
+
+
+def test_a_vllm_sample_does_not_depend_on_its_neighbours(vllm, hf):
+    asks = make_asks(32)
+    together = by_key(vllm.sample(asks, DRAWN, 5))
+    apart = by_key(answer for ask in asks[::-1][:6] for answer in vllm.sample([ask], DRAWN, 5))
+    for key, answer in apart.items():
+        np.testing.assert_array_equal(answer.response_ids, together[key].response_ids)
+    for ask in asks:
+        assert_columns_are_those_of_the_model(together[ask.key], ask, hf.model, 5, 1e-3)
+
+
+def test_vllm_scores_as_hf_does(vllm, hf):
+    asks = [Ask(a.key, a.prompt_ids, 0, np.array([5, 9, 30, 2], np.int32)) for a in make_asks(12)]
+    for ask, (key, answer) in zip(asks, by_key(vllm.score(asks, 5, (2,))).items(), strict=True):
+        assert_columns_are_those_of_the_model(answer, next(a for a in asks if a.key == key), hf.model, 5, 1e-3)
+        assert ask.response_ids[-1] == 2
+
+
+def test_a_row_that_vllm_refuses_does_not_end_the_run(vllm):
+    long = Ask("f" * 32, np.full(60, 5, np.int32), 1)
+    found = list(vllm.sample([long, *make_asks(3)], DRAWN, 5))
+    failures = [answer for answer in found if isinstance(answer, Failure)]
+    assert len(found) == 4 and [failure.key for failure in failures] == [long.key]
+    assert "60" in failures[0].reason
+
+
+def test_vllm_reads_a_full_context_and_keeps_the_whole_vocabulary(vllm, hf):
+    """A scored sequence that fills the context, with every token of the vocabulary at every position."""
+    ask = Ask("c" * 32, np.arange(4, 38, dtype=np.int32), 0, np.array([5, 9, 30, 7, 8, 2], np.int32))
+    assert len(ask.prompt_ids) + len(ask.response_ids) == 40
+    (answer,) = vllm.score([ask], 44, (2,))
+    assert_columns_are_those_of_the_model(answer, ask, hf.model, 44, 1e-3)
+
+
+def run_python(code: str, folder, *arguments) -> str:
+    """Run a script in a process of its own (a file, so that vLLM's workers can be spawned); what it printed."""
+    (folder / "script.py").write_text(code)
+    command = [sys.executable, folder / "script.py", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    found = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=280)
+    assert found.returncode == 0, found.stderr[-3000:]
+    return found.stdout
+
+
+WITHOUT_HOOK = """
+import sys
+from pathlib import Path
+import numpy as np
+from pipeline.teachers import Ask, Loading
+from pipeline.teachers import vllm
+from pipeline.shards.identity import Sampling
+
+vllm.Capture.xkd_install = lambda self: False  # a vLLM whose sampler has no hook
+engine = vllm.VllmEngine(Path(sys.argv[1]), Loading("float32", 40))
+(answer,) = engine.sample([Ask("a" * 32, np.array([5, 6, 7], np.int32), 1)], Sampling(0.0, 1.0, 4, (2,)), 5)
+assert answer.lse is None and answer.topk_ids.shape == (len(answer.response_ids), 5)
+np.savez(sys.argv[2], ids=answer.response_ids, logprobs=answer.logprobs, topk=answer.topk_logprobs)
+"""
+
+
+def test_without_the_hook_vllm_gives_log_probabilities_and_no_lse(teacher, hf, tmp_path):
+    run_python(WITHOUT_HOOK, tmp_path, teacher, tmp_path / "answer.npz")
+    answer = np.load(tmp_path / "answer.npz")
+    (oracle,) = hf.sample([Ask("a" * 32, np.array([5, 6, 7], np.int32), 1)], Sampling(0.0, 1.0, 4, (2,)), 5)
+    np.testing.assert_array_equal(answer["ids"], oracle.response_ids)
+    np.testing.assert_allclose(answer["logprobs"], oracle.logprobs, atol=1e-3)
+    np.testing.assert_allclose(answer["topk"], oracle.topk_logprobs, atol=1e-3)
+
+
+def test_engines_fill_the_store_with_the_same_rows(vllm, teacher, tmp_path):
+    """Greedy and in float32: keys, responses, numbers, and the same tokens in the top k but for near ties."""
+    prompts = make_prompts(tmp_path / "prompts.parquet", train=20, validation=6)
+    greedy = ("generate.temperature=0", "generate.samples=1", "generate.dtype=float32")
+    generate(
+        make_params(teacher, *greedy, "generate.engine=vllm"), prompts, tmp_path / "v", tmp_path / "1", engine=vllm
+    )
+    generate(make_params(teacher, *greedy), prompts, tmp_path / "h", tmp_path / "2")
+    for part, count in (("train", 20), ("validation", 6), ("scored", 18)):
+        rows = [list(Selection(tmp_path / name).rows(part)) for name in "vh"]
+        assert len(rows[0]) == count
+        for ours, oracle in zip(*rows, strict=True):
+            assert (ours.key, ours.origin, ours.finish) == (oracle.key, oracle.origin, oracle.finish)
+            np.testing.assert_array_equal(ours.response_ids, oracle.response_ids)
+            np.testing.assert_allclose(ours.logprobs, oracle.logprobs, atol=1e-3)
+            np.testing.assert_allclose(ours.lse, oracle.lse, atol=1e-3)
+            np.testing.assert_allclose(
+                ours.topk_logprobs.astype(np.float32), oracle.topk_logprobs.astype(np.float32), atol=1e-2
+            )  # float16
+            gaps = np.abs(np.diff(oracle.topk_logprobs.astype(np.float32), axis=1))
+            tied = np.pad(gaps < 1e-2, ((0, 0), (1, 0))) | np.pad(gaps < 1e-2, ((0, 0), (0, 1)))
+            tied[:, -1] = True  # its neighbour below is not in the row
+            assert ((ours.topk_ids == oracle.topk_ids) | tied).all() and tied.mean() < 0.4
+
+
+SPLIT = """
+import os
+import signal
+import sys
+from pathlib import Path
+import numpy as np
+from pipeline.teachers import EngineDead, Loading, open_engine
+from tests.test_engines import DRAWN, GREEDY, by_key, make_asks
+
+if __name__ == "__main__":
+    tensor, pipeline = map(int, sys.argv[2:4])
+    loading = Loading("float32", 40, tensor_parallel=tensor, pipeline_parallel=pipeline)
+    engine = open_engine("vllm", Path(sys.argv[1]), loading)
+    assert engine.lse
+    found = by_key(engine.sample(make_asks(8), GREEDY, 5))
+    columns = ("response_ids", "topk_ids", "logprobs", "topk_logprobs", "lse")
+    np.savez(sys.argv[4], **{f"{key}.{c}": getattr(found[key], c) for key in found for c in columns})
+    answers = engine.sample(make_asks(32), DRAWN, 5)
+    next(answers)
+    for worker in engine.llm.llm_engine.engine_core.engine_core.model_executor.workers:
+        os.kill(worker.proc.pid, signal.SIGKILL)
+    try:
+        list(answers)
+        list(engine.sample(make_asks(2), GREEDY, 5))
+    except EngineDead as error:
+        print("dead:", error)
+"""
+
+
+@pytest.mark.parametrize("tensor, pipeline", [(2, 1), (1, 2)])
+def test_a_model_in_two_processes_gives_the_same_rows_and_its_death_is_an_exception(
+    hf, teacher, tmp_path, tensor, pipeline
+):
+    said = run_python(SPLIT, tmp_path, teacher, tensor, pipeline, tmp_path / "answers.npz")
+    found = np.load(tmp_path / "answers.npz")
+    for key, answer in by_key(hf.sample(make_asks(8), GREEDY, 5)).items():
+        np.testing.assert_array_equal(found[f"{key}.response_ids"], answer.response_ids)
+        np.testing.assert_array_equal(found[f"{key}.topk_ids"], answer.topk_ids)
+        for name in ("logprobs", "topk_logprobs", "lse"):
+            np.testing.assert_allclose(found[f"{key}.{name}"], getattr(answer, name), atol=1e-3)
+    assert "dead: vLLM stopped: " in said
+
+
+def given_to_vllm(monkeypatch, folder, loading, installed) -> tuple[list[dict], object]:
+    """The arguments of each `LLM(...)` that opening the engine makes, whose workers answer `installed`; the engine."""
+    made = []
+
+    def make(**arguments):
+        made.append(arguments)
+        return SimpleNamespace(collective_rpc=lambda name: installed)
+
+    monkeypatch.setattr("vllm.LLM", make)
+    return made, open_engine("vllm", folder, loading)
+
+
+def test_sizes_and_quantization_reach_vllm(monkeypatch, teacher):
+    (given,), _ = given_to_vllm(monkeypatch, teacher, Loading("bfloat16", 40, 4, 2, "fp8"), [None] * 4 + [True] * 4)
+    assert (given["tensor_parallel_size"], given["pipeline_parallel_size"]) == (4, 2)
+    assert (given["quantization"], given["dtype"], given["distributed_executor_backend"]) == ("fp8", "bfloat16", "mp")
+    (given,), _ = given_to_vllm(monkeypatch, teacher, Loading("float32", 40), [True])
+    assert given["quantization"] is None and "distributed_executor_backend" not in given
+
+
+@pytest.mark.parametrize(
+    "installed, lse", [([True, True], True), ([None, True], True), ([True, False], False), ([None, False], False)]
+)
+def test_only_a_worker_that_samples_without_the_hook_makes_the_engine_do_without_lse(
+    monkeypatch, teacher, installed, lse
+):
+    made, engine = given_to_vllm(monkeypatch, teacher, Loading("float32", 40, 2), installed)
+    assert engine.lse == lse
+    assert [given["logprobs_mode"] for given in made] == ["raw_logits", "raw_logprobs"][: 1 if lse else 2]
+
+
+def test_whatever_stops_vllm_comes_out_with_its_reason_and_others_may_ask_again(vllm, monkeypatch):
+    def stop():
+        raise AssertionError("no block left") from MemoryError("the worker ran out of memory")
+
+    asks = make_asks(4)
+    with monkeypatch.context() as patched:
+        patched.setattr(vllm.llm.llm_engine, "step", stop)
+        with pytest.raises(EngineDead, match="MemoryError: the worker ran out of memory"):
+            list(vllm.sample(asks, GREEDY, 5))
+    assert next(vllm.sample(asks, GREEDY, 5)).key in {ask.key for ask in asks}  # not listened to until the end
+    assert len(by_key(vllm.sample(asks, GREEDY, 5))) == 4
