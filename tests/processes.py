@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +56,8 @@ class Run:
         return 128 - code if code < 0 else code
 
     def send(self, number: signal.Signals) -> None:
-        os.kill(self.process.pid, number)
+        with suppress(ProcessLookupError):  # it may be over
+            os.kill(self.process.pid, number)
 
     def wait_for(self, happened, seconds: float = 60) -> None:
         """Return as soon as `happened()`, which must be before the command ends."""

@@ -118,11 +118,12 @@ def write_selection(
         with writing_to(staged):
             for name, part in parts.items():
                 manifest["parts"][name] = _write_part(staged, name, part, teacher, k, materialize)
-            for stale in out.iterdir():
-                if _LEFT_BEHIND.fullmatch(stale.name) and stale != staged:
-                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+            new = {file.name for file in staged.iterdir()} | {"manifest.json", staged.name}
             for file in sorted(staged.iterdir()):
                 os.replace(file, out / file.name)
+            for stale in out.iterdir():
+                if _LEFT_BEHIND.fullmatch(stale.name) and stale.name not in new:
+                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     write_json_atomically(out / "manifest.json", manifest)
