@@ -58,7 +58,7 @@ def _engine() -> Finding:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1][:160]
         advice = "./xkd setup repairs it (a torchvision that does not fit is the usual cause); or use --engine hf"
         return Finding("engine", BAD, f"vLLM cannot be imported: {reason}", advice)
-    found = {name: number for name, number in versions().items() if name.startswith("vllm")}
+    found = {name: number for name, number in versions().items() if name.startswith(("vllm", "ray"))}
     return Finding("engine", OK, ", ".join(f"{name} {number}" for name, number in found.items()))
 
 

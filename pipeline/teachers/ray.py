@@ -7,6 +7,7 @@ that a row which kills every replica is the only one to fail.
 
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -81,11 +82,13 @@ class RayEngine:
         context.max_errored_blocks = -1  # a table that is lost does not end the run: its rows are asked again
         try:
             pieces = [ray.put(to_table(asks[start : start + rows], ASKS)) for start in range(0, len(asks), rows)]
-            with ray.data.DataContext.current(context):
+            with ray.data.DataContext.current(context), warnings.catch_warnings():
+                # Ray 2.60 has no other way to bound restarts and tries yet.
+                warnings.filterwarnings("ignore", message=".*ray_remote_args")
                 answers = ray.data.from_arrow_refs(pieces).map_batches(
                     self.replica,
                     fn_constructor_args=(self.folder, self.loading, job),
-                    batch_size=None,  # a table is a piece
+                    batch_size=rows,  # a table at a time
                     batch_format="pyarrow",
                     zero_copy_batch=True,
                     # A table that waited for a replica would lose a try with it.
@@ -97,8 +100,8 @@ class RayEngine:
             for table in answers.iter_batches(batch_size=None, batch_format="pyarrow"):
                 yield from from_answers(table)
         except (ray.exceptions.RayError, RuntimeError, ValueError) as error:
-            cause = error.__cause__ or error
-            raise RuntimeError(f"ray: {reason_of(cause)}") from error
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # the end of a remote traceback
+            raise RuntimeError(f"ray: {reason.strip()[:300]}") from error
 
     def _share(self) -> dict[str, float]:
         """What one replica asks of the cluster: its GPUs, or where there are none an equal part of the CPUs."""
