@@ -4,22 +4,27 @@
 
 Each layout is written to a file of its own, read back and compared; bytes a token are those of the compressed columns.
 For values: the largest error of a probability and KL(true || stored) over the k + 1 outcomes, in nats a token. Prints
-Markdown tables; `duckdb` is empty where DuckDB cannot read the file.
+Markdown tables, the last of whole shards with what keeps the schema.
 """
 
 import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.benchmarks.fidelity import loss, read, read_truth
+from pipeline.shards import schema
+from pipeline.shards.schema import Row
+from tests.benchmarks.fidelity import loss, read, read_truth, size
 
 SPLIT, DELTA, DICTIONARY = "BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED", "dictionary"
 
@@ -35,6 +40,24 @@ class Layout:
     level: int = 1  # of zstd; 1 is what pyarrow takes, and `write_shard`
     order: str = "row"  # row: a token's k ranks together; rank: a rank's tokens together; columns: a column a rank
     page: int = 2**20  # bytes
+
+
+def quickest(do: Callable[[], object]) -> float:
+    """Seconds of the fastest of three."""
+    times = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        do()
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+def readable_by_duckdb(path: Path) -> bool:
+    try:
+        duckdb.sql(f"select * from read_parquet('{path}')").fetchall()
+    except duckdb.Error:
+        return False
+    return True
 
 
 def columns(layout: Layout, lengths: np.ndarray) -> dict[str, pa.Array]:
@@ -67,27 +90,23 @@ def measure(layout: Layout, lengths: np.ndarray, path: Path) -> dict:
     """Bytes a token, tokens written and read a second, whether DuckDB reads it, and [N, k] as decoded."""
     table, tokens = pa.table(columns(layout, lengths)), len(layout.stored)
     encodings = {f"{name}.list.element": layout.encoding for name in table.column_names}
-    begun = time.perf_counter()
-    pq.write_table(
-        table, path, compression="zstd", compression_level=layout.level, data_page_size=layout.page,
-        use_dictionary=layout.encoding == DICTIONARY,
-        column_encoding=encodings if layout.encoding in (SPLIT, DELTA) else None,
-    )  # fmt: skip
-    written = time.perf_counter()
+
+    def write() -> None:
+        pq.write_table(
+            table, path, compression="zstd", compression_level=layout.level, data_page_size=layout.page,
+            use_dictionary=layout.encoding == DICTIONARY,
+            column_encoding=encodings if layout.encoding in (SPLIT, DELTA) else None,
+        )  # fmt: skip
+
+    writing, reading = quickest(write), quickest(lambda: pq.read_table(path))
     back = stored_in(pq.read_table(path), layout, lengths)
-    finished = time.perf_counter()
     np.testing.assert_array_equal(back, layout.stored)
     group = pq.ParquetFile(path).metadata.row_group(0)
-    try:
-        duckdb.sql(f"select * from read_parquet('{path}')").fetchall()
-        readable = True
-    except duckdb.Error:
-        readable = False
     return {
         "bytes": sum(group.column(i).total_compressed_size for i in range(group.num_columns)) / tokens,
-        "written": tokens / (written - begun),
-        "read": tokens / (finished - written),
-        "duckdb": readable,
+        "written": tokens / writing,
+        "read": tokens / reading,
+        "duckdb": readable_by_duckdb(path),
         "decoded": layout.decode(back),
     }
 
@@ -145,7 +164,9 @@ def of_ids(ids: np.ndarray) -> Iterator[Layout]:
 def of_values(values: np.ndarray) -> Iterator[Layout]:
     """Log-probabilities [N, k], float32, more or less exactly."""
     half, grid = values.astype(np.float16), on_a_grid(values).astype(np.float16)
+    finer = on_a_grid(values, coarsest=1 / 32).astype(np.float16)
     yield Layout("float32, byte-split", values, encoding=SPLIT)
+    yield Layout("float16's values in float32, byte-split", half.astype(np.float32), encoding=SPLIT)
     yield Layout("float16, as `write_shard` writes it", half)
     yield Layout("float16, zstd 9", half, level=9)
     yield Layout("float16, zstd 19", half, level=19)
@@ -156,6 +177,8 @@ def of_values(values: np.ndarray) -> Iterator[Layout]:
     yield Layout("float16 on a grid", grid)
     yield Layout("float16 on a grid, zstd 9", grid, level=9)
     yield Layout("float16 on a grid, zstd 19", grid, level=19)
+    yield Layout("float16 on a grid of at most 1/32, zstd 9", finer, level=9)
+    yield Layout("the grid's values in float32, byte-split", grid.astype(np.float32), encoding=SPLIT)
     yield Layout("float16 on a grid, dictionary, zstd 9", grid, encoding=DICTIONARY, level=9)
     yield Layout("float16 on a grid, ranks together, zstd 9", grid, level=9, order="rank")
     yield Layout("float16 on a grid, a column a rank, zstd 9", grid, level=9, order="columns")
@@ -171,6 +194,43 @@ def of_values(values: np.ndarray) -> Iterator[Layout]:
     fixed = np.round(values * -512).astype(np.int32)
     steps = np.diff(fixed, axis=1, prepend=0)
     yield Layout("steps of 1/512 nat, int32, byte-split, zstd 9", steps, lambda s: s.cumsum(1) / -512, SPLIT, 9)
+
+
+@contextmanager
+def written_with(split: Sequence[str], level: int) -> Iterator[None]:
+    """`write_shard` with more columns byte-split, and another level of zstd."""
+    leveled = partial(pq.write_table, compression_level=level)
+    columns = mock.patch.object(schema, "_BYTE_SPLIT", (*schema._BYTE_SPLIT, *split))
+    with columns, mock.patch.object(schema.pq, "write_table", leveled):
+        yield
+
+
+def whole_shards(rows: Sequence[Row], metadata: dict, sizes: Sequence[int]) -> None:
+    """A table of what `write_shard` makes with options that keep the schema."""
+    tokens = sum(len(row.response_ids) for row in rows)
+    ids = ("topk_ids", "prompt_ids", "response_ids")
+    ways = {
+        "as it is": ((), 1, np.asarray),
+        "topk_ids byte-split": (ids[:1], 1, np.asarray),
+        "all ids byte-split": (ids, 1, np.asarray),
+        "all ids byte-split, zstd 9": (ids, 9, np.asarray),
+        "all ids byte-split, values on a grid": (ids, 1, on_a_grid),
+        "all ids byte-split, zstd 9, values on a grid": (ids, 9, on_a_grid),
+    }
+    print("\n| whole shard | k | bytes a token | of the top k | written, read: million tokens/s | DuckDB |")
+    print("|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "shard.parquet"
+        for name, (split, level, rounded) in ways.items():
+            for k in sizes:
+                cut = [row.trimmed(k) for row in rows]
+                made = [replace(r, topk_logprobs=rounded(r.topk_logprobs).astype(np.float16)) for r in cut]
+                with written_with(split, level):
+                    writing = quickest(lambda made=made: schema.write_shard(path, made, metadata))
+                reading = quickest(lambda: schema.from_table(pq.read_table(path)))
+                found, speed = size(path, tokens), f"{tokens / writing / 1e6:.2f}, {tokens / reading / 1e6:.2f}"
+                readable = "yes" if readable_by_duckdb(path) else "no"
+                print(f"| {name} | {k} | {found['bytes']:.1f} | {found['topk_bytes']:.1f} | {speed} | {readable} |")
 
 
 def table(title: str, layouts: Iterator[Layout], lengths: np.ndarray, judge: Callable[[np.ndarray], Sequence]) -> None:
@@ -189,6 +249,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--k", type=int, default=50)
     given = parser.parse_args()
+    metadata = schema.read_metadata(given.out / "answers.parquet")
     rows, truth = read(given.out / "answers.parquet", "float32"), read_truth(given.out)
     lengths = np.array([len(row.response_ids) for row in rows])
     ids = np.concatenate([row.topk_ids for row in rows])[:, : given.k].copy()
@@ -204,6 +265,7 @@ def main() -> None:
 
     table("ids", of_ids(ids), lengths, exact)
     table("values", of_values(values), lengths, errors)
+    whole_shards(rows, metadata, (16, given.k))
 
 
 if __name__ == "__main__":
