@@ -104,6 +104,7 @@ def _teacher(settings: Generate) -> Teacher:
     return Teacher(
         folder,
         settings.engine,
+        settings.engine,
         tokenizer,
         {"identity": _UNKNOWN, "dtype": number_type(config, settings.dtype)},
         min(settings.k, config.get_text_config().vocab_size),

@@ -1,0 +1,179 @@
+"""What keeping log-probabilities costs: our vLLM engine against bare vLLM that draws the same tokens without any.
+
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.capture MODEL FILE:COLUMN ... [--k 32] [--prompts 64] [--tokens 64]
+
+Bare vLLM is an `LLM` that this project has not touched, in a process of its own; both sides have the same options,
+prompts and seeds, and neither detokenises. They take turns, each time with an empty prefix cache, and must draw the
+same tokens. `answers` is all that `VllmEngine.sample` does, `shards` also decodes the text and writes shards. Prints
+JSON; exit code 1 where the answers come at less than 0.85 times the speed of bare vLLM. About six minutes for
+SmolLM2-135M on two cores.
+"""
+
+import json
+import multiprocessing
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import console
+from pipeline.params import Generate
+from pipeline.shards.identity import Request, Sampling
+from pipeline.teachers import Ask, Engine
+from pipeline.teachers.orders import Wanted
+from stages.asking import Teacher
+from tests.benchmarks.texts import arguments, start, to_draw
+
+BAR, ROWS_PER_SHARD = 0.85, 256
+Drawn = dict[str, list[int]]  # key -> the response's token ids
+
+
+def bare_vllm(connection: Connection, folder: str, dtype: str, context: int, asks: Sequence[Ask], sampling: Sampling):
+    """In a process of its own: an `LLM` as its documentation makes one, which draws all asks for each message."""
+    import torch
+    from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    from pipeline.teachers import vllm as ours  # the environment, before vllm is imported
+
+    options = {} if torch.cuda.is_available() else {
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": ours._CPU_CACHE_BYTES,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(4096, context),
+    }  # fmt: skip
+    with console.muted():
+        llm = LLM(model=folder, dtype=dtype, max_model_len=context + 1, generation_config="vllm", seed=0,
+                  disable_log_stats=True, use_tqdm_on_load=False, **options)  # fmt: skip
+    prompts = [TokensPrompt(prompt_token_ids=ask.prompt_ids.tolist()) for ask in asks]
+    params = [
+        SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=list(sampling.stop_token_ids),
+            seed=ask.seed,
+            detokenize=False,
+        )
+        for ask in asks
+    ]
+    connection.send("ready")
+    while connection.recv():
+        llm.reset_prefix_cache()
+        begun = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - begun
+        connection.send((seconds, {a.key: list(o.outputs[0].token_ids) for a, o in zip(asks, outputs, strict=True)}))
+
+
+def draw_answers(engine: Engine, asks: Sequence[Ask], sampling: Sampling, k: int) -> tuple[float, Drawn]:
+    """Seconds and tokens of everything up to the answers."""
+    begun = time.perf_counter()
+    answers = list(engine.sample(asks, sampling, k))
+    seconds = time.perf_counter() - begun
+    return seconds, {answer.key: answer.response_ids.tolist() for answer in answers}
+
+
+def write_shards(engine: Engine, teacher: Teacher, request: Request, wanted: list[Wanted]) -> tuple[float, Drawn]:
+    """The same up to shards in an empty store."""
+    with tempfile.TemporaryDirectory() as root:
+        order = teacher.order(request, wanted, Path(root))
+        order.look_up()
+        begun = time.perf_counter()
+        order.fulfil(engine, teacher.tokenizer, teacher.description, ROWS_PER_SHARD)
+        seconds = time.perf_counter() - begun
+        order.look_up()
+        rows = order.folder.read(order.index[each.key][0] for each in wanted)
+    return seconds, {row.key: row.response_ids.tolist() for row in rows}
+
+
+def take_turns(runs: dict[str, Callable[[], tuple[float, Drawn]]], repetitions: int) -> dict[str, list[float]]:
+    """Tokens a second of each run in each repetition, after one that does not count.
+
+    Raises ValueError where two runs drew different tokens: their work was not the same.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for repetition in range(repetitions + 1):
+        found = {name: run() for name, run in runs.items()}
+        (first, (_, expected)), *others = found.items()
+        for name, (_, drawn) in others:
+            if drawn != expected:
+                different = sum(drawn.get(key) != tokens for key, tokens in expected.items())
+                raise ValueError(f"{name} drew other tokens than {first} for {different} of {len(expected)} prompts")
+        if repetition:
+            for name, (seconds, drawn) in found.items():
+                rates[name].append(sum(map(len, drawn.values())) / seconds)
+    return rates
+
+
+def summary(rates: dict[str, list[float]], against: str) -> dict:
+    """Median and extremes of the rates, and of their ratios within each repetition."""
+
+    def spread(values: np.ndarray) -> dict[str, float]:
+        return {"median": float(np.median(values)), "least": float(values.min()), "most": float(values.max())}
+
+    base = np.array(rates[against])
+    return {
+        "tokens_per_second": {name: spread(np.array(found)) for name, found in rates.items()},
+        f"ratio_to_{against}": {name: spread(found / base) for name, found in rates.items() if name != against},
+    }
+
+
+def main() -> int:
+    parser = arguments(__doc__.split("\n")[0], prompts=64, tokens=64)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--repetitions", type=int, default=5)
+    given = parser.parse_args()
+    teacher = Teacher.of(Generate(teacher=given.model, engine="vllm", k=given.k))
+    request, wanted = to_draw(given, teacher)
+    asks, sampling = [each.ask() for each in wanted], request.sampling
+    context = max(len(ask.prompt_ids) for ask in asks) + sampling.max_tokens
+
+    here, there = multiprocessing.Pipe()
+    dtype = teacher.description["dtype"]
+    process = multiprocessing.get_context("spawn").Process(
+        target=bare_vllm, args=(there, str(teacher.source), dtype, context, asks, sampling), daemon=True
+    )
+    process.start()
+    there.close()  # so that a process that dies is an EOFError here
+    here.recv()
+    engine = start(teacher, request, wanted)
+
+    def bare() -> tuple[float, Drawn]:
+        here.send(True)
+        return here.recv()
+
+    def answers() -> tuple[float, Drawn]:
+        engine.llm.reset_prefix_cache()
+        return draw_answers(engine, asks, sampling, given.k)
+
+    def shards() -> tuple[float, Drawn]:
+        engine.llm.reset_prefix_cache()
+        return write_shards(engine, teacher, request, wanted)
+
+    try:
+        rates = take_turns({"bare": bare, "answers": answers, "shards": shards}, given.repetitions)
+    finally:
+        here.send(False)
+        process.join()
+    import torch
+
+    found = summary(rates, "bare")
+    setting = {
+        "k": given.k, "prompts": len(asks), "prompt_tokens": sum(len(ask.prompt_ids) for ask in asks),
+        "max_tokens": given.tokens, "vocab_size": teacher.description["vocab_size"], "dtype": dtype,
+        "repetitions": given.repetitions, "threads": torch.get_num_threads(), "machine": platform.machine(),
+        **engine.description,
+    }  # fmt: skip
+    met = found["ratio_to_bare"]["answers"]["median"] >= BAR
+    print(json.dumps({"setting": setting, **found, "bar": BAR, "met": met}, indent=2))
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

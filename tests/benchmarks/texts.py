@@ -1,0 +1,59 @@
+"""Real text for the benchmarks, and what a teacher reads of it."""
+
+import json
+from argparse import ArgumentParser, Namespace
+
+from pipeline.errors import UserError
+from pipeline.params import Generate
+from pipeline.prompts import TEMPLATE_VERSION, Prompt, PromptFormat, prompt_id
+from pipeline.shards.identity import Request, Sampling, sample_key
+from pipeline.teachers import Engine, open_engine
+from pipeline.teachers.orders import Wanted
+from stages.asking import Teacher, rendered
+
+
+def arguments(description: str, prompts: int, tokens: int) -> ArgumentParser:
+    """What every benchmark of a teacher on real text is given."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument("model", help="folder of the teacher")
+    parser.add_argument("texts", nargs="+", metavar="FILE:COLUMN", help="JSONL files, and which column is the prompt")
+    parser.add_argument("--engine", default="vllm", choices=("vllm", "hf"))
+    parser.add_argument("--prompts", type=int, default=prompts, help="from each file, its first ones")
+    parser.add_argument("--tokens", type=int, default=tokens, help="most tokens of a response")
+    return parser
+
+
+def read_texts(source: str, count: int) -> list[str]:
+    """The first `count` texts of FILE:COLUMN; a list of sentences is joined."""
+    file, _, column = source.rpartition(":")
+    if not file:
+        raise UserError(f"'{source}' names no column: write FILE:COLUMN, as in test.jsonl:question")
+    found = []
+    with open(file, encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            if column not in row:
+                raise UserError(f"{file} has no column '{column}'; found {', '.join(row)}")
+            found.append(row[column] if isinstance(row[column], str) else " ".join(row[column]))
+            if len(found) == count:
+                break
+    return found
+
+
+def to_draw(given: Namespace, teacher: Teacher) -> tuple[Request, list[Wanted]]:
+    """One sample at temperature 1 of every prompt, inside the tokenizer's chat template where it has one."""
+    form = PromptFormat("{prompt}", chat=bool(teacher.tokenizer.chat_template))
+    sampling = Sampling(1.0, 1.0, given.tokens, teacher.stops)
+    request = Request("sample", form.template, TEMPLATE_VERSION, 0, sampling, form.chat_identity(teacher.tokenizer))
+    texts = dict.fromkeys(text for source in given.texts for text in read_texts(source, given.prompts))
+    prompts = [Prompt(prompt_id(text), text, (), "train") for text in texts]
+    return request, [
+        Wanted("train", prompt, text, ids, 0, sample_key(request, ids, 0))
+        for prompt, text, ids in rendered(prompts, form, teacher.tokenizer)
+    ]
+
+
+def start(teacher: Teacher, request: Request, wanted: list[Wanted]) -> Engine:
+    """The teacher's engine, with room for the longest prompt and its response."""
+    longest = max(len(each.prompt_ids) for each in wanted) + request.sampling.max_tokens
+    return open_engine(teacher.engine, teacher.source, teacher.loading(Generate(), longest))
