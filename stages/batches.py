@@ -65,48 +65,46 @@ def collate(responses: Sequence[Response], pad: int = 0) -> dict[str, Tensor]:
 
     Padding is masked everywhere: `labels` is IGNORED there, top-k ids are 0..k-1 with equal mass, extras are 0.
     """
-    longest = max(len(r.prompt_ids) + len(r.response_ids) for r in responses)
-    steps = max(len(r.response_ids) for r in responses)
-    input_ids = torch.full((len(responses), longest), pad, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    positions = torch.zeros(len(responses), steps, dtype=torch.long)
-    labels = torch.full((len(responses), steps), IGNORED, dtype=torch.long)
+    counts = np.array([len(r.response_ids) for r in responses])
+    starts = np.array([len(r.prompt_ids) for r in responses])
+    longest, steps = int((starts + counts).max()), int(counts.max())
+    input_ids = np.full((len(responses), longest), pad, np.int64)
+    labels = np.full((len(responses), steps), IGNORED, np.int64)
     for i, r in enumerate(responses):
-        start, count = len(r.prompt_ids), len(r.response_ids)
-        input_ids[i, :start] = torch.tensor(r.prompt_ids)
-        input_ids[i, start : start + count] = torch.tensor(r.response_ids)
-        attention_mask[i, : start + count] = 1
-        positions[i, :count] = torch.arange(start - 1, start - 1 + count)
-        labels[i, :count] = torch.tensor(r.response_ids)
+        input_ids[i, : starts[i]] = r.prompt_ids
+        input_ids[i, starts[i] : starts[i] + counts[i]] = labels[i, : counts[i]] = r.response_ids
+    step = np.arange(steps)
+    positions = np.where(step < counts[:, None], starts[:, None] - 1 + step, 0)
     batch = {
         "input_ids": input_ids,
-        "attention_mask": attention_mask,
+        "attention_mask": (np.arange(longest) < (starts + counts)[:, None]).astype(np.int64),
         "positions": positions,
         "labels": labels,
-        "stop": torch.tensor([r.stop for r in responses]),
+        "stop": np.array([r.stop for r in responses]),
     }
-    return batch | _collate_topk(responses, steps) | _collate_extras(responses, steps)
+    batch |= _collate_topk(responses, steps) | _collate_extras(responses, steps)
+    return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
-def _collate_topk(responses: Sequence[Response], steps: int) -> dict[str, Tensor]:
+def _collate_topk(responses: Sequence[Response], steps: int) -> dict[str, np.ndarray]:
     if responses[0].topk_ids is None:
         return {}
     k = responses[0].topk_ids.shape[1]
-    ids = torch.arange(k).expand(len(responses), steps, k).clone()
-    logprobs = torch.full((len(responses), steps, k), -float(np.log(2 * k)))
+    ids = np.empty((len(responses), steps, k), np.int64)
+    logprobs = np.empty((len(responses), steps, k), np.float32)
     for i, r in enumerate(responses):
-        ids[i, : len(r.topk_ids)] = torch.tensor(r.topk_ids)
-        logprobs[i, : len(r.topk_ids)] = torch.from_numpy(r.topk_logprobs.astype(np.float32))
+        count = len(r.topk_ids)
+        ids[i, :count], ids[i, count:] = r.topk_ids, np.arange(k)
+        logprobs[i, :count], logprobs[i, count:] = r.topk_logprobs, -np.log(2 * k) if k else 0
     return {"topk_ids": ids, "topk_logprobs": logprobs}
 
 
-def _collate_extras(responses: Sequence[Response], steps: int) -> dict[str, Tensor]:
+def _collate_extras(responses: Sequence[Response], steps: int) -> dict[str, np.ndarray]:
     extras = {}
     for name in responses[0].extras or {}:
-        values = torch.zeros(len(responses), steps)
+        extras[name] = np.zeros((len(responses), steps), np.float32)
         for i, r in enumerate(responses):
-            values[i, : len(r.extras[name])] = torch.tensor(r.extras[name])
-        extras[name] = values
+            extras[name][i, : len(r.extras[name])] = r.extras[name]
     return extras
 
 

@@ -35,7 +35,7 @@ _BYTE_SPLIT = ("prompt_ids", "response_ids", "topk_ids", "logprobs", "lse")
 _DICTIONARY = ["origin", "prompt_id", "prompt", "finish"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One response of T tokens with the teacher's view of it. The names are the columns'."""
 
@@ -93,28 +93,32 @@ def _list_array(values: list[np.ndarray | None], type_: pa.ListType) -> pa.ListA
 
 def from_table(table: pa.Table) -> list[Row]:
     """A table of SCHEMA to rows; the arrays are views of Arrow memory."""
-    return [Row(**values) for values in row_values(table, SCHEMA)]
+    return list(map(Row, *_values(table, SCHEMA)))  # Row's fields are the columns, in their order
 
 
 def row_values(table: pa.Table, schema: pa.Schema) -> Iterator[dict]:
     """The values of each row by column, the top k as [T, k]; the arrays are views of Arrow memory."""
+    return (dict(zip(schema.names, values, strict=True)) for values in zip(*_values(table, schema), strict=True))
+
+
+def _values(table: pa.Table, schema: pa.Schema) -> list[list]:
+    """The values of each column, row by row; those of the top k as [T, k]."""
     columns = {}
     for field in schema:
         column = table.column(field.name).combine_chunks()
         columns[field.name] = _split(column) if pa.types.is_list(field.type) else column.to_pylist()
-    for i in range(table.num_rows):
-        values = {name: column[i] for name, column in columns.items()}
-        for name in ("topk_ids", "topk_logprobs"):
-            if values.get(name) is not None:
-                values[name] = values[name].reshape(max(len(values["response_ids"]), 1), -1)
-        yield values
+    for name in {"topk_ids", "topk_logprobs"} & columns.keys():
+        columns[name] = [
+            None if values is None else values.reshape(max(len(response), 1), -1)
+            for values, response in zip(columns[name], columns["response_ids"], strict=True)
+        ]
+    return list(columns.values())
 
 
 def _split(column: pa.ListArray) -> list[np.ndarray | None]:
     flat = column.values.to_numpy(zero_copy_only=True)
-    bounds = column.offsets.to_numpy()
-    valid = column.is_valid().to_numpy(zero_copy_only=False)
-    return [flat[bounds[i] : bounds[i + 1]] if valid[i] else None for i in range(len(column))]
+    bounds, valid = column.offsets.to_pylist(), column.is_valid().to_pylist()
+    return [flat[start:end] if there else None for start, end, there in zip(bounds, bounds[1:], valid, strict=False)]
 
 
 def footer(teacher: dict, request: dict, k: int, **more) -> dict:
