@@ -226,7 +226,7 @@ class Selection:
         """All rows of a part in their canonical order; without `topk` they have no top k, and are small."""
         part = self.part(name)
         if not self.manifest["materialized"]:
-            for row in self._rows_in_store(part):
+            for row in self._rows_in_store(name):
                 yield row if topk else row.trimmed(0)
             return
         for file in part["files"]:
@@ -241,15 +241,14 @@ class Selection:
         index, labels = folder.index(), labels_of(part)
         return folder, labels, [self._locate(index, label.key, k, folder) for label in labels]
 
-    def _rows_in_store(self, part: dict) -> Iterator[Row]:
-        name = next(name for name, each in self.parts.items() if each is part)
+    def _rows_in_store(self, name: str) -> Iterator[Row]:
         folder, labels, locations = self.located(name)
         counted = _Counted()
         rows = folder.read_each(locations, _ROWS_AT_ONCE)
         yield from counted.through(
             label.apply(row, self.manifest["k"]) for label, row in zip(labels, rows, strict=True)
         )
-        if counted.content.hexdigest() != part["content"]:
+        if counted.content.hexdigest() != self.part(name)["content"]:
             raise UserError(f"the store {folder} holds other rows than {self.folder} was made of: run generate again")
 
     def _locate(self, index: dict[str, list[Location]], key: str, k: int, folder: RequestFolder) -> Location:

@@ -21,8 +21,6 @@ from pipeline.shards.selection import Selection, file_fault, labels_of, read_man
 from pipeline.shards.storage import Storage
 from pipeline.shards.store import ASIDE, SKIPPED, RequestFolder, describes, skipped_entry
 
-_KNOWN = ("request.json", SKIPPED)
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -69,7 +67,7 @@ def _file(storage: Storage, folder: RequestFolder, last: str, set_aside: bool) -
         if bad:
             yield Problem(name, f"{bad} of its lines are no entries, and ignored", "those rows are asked for again")
         return
-    if last in _KNOWN:
+    if last == "request.json":
         return
     if not last.startswith("part-"):
         yield Problem(name, "it is no file of the store, and ignored", "remove it, or leave it")
