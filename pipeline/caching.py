@@ -20,14 +20,6 @@ RequestArgument = Annotated[
 ]
 
 
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    return f"{count:,.2f} TiB"
-
-
 def _date(seconds: float | None) -> str:
     return "?" if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
 
@@ -51,7 +43,7 @@ def ls(request: RequestArgument = "", store: StoreOption = None) -> None:
             f"{info.rows:,}",
             f"{info.tokens:,}",
             ", ".join(map(str, info.ks)) or "-",
-            _size(info.size),
+            console.size(info.size),
             f"{info.size / info.tokens:,.0f}" if info.tokens else "-",
             info.skipped,
             info.damaged + len(info.unreadable),
@@ -62,7 +54,7 @@ def ls(request: RequestArgument = "", store: StoreOption = None) -> None:
     columns = ("teacher/request", "teacher", "asked", "rows", "tokens", "k", "size", "bytes a token", "left out")
     console.table(f"teacher store {storage.name}", (*columns, "damaged", "changed"), rows)
     total = sum(info.size for info in found)
-    console.say(f"{len(found)} requests, {sum(info.rows for info in found):,} rows, {_size(total)}")
+    console.say(f"{len(found)} requests, {sum(info.rows for info in found):,} rows, {console.size(total)}")
 
 
 @cache.command(epilog=example("xkd-pipeline cache show 3f2a"))
@@ -85,7 +77,7 @@ def show(
             ("store", storage.name),
             ("rows", f"{info.rows:,}"),
             ("tokens", f"{info.tokens:,}"),
-            ("size", _size(info.size)),
+            ("size", console.size(info.size)),
             ("k", ", ".join(map(str, info.ks)) or "-"),
             ("left out", f"{info.skipped:,} rows (skipped.jsonl)"),
             ("damaged", f"{info.damaged} set aside, {len(info.unreadable)} unreadable {' '.join(info.unreadable)}"),
@@ -100,7 +92,7 @@ def show(
         "shards",
         ("shard", "rows", "tokens", "k", "size", "changed"),
         [
-            (s.name, f"{s.rows:,}", f"{s.tokens:,}", s.k, _size(s.size), _date(s.modified))
+            (s.name, f"{s.rows:,}", f"{s.tokens:,}", s.k, console.size(s.size), _date(s.modified))
             for s in sorted(info.shards, key=lambda shard: shard.modified or 0.0)
         ],
     )
@@ -183,9 +175,9 @@ def gc(
     console.table(
         f"nothing refers to these files of {storage.name}",
         ("file", "size", "why"),
-        [(each.name, _size(each.size), each.why) for each in found],
+        [(each.name, console.size(each.size), each.why) for each in found],
     )
-    total = f"{len(found)} files, {_size(sum(each.size for each in found))}"
+    total = f"{len(found)} files, {console.size(sum(each.size for each in found))}"
     if not yes and not (console.console.is_terminal and typer.confirm(f"Remove {total}?")):
         console.say(f"nothing was removed; `--yes` removes {total}")
         return

@@ -104,3 +104,12 @@ def facts(title: str, rows: Sequence[tuple[str, object]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         console.print(f"  {name:{width}}  {value}", markup=False, soft_wrap=True)
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
+    power = 0
+    while count >= 1024 and power + 1 < len(units):
+        count, power = count / 1024, power + 1
+    return f"{count:,.{min(power, 1)}f} {units[power]}"

@@ -117,12 +117,3 @@ class Need:
     def gpu_hours(self, rate: float) -> float:
         """At `rate` response tokens a second and GPU."""
         return self.response_tokens / rate / 3600
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
-    power = 0
-    while count >= 1024 and power + 1 < len(units):
-        count, power = count / 1024, power + 1
-    return f"{count:,.{min(power, 1)}f} {units[power]}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import console
-from pipeline.cost import SEQUENCES, Held, ModelMemory, Need, bytes_per_token, size
+from pipeline.cost import SEQUENCES, Held, ModelMemory, Need, bytes_per_token
 from pipeline.errors import UserError
 from pipeline.models import (
     context_length,
@@ -140,7 +140,7 @@ def _report_cost(params: Params, teacher: Teacher, orders: Sequence[Order], plan
     if not plan.tokens:  # else there are no prompts to count
         rows.append(("prompt tokens", *(f"{need.prompt_tokens:,.0f}" for need in needs)))
     rows.append(("response tokens", *(f"{need.response_tokens:,.0f}" for need in needs)))
-    rows.append(("bytes in the store", *(size(need.store) for need in needs)))
+    rows.append(("bytes in the store", *(console.size(need.store) for need in needs)))
     measured = "the store's shards" if any(each.bytes_per_token for each in held) else f"the line for k = {teacher.k}"
     facts = [
         ("expected length", f"{mean:,.1f} tokens, the mean of {len(held[0].lengths):,} stored responses" if mean
@@ -165,7 +165,7 @@ def _on_gpus(
     dtype, memory = teacher.description["dtype"], plan.memory
     model = ModelMemory.of(load_config(teacher.source), dtype)
     copy = model.fewest_gpus(longest, memory)
-    takes = f"{size(model.weights)} of weights and {size(SEQUENCES * longest * model.cache)} of cache"
+    takes = f"{console.size(model.weights)} of weights and {console.size(SEQUENCES * longest * model.cache)} of cache"
     if plan.gpus is not None and plan.gpus < copy:
         raise UserError(
             f"--gpus {plan.gpus}: one copy of the teacher has {takes}, which needs {copy} GPUs of {memory:g} GiB. "
@@ -173,7 +173,7 @@ def _on_gpus(
         )
     gpus = (plan.gpus or copy) // copy * copy
     facts = [
-        ("teacher", f"{model.parameters:,} parameters in {dtype}, {size(model.cache)} of cache a token"),
+        ("teacher", f"{model.parameters:,} parameters in {dtype}, {console.size(model.cache)} of cache a token"),
         ("one copy", f"{_gpus(copy)} of {memory:g} GiB: {takes} ({SEQUENCES} sequences of {longest:,} tokens)"),
     ]
     if plan.rate is None:
