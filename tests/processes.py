@@ -23,6 +23,7 @@ def _run(arguments: list[str], environment: dict[str, str], cwd: str, log: str) 
     output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    os.environ.clear()  # the forkserver's own, which is as old as the first test that needed it
     os.environ.update(environment)
     os.chdir(cwd)
     sys.argv = ["xkd-pipeline", *arguments]
@@ -70,8 +71,7 @@ class Run:
 
 def start(*arguments: object, log: Path, cwd: Path = ROOT, **environment: str) -> Run:
     """Start `xkd-pipeline ARGUMENTS`; what it prints is appended to `log`."""
-    own = {name: os.environ[name] for name in ("XKD_STORE", "XKD_MIRROR") if name in os.environ}
-    own |= {"OMP_NUM_THREADS": "1", **environment}
+    own = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     process = _CONTEXT.Process(target=_run, args=([*map(str, arguments)], own, str(cwd), str(log)))
     process.start()
     return Run(process, log)
