@@ -6,18 +6,19 @@ in the sequence the state s_t is that predicts token t, so that the head runs on
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.shards.schema import Row
+from pipeline.shards.reading import Rows
+from pipeline.shards.schema import TOPK, Row
 
 IGNORED = -100  # label of padding
 
 
-@dataclass(frozen=True)
-class Response:
+class Response(NamedTuple):
     """One prompt with one response; `extras` are float arrays [T] or [T, k] that follow the response's tokens."""
 
     prompt_ids: np.ndarray
@@ -51,8 +52,14 @@ def from_rows(
 def collate_rows(
     rows: Sequence[Row], topk: bool, extras: dict[str, dict[str, np.ndarray]] | None = None
 ) -> dict[str, Tensor]:
-    """A batch of cached rows; arguments as for `from_rows`."""
-    return collate(from_rows(rows, topk, extras))
+    """A batch of cached rows; arguments as for `from_rows`. Rows out of a selection are not made for it."""
+    column = rows.column if isinstance(rows, Rows) else lambda name: [getattr(row, name) for row in rows]
+    return _padded(
+        *map(column, ("prompt_ids", "response_ids")),
+        [finish == "stop" for finish in column("finish")],
+        *map(column, TOPK if topk else ()),
+        extras={name: [by_key[key] for key in column("key")] for name, by_key in (extras or {}).items()},
+    )
 
 
 def from_references(prompt_ids: Sequence[np.ndarray], reference_ids: Sequence[np.ndarray]) -> list[Response]:
@@ -65,47 +72,47 @@ def collate(responses: Sequence[Response], pad: int = 0) -> dict[str, Tensor]:
 
     Padding is masked everywhere: `labels` is IGNORED there, top-k ids are 0..k-1 with equal mass, extras are 0.
     """
-    counts = np.array([len(r.response_ids) for r in responses])
-    starts = np.array([len(r.prompt_ids) for r in responses])
-    longest, steps = int((starts + counts).max()), int(counts.max())
-    input_ids = np.full((len(responses), longest), pad, np.int64)
-    labels = np.full((len(responses), steps), IGNORED, np.int64)
-    for i, r in enumerate(responses):
-        input_ids[i, : starts[i]] = r.prompt_ids
-        input_ids[i, starts[i] : starts[i] + counts[i]] = labels[i, : counts[i]] = r.response_ids
-    step = np.arange(steps)
-    positions = np.where(step < counts[:, None], starts[:, None] - 1 + step, 0)
+    prompt_ids, response_ids, stop, topk_ids, topk_logprobs, extras = map(list, zip(*responses, strict=True))
+    topk = () if topk_ids[0] is None else (topk_ids, topk_logprobs)
+    extras = {name: [each[name] for each in extras] for name in extras[0] or {}}
+    return _padded(prompt_ids, response_ids, stop, *topk, extras=extras, pad=pad)
+
+
+def _padded(
+    prompt_ids: list[np.ndarray],
+    response_ids: list[np.ndarray],
+    stop: list[bool],
+    topk_ids: list[np.ndarray] | None = None,
+    topk_logprobs: list[np.ndarray] | None = None,
+    *,
+    extras: dict[str, list[np.ndarray]],
+    pad: int = 0,
+) -> dict[str, Tensor]:
+    starts, counts = np.array(list(map(len, prompt_ids))), np.array(list(map(len, response_ids)))
+    place, step = np.arange((starts + counts).max()), np.arange(counts.max())
+    read, said = place < (starts + counts)[:, None], step < counts[:, None]  # [B, L], [B, R]
+    sequences = [ids for pair in zip(prompt_ids, response_ids, strict=True) for ids in pair]
     batch = {
-        "input_ids": input_ids,
-        "attention_mask": (np.arange(longest) < (starts + counts)[:, None]).astype(np.int64),
-        "positions": positions,
-        "labels": labels,
-        "stop": np.array([r.stop for r in responses]),
+        "input_ids": _fill(sequences, read, pad, np.int64),
+        "attention_mask": read.astype(np.int64),
+        "positions": np.where(said, starts[:, None] - 1 + step, 0),
+        "labels": _fill(response_ids, said, IGNORED, np.int64),
+        "stop": np.array(stop),
     }
-    batch |= _collate_topk(responses, steps) | _collate_extras(responses, steps)
+    if topk_ids is not None:
+        k = topk_ids[0].shape[1]
+        batch["topk_ids"] = _fill(topk_ids, said, np.arange(k), np.int64)
+        batch["topk_logprobs"] = _fill(topk_logprobs, said, -np.log(2 * max(k, 1)), np.float32)
+    batch |= {name: _fill(values, said, 0, np.float32) for name, values in extras.items()}
     return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
-def _collate_topk(responses: Sequence[Response], steps: int) -> dict[str, np.ndarray]:
-    if responses[0].topk_ids is None:
-        return {}
-    k = responses[0].topk_ids.shape[1]
-    ids = np.empty((len(responses), steps, k), np.int64)
-    logprobs = np.empty((len(responses), steps, k), np.float32)
-    for i, r in enumerate(responses):
-        count = len(r.topk_ids)
-        ids[i, :count], ids[i, count:] = r.topk_ids, np.arange(k)
-        logprobs[i, :count], logprobs[i, count:] = r.topk_logprobs, -np.log(2 * k) if k else 0
-    return {"topk_ids": ids, "topk_logprobs": logprobs}
-
-
-def _collate_extras(responses: Sequence[Response], steps: int) -> dict[str, np.ndarray]:
-    extras = {}
-    for name in responses[0].extras or {}:
-        extras[name] = np.zeros((len(responses), steps), np.float32)
-        for i, r in enumerate(responses):
-            extras[name][i, : len(r.extras[name])] = r.extras[name]
-    return extras
+def _fill(values: list[np.ndarray], mask: np.ndarray, pad: np.ndarray | float, dtype: type) -> np.ndarray:
+    """The values one after the other where the mask [B, S] is set, `pad` elsewhere: [B, S] or [B, S, k]."""
+    flat = np.concatenate(values)
+    filled = np.empty(mask.shape + flat.shape[1:], dtype)
+    filled[mask], filled[~mask] = flat, pad
+    return filled
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ def _rows(
     topk = settings.objective not in TOKEN_OBJECTIVES
     if settings.objective != "sft":
         parts = [name for name in ("train", "validation") if name in selection.parts]
-        rows = {name: TeacherRows(selection, name, topk) for name in parts}
+        rows = {name: TeacherRows(selection, name, topk, text=False) for name in parts}
         if not len(rows.get("train", ())):
             raise UserError(f"{selection.folder} holds no training responses")
         return rows
@@ -174,8 +174,8 @@ def _rows(
     scored.require_same_teacher(selection)
     if "references" not in scored.parts:
         raise UserError(f"{scored_path} holds no references: do the training prompts have any?")
-    rows = {"train": TeacherRows(scored, "references", topk)}
-    held_out = TeacherRows(selection, "scored", topk, "reference") if "scored" in selection.parts else ()
+    rows = {"train": TeacherRows(scored, "references", topk, text=False)}
+    held_out = TeacherRows(selection, "scored", topk, "reference", text=False) if "scored" in selection.parts else ()
     return rows | ({"validation": held_out} if len(held_out) else {})
 
 

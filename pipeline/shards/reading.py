@@ -7,6 +7,7 @@ can be left in its middle and taken up again.
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pipeline.shards.schema import Row
+from pipeline.shards.schema import TEXT, TOPK, Columns, Row, to_table
 from pipeline.shards.selection import Selection, read_group
 
 WINDOW = 16  # batches whose rows are shuffled together, then sorted by length
@@ -28,10 +29,15 @@ class TeacherRows(Dataset):
     keys: key of each row. prompt_tokens, response_tokens: int [N]. groups: int [N], which rows are decoded together.
     """
 
-    def __init__(self, selection: Selection, part: str, topk: bool = True, origin: str | None = None):
-        """origin: only rows of this one. Raises UserError where rows have left the store."""
+    def __init__(
+        self, selection: Selection, part: str, topk: bool = True, origin: str | None = None, text: bool = True
+    ):
+        """topk, text: whether rows have them. origin: only rows of this one.
+
+        Raises UserError where rows have left the store.
+        """
         source = _Files if selection.manifest["materialized"] else _Stored
-        self._source = source(selection, part, topk)
+        self._source = source(selection, part, (() if topk else TOPK) + (() if text else TEXT))
         count = selection.part(part)["rows"]
         keys, fits = np.empty(count, object), np.zeros(count, bool)
         prompts, responses, groups, places = (np.zeros(count, np.int32) for _ in range(4))
@@ -46,7 +52,7 @@ class TeacherRows(Dataset):
         self.keys: list[str] = keys[fits].tolist()
         self.prompt_tokens, self.response_tokens = prompts[fits], responses[fits]
         self.groups, self._places = groups[fits], places[fits]
-        self._decoded: OrderedDict[int, list[Row]] = OrderedDict()
+        self._decoded: OrderedDict[int, Columns] = OrderedDict()
         self.keep_rows = 1024  # decoded rows that are remembered beyond the group that was read last
 
     @property
@@ -58,16 +64,19 @@ class TeacherRows(Dataset):
         return len(self.keys)
 
     def __getitem__(self, index: int) -> Row:
-        number = int(self.groups[index])
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> "Rows":
+        groups, places = self.groups[indices].tolist(), self._places[indices].tolist()
+        return Rows([self._group(group) for group in groups], places)
+
+    def _group(self, number: int) -> Columns:
         if number not in self._decoded:
             self._decoded[number] = self._source.load(number)
             while len(self._decoded) > 1 and sum(map(len, self._decoded.values())) > self.keep_rows:
                 self._decoded.popitem(last=False)
         self._decoded.move_to_end(number)
-        return self._decoded[number][self._places[index]]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Row]:
-        return [self[index] for index in indices]
+        return self._decoded[number]
 
     def beyond(self, vocabulary: int) -> tuple[Row, int] | None:
         """A row with a token id that a vocabulary of this size has not, and the id; None where there is none."""
@@ -80,11 +89,29 @@ class TeacherRows(Dataset):
         return None
 
 
+class Rows(Sequence[Row]):
+    """Rows out of decoded groups, made when they are asked for."""
+
+    def __init__(self, groups: Sequence[Columns], places: Sequence[int]):
+        """groups, places: of each row."""
+        self._groups, self._places = groups, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Row:
+        return self._groups[index][self._places[index]]
+
+    def column(self, name: str) -> list:
+        """The values of one column, without making the rows."""
+        return [group.value(name, place) for group, place in zip(self._groups, self._places, strict=True)]
+
+
 class _Files:
     """Row groups of a selection's own files. rows: where the rows of each group are in the canonical order."""
 
-    def __init__(self, selection: Selection, part: str, topk: bool):
-        self.topk, self.rows, self.places, start = topk, [], [], 0
+    def __init__(self, selection: Selection, part: str, without: tuple[str, ...]):
+        self.without, self.rows, self.places, start = without, [], [], 0
         for file in selection.part(part)["files"]:
             path = selection.folder / file["name"]
             metadata = pq.read_metadata(path)
@@ -99,16 +126,17 @@ class _Files:
         table = pq.ParquetFile(path).read_row_group(number, columns=_LIGHT)
         return table.column("key").to_pylist(), table.column("origin").to_pylist(), table
 
-    def load(self, group: int) -> list[Row]:
+    def load(self, group: int) -> Columns:
         path, number = self.places[group]
-        return read_group(pq.ParquetFile(path), number, self.topk)
+        return read_group(pq.ParquetFile(path), number, self.without)
 
 
 class _Stored:
     """Rows that stayed in the store, which the selection labels; those of one shard are a group."""
 
-    def __init__(self, selection: Selection, part: str, topk: bool):
-        self.k = selection.manifest["k"] if topk else 0
+    def __init__(self, selection: Selection, part: str, without: tuple[str, ...]):
+        self.k = 0 if set(TOPK) & set(without) else selection.manifest["k"]
+        self.unread = dict.fromkeys(name for name in TEXT if name in without)
         self.folder, self.labels, self.locations = selection.located(part)
         shards: dict[Any, list[int]] = {}
         for place, location in enumerate(self.locations):
@@ -122,10 +150,11 @@ class _Stored:
         labels = [self.labels[place] for place in at]
         return [label.key for label in labels], [label.origin for label in labels], table
 
-    def load(self, group: int) -> list[Row]:
+    def load(self, group: int) -> Columns:
         at = self.rows[group]
         rows = self.folder.read(self.locations[place] for place in at)
-        return [self.labels[place].apply(row, self.k) for place, row in zip(at, rows, strict=True)]
+        labelled = (self.labels[place].apply(row, self.k) for place, row in zip(at, rows, strict=True))
+        return Columns(to_table([replace(row, **self.unread) for row in labelled]))
 
 
 class BucketedBatches(Sampler[list[int]]):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ SCHEMA = pa.schema(
         ("lse", pa.list_(pa.float32())),
     ]
 )
+TEXT, TOPK = ("prompt", "response"), ("topk_ids", "topk_logprobs")  # what readers may do without
 # The high bytes of ids are predictable and the low ones are not: split, they take a fifth less (docs/store-cost.md).
 # DuckDB 2.0 cannot read byte-split float16, so `topk_logprobs` stays plain (about 22 bytes a token more at k = 50).
 _BYTE_SPLIT = ("prompt_ids", "response_ids", "topk_ids", "logprobs", "lse")
@@ -43,7 +44,7 @@ class Row:
     origin: str  # teacher | reference | student | corrupted
     prompt_id: str
     sample: int
-    prompt: str
+    prompt: str  # None, as `response`, where it was not read
     response: str
     prompt_ids: np.ndarray  # int32 [P]
     response_ids: np.ndarray  # int32 [T]
@@ -91,34 +92,52 @@ def _list_array(values: list[np.ndarray | None], type_: pa.ListType) -> pa.ListA
     return pa.ListArray.from_arrays(pa.array(offsets), content, type=type_, mask=mask)
 
 
+class Columns(Sequence[Row]):
+    """The rows of a table, made when they are asked for; its arrays are views of Arrow memory, the top k as [T, k]."""
+
+    def __init__(self, table: pa.Table):
+        self._length = len(table)
+        self._columns = {
+            field.name: _Lists(column) if pa.types.is_list(field.type) else column.to_pylist()
+            for field, column in zip(table.schema, table.columns, strict=True)
+        }
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Row:
+        return Row(**self.values(index))
+
+    def values(self, index: int) -> dict:
+        """A row's value of every column, also of a table that is none of SCHEMA."""
+        return {name: self.value(name, index) for name in self._columns}
+
+    def value(self, name: str, index: int):
+        """A row's value of one column."""
+        value = self._columns[name][index]
+        if value is None or name not in TOPK:
+            return value
+        return value.reshape(max(len(self._columns["response_ids"][index]), 1), -1)
+
+
+class _Lists:
+    """A column of lists, each a view [T] of one array; None for a null."""
+
+    def __init__(self, column: pa.ChunkedArray):
+        lists = column.combine_chunks()
+        self.flat = lists.values.to_numpy(zero_copy_only=True)
+        self.bounds = lists.offsets.to_pylist()
+        self.valid = lists.is_valid().to_pylist() if lists.null_count else None
+
+    def __getitem__(self, index: int) -> np.ndarray | None:
+        if self.valid and not self.valid[index]:
+            return None
+        return self.flat[self.bounds[index] : self.bounds[index + 1]]
+
+
 def from_table(table: pa.Table) -> list[Row]:
-    """A table of SCHEMA to rows; the arrays are views of Arrow memory."""
-    return list(map(Row, *_values(table, SCHEMA)))  # Row's fields are the columns, in their order
-
-
-def row_values(table: pa.Table, schema: pa.Schema) -> Iterator[dict]:
-    """The values of each row by column, the top k as [T, k]; the arrays are views of Arrow memory."""
-    return (dict(zip(schema.names, values, strict=True)) for values in zip(*_values(table, schema), strict=True))
-
-
-def _values(table: pa.Table, schema: pa.Schema) -> list[list]:
-    """The values of each column, row by row; those of the top k as [T, k]."""
-    columns = {}
-    for field in schema:
-        column = table.column(field.name).combine_chunks()
-        columns[field.name] = _split(column) if pa.types.is_list(field.type) else column.to_pylist()
-    for name in {"topk_ids", "topk_logprobs"} & columns.keys():
-        columns[name] = [
-            None if values is None else values.reshape(max(len(response), 1), -1)
-            for values, response in zip(columns[name], columns["response_ids"], strict=True)
-        ]
-    return list(columns.values())
-
-
-def _split(column: pa.ListArray) -> list[np.ndarray | None]:
-    flat = column.values.to_numpy(zero_copy_only=True)
-    bounds, valid = column.offsets.to_pylist(), column.is_valid().to_pylist()
-    return [flat[start:end] if there else None for start, end, there in zip(bounds, bounds[1:], valid, strict=False)]
+    """All rows of a table of SCHEMA."""
+    return list(Columns(table))
 
 
 def footer(teacher: dict, request: dict, k: int, **more) -> dict:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import UserError
 from pipeline.shards.files import sha256_file, write_atomically, write_json_atomically, writing_to
 from pipeline.shards.identity import Request
-from pipeline.shards.schema import SCHEMA, SCHEMA_VERSION, Row, footer, from_table, row_digest, write_row_groups
+from pipeline.shards.schema import SCHEMA, SCHEMA_VERSION, TOPK, Columns, Row, footer, row_digest, write_row_groups
 from pipeline.shards.store import Location, RequestFolder, open_store, pick
 
 ROWS_PER_FILE = 4096
@@ -232,7 +232,7 @@ class Selection:
         for file in part["files"]:
             reader = pq.ParquetFile(self.folder / file["name"])
             for group in range(reader.num_row_groups):
-                yield from read_group(reader, group, topk)
+                yield from read_group(reader, group, () if topk else TOPK)
 
     def located(self, name: str) -> tuple[RequestFolder, list["Label"], list[Location]]:
         """Where the rows of a part are in the store, in their canonical order, and how they are labelled."""
@@ -293,19 +293,11 @@ def file_fault(folder: Path, file: dict) -> str | None:
     return None if sha256_file(path) == file["sha256"] else "its content is not what manifest.json says"
 
 
-_LARGE = ("topk_ids", "topk_logprobs")
-
-
-def read_group(reader: pq.ParquetFile, group: int, topk: bool = True) -> list[Row]:
-    """The rows of one row group of a selection's file."""
-    if topk:
-        return from_table(reader.read_row_group(group).cast(SCHEMA))
-    names = [name for name in SCHEMA.names if name not in _LARGE]
-    table = reader.read_row_group(group, columns=names)
-    for name in _LARGE:
-        field = SCHEMA.field(name)
-        empty = pa.ListArray.from_arrays(
-            pa.array([0] * (table.num_rows + 1), pa.int32()), pa.array([], field.type.value_type), type=field.type
-        )
-        table = table.append_column(field, empty)
-    return from_table(table.select(SCHEMA.names).cast(SCHEMA))
+def read_group(reader: pq.ParquetFile, group: int, without: tuple[str, ...] = ()) -> Columns:
+    """The rows of one row group of a selection's file; `without`: columns of TEXT and TOPK that are left empty."""
+    table = reader.read_row_group(group, columns=[name for name in SCHEMA.names if name not in without])
+    for name in without:
+        type_, size = SCHEMA.field(name).type, len(table)
+        empty = pa.array([[]] * size, type_) if name in TOPK else pa.nulls(size, type_)
+        table = table.append_column(name, empty)
+    return Columns(table.select(SCHEMA.names).cast(SCHEMA))

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from pipeline import console
 from pipeline.shards.identity import Sampling
-from pipeline.shards.schema import row_values, to_table
+from pipeline.shards.schema import Columns, to_table
 from pipeline.teachers.base import Answer, Ask, Engine, EngineDead, Failure, Loading, reason_of
 
 _IDS, _VALUES = pa.list_(pa.int32()), pa.list_(pa.float32())
@@ -31,7 +31,9 @@ ANSWERS = pa.schema(
 
 def from_answers(table: pa.Table) -> Iterator[Answer | Failure]:
     """The rows of a table of ANSWERS."""
-    for values in row_values(table, ANSWERS):
+    columns = Columns(table)
+    for number in range(len(columns)):
+        values = columns.values(number)
         reason = values.pop("reason")
         yield Answer(**values) if reason is None else Failure(values["key"], reason)
 
@@ -60,7 +62,8 @@ class Replica:
         self.engine, self.job = open_engine(loading.replica_engine, folder, loading), job
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        asks = [Ask(**values) for values in row_values(table, ASKS)]
+        columns = Columns(table)
+        asks = [Ask(**columns.values(number)) for number in range(len(columns))]
         return to_table(self._answers(asks), ANSWERS)
 
     def _answers(self, asks: list[Ask]) -> list[Answer | Failure]:

@@ -27,7 +27,7 @@ BATCH, STEPS, EPOCH_SEED = 32, 200, 0
 
 def main(selection: Path, student: Path) -> dict:
     """Seconds a batch and a step, and their ratio; the first epoch's start-up is in the mean, not in the median."""
-    rows = TeacherRows(Selection(selection), "train")
+    rows = TeacherRows(Selection(selection), "train", text=False)
     loader = RowLoader(rows, BATCH, EPOCH_SEED, partial(collate_rows, topk=True))
     learner = StudentLearner(load_lm(student).train(), objective="fkl", nll_weight=0)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-3)
