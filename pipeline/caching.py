@@ -70,7 +70,7 @@ def show(
     storage = open_store(store)
     name = find_request(storage, request)
     (info,) = [info for info in catalogue(storage, name) if info.name == name]
-    users = [user for user in references(storage) if name in (f"{user.teacher}/{each}" for each in user.requests)]
+    users = [user for user in references(storage)[0] if name in (f"{user.teacher}/{each}" for each in user.requests)]
     console.facts(
         name,
         [
@@ -135,7 +135,7 @@ def verify(
         found += verify_selection(folder, store, not dry_run)
     looked = f"{total:,} files of {storage.name}" + "".join(f", {folder}" for folder in selections)
     if not found:
-        console.say(f"all is well: {looked}")
+        console.say(f"all is well: {looked}" if total or selections else f"nothing to verify: {storage.name} is empty")
         return
     for problem in found:
         state = " (set aside)" if problem.aside else ""
@@ -181,10 +181,13 @@ def gc(
     if not yes and not (console.console.is_terminal and typer.confirm(f"Remove {total}?")):
         console.say(f"nothing was removed; `--yes` removes {total}")
         return
+    uses, _, gone = in_use(storage, [*own, *(keep or [])])  # meanwhile somebody may have begun to use some of it
+    agreed = {each.name for each in found}
+    found = [each for each in garbage(storage, uses, gone) if each.name in agreed]
     for each in found:
         storage.remove(each.name)
-    storage.remove_empty_folders()
-    console.say(f"removed {total}")
+    storage.remove_empty({each.name.rpartition("/")[0] for each in found})
+    console.say(f"removed {len(found)} files, {console.size(sum(each.size for each in found))}")
 
 
 @cache.command(

@@ -160,8 +160,8 @@ def look_up(orders: Sequence[Order], retry_skipped: bool = False, set_aside: boo
     """Find what is cached of all orders; returns how many rows are, and how many must be made."""
     for order in orders:
         order.look_up(retry_skipped, set_aside)
-        for damaged in order.folder.damaged:
-            console.warn(f"damaged shard, its rows are made again: {damaged}")
+        for shard, what in order.folder.damaged.items():
+            console.warn(f"damaged shard, rows that no other one has are made again: {order.folder}/{shard}: {what}")
     return sum(len(order.cached) for order in orders), sum(len(order.missing) + len(order.widen) for order in orders)
 
 
@@ -175,9 +175,9 @@ def fulfil(
     """
     lacking = [(order, wanted) for order in orders for wanted in [*order.missing, *order.widen]]
     require_writable(out)
-    if lacking:
-        require_writable(orders[0].folder.storage.path)
-        leave_word(orders, out, complete=False)
+    leave_word(orders, out, complete=False)
+    for order in orders:
+        order.describe(teacher.description)
     if lacking and engine is None:
         longest = max(order.length(wanted) for order, wanted in lacking)
         if teacher.engine != "text":
@@ -206,7 +206,9 @@ def fulfil(
 def leave_word(orders: Sequence[Order], out: Path, complete: bool) -> None:
     """Tell the store that the selection `out` is made of these orders, or is about to be."""
     folder, requests = orders[0].folder, [order.request.identity for order in orders if order.wanted]
-    Reference.of(out, folder.teacher, requests, complete).record(folder.storage)
+    known = Reference.of(out, folder.teacher, requests, complete).record(folder.storage)
+    if complete and not known:
+        console.warn(f"{folder.storage.name} can only be read: `cache gc` there will not know that {out} uses it")
 
 
 def cost_of(summary: Summary, manifest: dict, orders: Sequence[Order], asked: dict) -> dict:

@@ -407,7 +407,7 @@ def rows_in_readable(store: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda row: replaced(row, response_ids=row.prompt_ids, key="0" * 32), "has a key that is not of its tokens"),
+        (lambda row: replaced(row, key="0" * 32), "has a key that is not of its tokens"),
         (lambda row: replaced(row, topk_ids=row.topk_ids[:, ::-1], topk_logprobs=row.topk_logprobs[:, ::-1]), "order"),
         (lambda row: replaced(row, topk_ids=row.topk_ids + 10**6), "outside the vocabulary"),
         (lambda row: replaced(row, lse=row.lse * float("nan")), "normalisers that are no numbers"),

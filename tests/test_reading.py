@@ -38,7 +38,7 @@ def make_selection(folder, count: int, materialize: bool = True, steps=lambda nu
 
 @pytest.fixture(params=[True, False], ids=["copied", "in the store"])
 def selection(request, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.shards.selection.ROW_GROUP_VALUES", 200)  # several row groups a file
+    monkeypatch.setattr("pipeline.shards.schema.ROW_GROUP_VALUES", 200)  # several row groups a file
     monkeypatch.setattr("pipeline.shards.selection.ROWS_PER_FILE", 30)
     return make_selection(tmp_path, 75, request.param)
 
@@ -118,7 +118,7 @@ def test_batches_are_of_similar_length_and_micro_batches_are_parts_of_them():
 
 
 def test_a_group_is_decoded_about_once_an_epoch(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.shards.selection.ROW_GROUP_VALUES", 300)
+    monkeypatch.setattr("pipeline.shards.schema.ROW_GROUP_VALUES", 300)
     dataset, read = TeacherRows(make_selection(tmp_path, 1500), "train"), []
     load = dataset._source.load
     dataset._source = SimpleNamespace(load=lambda group: read.append(group) or load(group))

@@ -1,17 +1,19 @@
 """What a store holds, from the footers of its shards: cheap, also at a URL."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import pyarrow as pa
-
 from pipeline.errors import UserError
-from pipeline.shards.checking import SHARD
+from pipeline.shards.checking import SHARD, UNREADABLE
 from pipeline.shards.schema import read_metadata
 from pipeline.shards.storage import Found, Storage
 from pipeline.shards.store import SKIPPED
+
+IDENTITY = re.compile(r"[0-9a-f]{16}")
+_REQUEST = re.compile(rf"({IDENTITY.pattern}/{IDENTITY.pattern})/")
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,15 @@ class RequestInfo:
 
 
 def files_by_request(storage: Storage, prefix: str = "") -> dict[str, dict[str, Found]]:
-    """`<teacher>/<request>` -> its files by their names in the store; the names begin with `prefix`."""
+    """`<teacher>/<request>` -> its files by their names in the store; the names begin with `prefix`.
+
+    Nothing else that may lie there is looked at.
+    """
     found: dict[str, dict[str, Found]] = {}
     for name, file in storage.find().items():
-        parts = name.split("/")
-        if len(parts) > 2 and name.startswith(prefix):
-            found.setdefault("/".join(parts[:2]), {})[name] = file
+        inside = _REQUEST.match(name)
+        if inside and name.startswith(prefix):
+            found.setdefault(inside[1], {})[name] = file
     return found
 
 
@@ -109,7 +114,7 @@ def _add(info: RequestInfo, storage: Storage, name: str, file: Found) -> None:
             metadata["k"],
             metadata.get("engine", {}),
         )
-    except (OSError, UserError, ValueError, KeyError, pa.ArrowException):
+    except (OSError, UserError, *UNREADABLE):
         info.unreadable.append(name.rpartition("/")[2])
         return
     info.shards.append(shard)

@@ -1,6 +1,8 @@
 """Is a shard what it should be? A quick check whenever a store is read, and a thorough one of every row."""
 
+import errno
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.errors import UserError
 from pipeline.shards.files import digest, sha256_file
 from pipeline.shards.identity import key_of_sample, score_key
-from pipeline.shards.schema import SCHEMA, Row, from_table, read_metadata
+from pipeline.shards.schema import SCHEMA, Columns, Row, checked_metadata, read_metadata
 
 SHARD = re.compile(r"part-([0-9a-f]{16})\.parquet")
-_UNREADABLE = (OSError, pa.ArrowException, ValueError, KeyError, TypeError)
+UNREADABLE = (pa.ArrowException, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
+_NOT_A_FILE = (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
 _ROWS_AT_ONCE = 512
+_ORIGINS, _FINISHES = {"teacher", "reference", "student", "corrupted"}, {"stop", "length"}
+_NEVER_NULL = [name for name in SCHEMA.names if name not in ("logprobs", "lse")]
+_ROUNDING = 0.05  # of log-probabilities: in float16, and between two ways of adding up
 
 
 class Damaged(Exception):
@@ -31,9 +38,10 @@ class Header:
 
 
 def check_shard(path: Path, teacher: str, request: str) -> Header:
-    """Check a shard's bytes against its name, and what it says of itself against the folder it lies in.
+    """Check a shard's bytes against its name, and what it says of itself against its rows and the folder it lies in.
 
-    teacher, request: the identities that name the folder. Raises Damaged.
+    teacher, request: the identities that name the folder. Raises Damaged, and UserError for a file that may be whole
+    but cannot be read now.
     """
     name = SHARD.fullmatch(path.name)
     if name is None:
@@ -41,64 +49,124 @@ def check_shard(path: Path, teacher: str, request: str) -> Header:
     try:
         if not sha256_file(path).startswith(name[1]):
             raise Damaged("its content does not match its name")
-        metadata = read_metadata(path)
-        table = pq.read_table(path, columns=["key"])
-        schema = pq.read_schema(path)
-    except _UNREADABLE as error:
+        with pq.ParquetFile(path) as file:
+            metadata = checked_metadata(file.schema_arrow)
+            if metadata["teacher"]["identity"] != teacher or digest(metadata["request"])[:16] != request:
+                raise Damaged("it answers another teacher or request than the folder is for")
+            if not file.schema_arrow.equals(SCHEMA):
+                raise Damaged("its columns are not those of a shard")
+            if fault := _count_fault(file.metadata, metadata):
+                raise Damaged(fault)
+            keys = file.read(columns=["key"]).column(0)
+    except OSError as error:
+        if error.errno in _NOT_A_FILE:
+            raise Damaged(_reason(error)) from error
+        raise UserError(f"cannot read {path}: {error.strerror}. Mend that and run the same command again") from error
+    except UNREADABLE as error:
         raise Damaged(_reason(error)) from error
-    if metadata["teacher"]["identity"] != teacher or digest(metadata["request"])[:16] != request:
-        raise Damaged("it answers another teacher or request than the folder is for")
-    if not schema.equals(SCHEMA):
-        raise Damaged("its columns are not those of a shard")
-    if not isinstance(metadata["k"], int) or metadata["k"] < 0 or table.column(0).null_count:
-        raise Damaged("it has no k, or rows without a key")
-    return Header(metadata["k"], table.column(0).to_pylist())
+    if keys.null_count:
+        raise Damaged("it has rows without a key")
+    return Header(metadata["k"], keys.to_pylist())
+
+
+def _count_fault(found: pq.FileMetaData, footer: dict) -> str | None:
+    """What the footer counts that the columns do not hold, or None."""
+    rows, tokens, k = footer.get("rows"), footer.get("tokens"), footer["k"]
+    if rows != found.num_rows or rows == 0:
+        return f"its footer counts {rows} rows, and it has {found.num_rows}"
+    values: Counter[str] = Counter()
+    for group in map(found.row_group, range(found.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            values[column.path_in_schema.split(".")[0]] += column.num_values
+    empty = values["response_ids"] - (
+        -1 if tokens is None else tokens
+    )  # responses of no tokens; each counts as a value
+    if not 0 <= empty <= rows:
+        return f"its footer counts {tokens} tokens, which its responses do not have"
+    if any(values[name] != (tokens * k + empty if k else rows) for name in ("topk_ids", "topk_logprobs")):
+        return f"it has not the {k} tokens a position that its footer promises"
+    steps = values["response_ids"] if k else rows
+    if values["logprobs"] != steps or values["lse"] not in (steps, rows):
+        return "it has not one log-probability and normaliser for each token"
+    return None
 
 
 def row_faults(path: Path) -> Iterator[str]:
     """What is wrong with the rows of a readable shard: keys that are not of their tokens, values that cannot be."""
     metadata = read_metadata(path)
-    identity, vocabulary = digest(metadata["request"])[:16], metadata["vocab_size"]
-    seen: set[str] = set()
+    request, seen, number = metadata["request"], set(), -1
+    check = RowCheck(request, digest(request)[:16], metadata["k"], metadata["vocab_size"])
     try:
         for batch in pq.ParquetFile(path).iter_batches(_ROWS_AT_ONCE):
-            for row in from_table(pa.Table.from_batches([batch]).cast(SCHEMA)):
-                problem = _row_fault(row, metadata["request"]["kind"], identity, metadata["k"], vocabulary)
-                if row.key in seen:
-                    problem = "is there twice"
+            rows = Columns(pa.Table.from_batches([batch]))
+            for place in range(len(rows)):
+                number += 1
+                row = rows[place]
+                problem = "is there twice" if row.key in seen else check.fault(row)
                 seen.add(row.key)
                 if problem:
                     yield f"row {row.key} {problem}"
-    except _UNREADABLE as error:
-        yield f"its rows cannot be read: {_reason(error)}"
+    except (*UNREADABLE, OSError) as error:
+        yield f"row {number} (from 0) cannot be read: {_reason(error)}"
 
 
-def _row_fault(row: Row, kind: str, request: str, k: int, vocabulary: int) -> str | None:
-    steps = len(row.response_ids)
-    if kind == "sample":
-        expected = key_of_sample(request, row.prompt_ids, row.sample)
-    else:
-        expected = score_key(row.prompt_ids, row.response_ids)
-    if row.key != expected:
-        return "has a key that is not of its tokens"
-    if row.topk_ids.shape != (steps, k) or row.topk_logprobs.shape != (steps, k):
-        return f"has not {k} tokens at each of its {steps} positions"
-    if k == 0:
+class RowCheck:
+    """The rows of one file: are they what the footer says, and can the teacher have said that?"""
+
+    def __init__(self, request: dict, identity: str, k: int, vocabulary: int):
+        """request: the footer's; identity: its digest, which the keys of samples depend on."""
+        self.request, self.identity, self.k, self.vocabulary = request, identity, k, vocabulary
+        sampling = request.get("sampling") or {}
+        self.longest = sampling.get("max_tokens") if request.get("kind") == "sample" else None
+
+    def fault(self, row: Row) -> str | None:
+        """What is wrong with a row, or None."""
+        if absent := [name for name in _NEVER_NULL if getattr(row, name) is None]:
+            return f"has no {' and no '.join(absent)}"
+        if row.key != self._key(row):
+            return "has a key that is not of its tokens"
+        if row.origin not in _ORIGINS or row.finish not in _FINISHES:
+            return f"has origin '{row.origin}' and finish '{row.finish}', which are none"
+        steps = len(row.response_ids)
+        if self.longest is not None and steps > self.longest:
+            return f"has {steps} tokens, and at most {self.longest} were asked for"
+        ids = np.concatenate([row.topk_ids.ravel(), row.response_ids, row.prompt_ids])
+        if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.vocabulary:
+            return f"has token ids outside the vocabulary of {self.vocabulary}"
+        if row.topk_ids.shape != (steps, self.k) or row.topk_logprobs.shape != (steps, self.k):
+            return f"has not {self.k} tokens at each of its {steps} positions"
+        return self._value_fault(row, steps) if self.k and steps else None
+
+    def _key(self, row: Row) -> str:
+        if self.request.get("kind") == "sample":
+            return key_of_sample(self.identity, row.prompt_ids, row.sample)
+        return score_key(row.prompt_ids, row.response_ids)
+
+    def _value_fault(self, row: Row, steps: int) -> str | None:
+        if row.logprobs is None or len(row.logprobs) != steps or (row.lse is not None and len(row.lse) != steps):
+            return f"has not a value for each of its {steps} positions"
+        if row.lse is not None and not np.isfinite(row.lse).all():
+            return "has normalisers that are no numbers"
+        topk = row.topk_logprobs.astype(np.float32)
+        # -inf is a token that cannot be said; rounding may put a certain one a little above 0.
+        if np.isnan(topk).any() or np.isnan(row.logprobs).any() or max(topk.max(), row.logprobs.max()) > 0.01:
+            return "has log-probabilities that are none"
+        if (topk[:, 1:] > topk[:, :-1]).any():
+            return "has its top k out of order"
+        if (np.diff(np.sort(row.topk_ids, axis=1), axis=1) == 0).any():
+            return "has a token twice in the top k of a position"
+        mass = np.exp(topk.astype(np.float64)).sum(axis=1)
+        if mass.max() > 1.02 or mass.min() == 0:
+            return f"has a top k of probability {mass.max() if mass.max() > 1.02 else 0:.3g}"
+        said = row.topk_ids == row.response_ids[:, None]
+        listed = said.any(axis=1)
+        if self.request.get("kind") == "sample" and not np.isfinite(row.logprobs).all():
+            return "has a token of probability 0, which cannot have been drawn"
+        if (np.abs(row.logprobs[listed] - topk[said]) > _ROUNDING + np.abs(topk[said]) / 512).any():
+            return "has log-probabilities that are not those of its tokens in the top k"
+        if (row.logprobs[~listed] > topk[~listed, -1] + _ROUNDING).any():
+            return "has a token outside the top k that is likelier than those in it"
         return None
-    if row.logprobs is None or len(row.logprobs) != steps or (row.lse is not None and len(row.lse) != steps):
-        return f"has not a value for each of its {steps} positions"
-    ids = np.concatenate([row.topk_ids.ravel(), row.response_ids, row.prompt_ids])
-    if ids.min(initial=0) < 0 or row.topk_ids.max(initial=0) >= vocabulary:
-        return f"has token ids outside the vocabulary of {vocabulary}"
-    # -inf is a token that cannot be said; rounding may put a certain one a little above 0.
-    values = np.concatenate([row.logprobs, row.topk_logprobs.astype(np.float32).ravel()])
-    if np.isnan(values).any() or values.max(initial=-1) > 0.01:
-        return "has log-probabilities that are none"
-    if (np.diff(row.topk_logprobs.astype(np.float32), axis=1) > 0).any():
-        return "has its top k out of order"
-    if row.lse is not None and not np.isfinite(row.lse).all():
-        return "has normalisers that are no numbers"
-    return None
 
 
 def _reason(error: Exception) -> str:

@@ -5,11 +5,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.shards.catalogue import files_by_request
+from pipeline.errors import UserError
+from pipeline.shards.catalogue import IDENTITY, files_by_request
 from pipeline.shards.checking import SHARD
-from pipeline.shards.references import Reference, keys_of, references
+from pipeline.shards.files import ASIDE
+from pipeline.shards.references import FOLDER, Reference, keys_of, references
 from pipeline.shards.storage import Found, Storage
-from pipeline.shards.store import ASIDE, RequestFolder, pick
+from pipeline.shards.store import SKIPPED, RequestFolder, pick
 
 WRITING_SECONDS = 3600.0  # a temporary file that is younger may still be being written
 
@@ -28,10 +30,17 @@ class Garbage:
 def in_use(storage: Storage, selections: Sequence[Path] = ()) -> tuple[Uses, list[Reference], list[Reference]]:
     """What is used of each request, by recorded references that hold (second) and by further `selections`.
 
-    Third: references to selections that are gone. Raises UserError where one of `selections` is damaged.
+    Third: references to selections that are gone. Raises UserError where one of `selections` or of the references is
+    damaged: what it used is not known.
     """
+    known, unreadable = references(storage)
+    if unreadable:
+        raise UserError(
+            f"{', '.join(f'{storage.name}/{name}' for name in unreadable)}: no readable reference to a selection, so "
+            "what is in use is not known and nothing is removed. Run generate or score for the selections of this "
+            "store, and remove the file"
+        )
     uses: Uses = {}
-    known = references(storage)
     gone = [reference for reference in known if reference.gone]
     holding = [reference for reference in known if not reference.gone]
     for found in [*(reference.uses() for reference in holding), *(keys_of(selection) for selection in selections)]:
@@ -42,8 +51,7 @@ def in_use(storage: Storage, selections: Sequence[Path] = ()) -> tuple[Uses, lis
 
 def garbage(storage: Storage, uses: Uses, gone: Sequence[Reference]) -> Iterator[Garbage]:
     """All files that nothing in `uses` needs: shards, what was set aside, and what killed writers left."""
-    files = storage.find()
-    requests = files_by_request(storage)
+    files, requests = storage.find(), files_by_request(storage)
     for reference in gone:
         if found := files.get(reference.name):
             yield Garbage(reference.name, found.size, "the selection is gone")
@@ -53,30 +61,35 @@ def garbage(storage: Storage, uses: Uses, gone: Sequence[Reference]) -> Iterator
             if why := _why(name, request, file, request in uses, needed):
                 yield Garbage(name, file.size, why)
     for name, file in files.items():
-        teacher, _, last = name.partition("/")
+        folder, _, last = name.rpartition("/")
+        if folder != FOLDER and not IDENTITY.fullmatch(folder):
+            continue
         if last == f"teacher.json{ASIDE}":
             yield Garbage(name, file.size, "damaged, and set aside")
-        elif last == "teacher.json" and not any(used.startswith(f"{teacher}/") for used in uses):
+        elif last == "teacher.json" and not any(used.startswith(f"{folder}/") for used in uses):
             yield Garbage(name, file.size, "no selection refers to the teacher")
-        elif name.count("/") < 2 and last.startswith(".tmp-") and _is_old(file):
+        elif last.startswith(".tmp-") and _is_old(file):
             yield Garbage(name, file.size, "left by a killed writer")
 
 
 def _needed(storage: Storage, request: str, users: Sequence[tuple[set[str], int] | None]) -> set[str] | None:
-    """Names of the shards that users read, each its own k; None where all are needed."""
+    """Names of the shards that users read, each its own k, and of damaged ones; None where all are needed."""
     if None in users:
         return None
-    index = RequestFolder(storage, *request.split("/")).index(set_aside=False)
+    folder = RequestFolder(storage, *request.split("/"))
+    index = folder.index(set_aside=False)
     picked = (pick(index.get(key, []), k) for keys, k in users for key in keys)
-    return {location.shard.name for location in picked if location is not None}
+    return {location.shard.name for location in picked if location is not None} | folder.damaged.keys()
 
 
 def _why(name: str, request: str, file: Found, referred: bool, needed: set[str] | None) -> str | None:
-    last = name.rpartition("/")[2]
-    if last.startswith(".tmp-"):
-        return "left by a killed writer" if _is_old(file) else None
-    if name.startswith(f"{request}/damaged/") or last.endswith(ASIDE):
+    inside, _, last = name.rpartition("/")
+    if inside == f"{request}/damaged" or (inside == request and last.endswith(ASIDE)):
         return "damaged, and set aside"
+    if inside == request and last.startswith(".tmp-"):
+        return "left by a killed writer" if _is_old(file) else None
+    if inside != request or not (SHARD.fullmatch(last) or last in (SKIPPED, "request.json")):
+        return None  # no file of ours
     if not referred:
         return "no selection refers to the request"
     if needed is not None and SHARD.fullmatch(last) and last not in needed:

@@ -1,6 +1,9 @@
 """A plain folder for a hub or a colleague: Parquet files that `datasets.load_dataset` reads, and a card."""
 
 import json
+import os
+import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +11,8 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.shards.catalogue import describe_request
 from pipeline.shards.files import require_writable, write_atomically
-from pipeline.shards.schema import SCHEMA, Row, footer, write_row_groups
-from pipeline.shards.selection import ROWS_PER_FILE, Selection, row_groups
+from pipeline.shards.schema import SCHEMA, Row, footer, row_groups, write_row_groups
+from pipeline.shards.selection import ROWS_PER_FILE, Counted, Selection
 from pipeline.shards.storage import Storage
 from pipeline.shards.store import RequestFolder
 
@@ -52,6 +55,12 @@ def splits_of_request(storage: Storage, name: str) -> tuple[dict, list[Split]]:
     folder = RequestFolder(storage, *name.split("/"))
     index = folder.index(set_aside=False)
     headers = folder.headers()
+    if folder.damaged:
+        damaged = "; ".join(f"{shard}: {what}" for shard, what in sorted(folder.damaged.items()))
+        raise UserError(
+            f"{folder} has damaged shards, whose rows would be missing ({damaged}): run `xkd-pipeline cache verify`, "
+            "and generate, which makes them again"
+        )
     if not headers:
         raise UserError(f"{folder} holds no readable shards")
     widest: dict[int, list] = {}
@@ -74,10 +83,21 @@ def export(teacher: dict, splits: Iterable[Split], out: Path) -> dict[str, int]:
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: export to a new folder")
     require_writable(out)
+    staged = out / f".tmp-{uuid.uuid4().hex}"
+    try:
+        counts = _write(teacher, splits, staged)
+        for path in sorted(staged.iterdir()):
+            os.replace(path, out / path.name)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return counts
+
+
+def _write(teacher: dict, splits: Iterable[Split], out: Path) -> dict[str, int]:
     counts: dict[str, int] = {}
     tokens, requests, ks = 0, {}, set()
     for split in splits:
-        counted = _Counter()
+        counted = Counted()
         rows = counted.through(split.rows)
         footing = footer(teacher, split.request, split.k)
         for number, groups in enumerate(_files(rows)):
@@ -92,18 +112,6 @@ def export(teacher: dict, splits: Iterable[Split], out: Path) -> dict[str, int]:
     card = _card(teacher, counts, tokens, requests, sorted(ks))
     write_atomically(out, lambda temporary: temporary.write_text(card, encoding="utf-8"), "README.md")
     return counts
-
-
-@dataclass
-class _Counter:
-    rows: int = 0
-    tokens: int = 0
-
-    def through(self, rows: Iterable[Row]) -> Iterator[Row]:
-        for row in rows:
-            self.rows += 1
-            self.tokens += len(row.response_ids)
-            yield row
 
 
 def _files(rows: Iterator[Row]) -> Iterator[Iterator[list[Row]]]:

@@ -1,6 +1,8 @@
 """Files that are either whole or absent: temporary name, fsync, atomic rename, directory fsync."""
 
+import fcntl
 import hashlib
+import itertools
 import json
 import os
 import uuid
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+
+ASIDE = ".aside"  # ending of what was moved out of the way and is no longer read
 
 
 def sha256_file(path: Path) -> str:
@@ -35,10 +39,43 @@ def writing_to(folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
+        advice = "Free space or make it writable"
+        if isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError):
+            advice = f"Move what is at {error.filename2 or error.filename} out of the way"
         raise UserError(
-            f"cannot write to {folder}: {error.strerror or error}. Free space or make it writable and run the same "
-            "command again: everything written so far is kept"
+            f"cannot write to {folder}: {error.strerror or error}. {advice} and run the same command again: everything "
+            "written so far is kept"
         ) from error
+
+
+def move_aside(path: Path) -> Path:
+    """Rename what is in the way of a file or folder; its new name ends in `.aside`, and nothing is replaced."""
+    aside = next(
+        free
+        for number in itertools.count()
+        if not os.path.lexists(free := path.with_name(f"{path.name}{f'.{number}' * (number > 0)}{ASIDE}"))
+    )
+    os.rename(path, aside)
+    return aside
+
+
+def replace_file(path: Path, to: Path) -> None:
+    """Rename a file to where another one may be; a folder there is moved aside."""
+    if to.is_dir() and not to.is_symlink():
+        move_aside(to)
+    os.replace(path, to)
+
+
+@contextmanager
+def locked(folder: Path):
+    """Have a folder for oneself among this machine's processes, waiting for it; where locks are unknown, do without."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(folder: Path, write: Callable[[Path], None], name: str | Callable[[Path], str]) -> Path:
@@ -52,7 +89,7 @@ def write_atomically(folder: Path, write: Callable[[Path], None], name: str | Ca
             write(temporary)
             _sync(temporary)
             final = folder / (name if isinstance(name, str) else name(temporary))
-            os.replace(temporary, final)
+            replace_file(temporary, final)
             _sync(folder)
     finally:
         with suppress(OSError):
@@ -73,7 +110,7 @@ def require_writable(folder: Path) -> None:
     with writing_to(folder):
         probe = folder / f".tmp-{uuid.uuid4().hex}"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
 
 
 def write_json_atomically(path: Path, value: Any) -> None:

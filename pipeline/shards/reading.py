@@ -137,6 +137,7 @@ class _Stored:
     def __init__(self, selection: Selection, part: str, without: tuple[str, ...]):
         self.k = 0 if set(TOPK) & set(without) else selection.manifest["k"]
         self.unread = dict.fromkeys(name for name in TEXT if name in without)
+        selection.check_stored(part)
         self.folder, self.labels, self.locations = selection.located(part)
         shards: dict[Any, list[int]] = {}
         for place, location in enumerate(self.locations):

@@ -5,15 +5,14 @@ removes nothing that somebody uses, or that an interrupted run would go on from.
 """
 
 import json
-import os
 import socket
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.shards.files import digest
-from pipeline.shards.selection import read_manifest
+from pipeline.shards.manifest import holds_selection, read_manifest
 from pipeline.shards.storage import Storage
 
 FOLDER = "references"
@@ -45,26 +44,31 @@ class Reference:
 
     @property
     def gone(self) -> bool:
-        """Whether the selection is known not to exist any more."""
-        return self.here and self.complete and not (Path(self.selection) / "manifest.json").is_file()
+        """Whether the selection is known not to exist any more, not even in part."""
+        return self.here and self.complete and not holds_selection(Path(self.selection))
 
     def uses(self) -> dict[str, tuple[set[str], int] | None]:
         """`<teacher>/<request>` -> keys in use and their k; None where all of the request is to be kept.
 
-        That is so for a selection that cannot be looked at, being on another machine, unfinished or damaged.
+        That is so for a selection that is on another machine, unfinished, damaged, or not the one that left word. What
+        lies in the folder meanwhile is in use too.
         """
         everything = {f"{self.teacher}/{request}": None for request in self.requests}
-        if not self.here or not self.complete:
+        if not self.here:
             return everything
         try:
-            return keys_of(Path(self.selection))
+            found = keys_of(Path(self.selection))
         except UserError:
             return everything
+        return found if self.complete and found.keys() <= everything.keys() else found | everything
 
-    def record(self, storage: Storage) -> None:
-        """Leave word in the store; a store that can only be read is none the worse."""
-        with suppress(UserError):
+    def record(self, storage: Storage) -> bool:
+        """Leave word in the store; whether that was possible."""
+        try:
             storage.write_json(self.name, asdict(self))
+        except UserError:
+            return False
+        return True
 
 
 def keys_of(selection: Path) -> dict[str, tuple[set[str], int]]:
@@ -77,12 +81,26 @@ def keys_of(selection: Path) -> dict[str, tuple[set[str], int]]:
     return found
 
 
-def references(storage: Storage) -> list[Reference]:
-    """All that were recorded; files that are none are passed over."""
-    found = []
+def references(storage: Storage) -> tuple[list[Reference], list[str]]:
+    """All that were recorded, and the names of files in their folder that are none."""
+    found, unreadable = [], []
     for name in storage.find(FOLDER):
-        with suppress(json.JSONDecodeError, KeyError, TypeError):
-            entry = json.loads(storage.read_text(name) or "")
-            entry["requests"] = tuple(entry["requests"])
-            found.append(Reference(**entry))
-    return sorted(found, key=lambda reference: (reference.host, os.fspath(reference.selection)))
+        if name.rpartition("/")[2].startswith(".tmp-"):
+            continue
+        reference = _parsed(storage.read_text(name))
+        if reference is None or reference.name != name:
+            unreadable.append(name)
+        else:
+            found.append(reference)
+    return sorted(found, key=lambda reference: (reference.host, reference.selection)), unreadable
+
+
+def _parsed(text: str | None) -> Reference | None:
+    """None for a text that is no reference; entries of a later version are ignored."""
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        entry = json.loads(text or "")
+        found = Reference(**{field.name: entry[field.name] for field in fields(Reference)})
+        texts = [found.selection, found.host, found.teacher, *found.requests]
+        if all(isinstance(text, str) for text in texts) and isinstance(found.complete, bool):
+            return replace(found, requests=tuple(found.requests))
+    return None

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +34,7 @@ TEXT, TOPK = ("prompt", "response"), ("topk_ids", "topk_logprobs")  # what reade
 # The high bytes of ids are predictable and the low ones are not: split, they take a fifth less (docs/store-cost.md).
 # DuckDB 2.0 cannot read byte-split float16, so `topk_logprobs` stays plain (about 22 bytes a token more at k = 50).
 _BYTE_SPLIT = ("prompt_ids", "response_ids", "topk_ids", "logprobs", "lse")
+ROW_GROUP_VALUES = 2**19  # top-k entries of a row group: what a reader must have in memory, about 3 MB
 _DICTIONARY = ["origin", "prompt_id", "prompt", "finish"]
 
 
@@ -155,7 +157,21 @@ def footer(teacher: dict, request: dict, k: int, **more) -> dict:
 def write_shard(path: Path, rows: Sequence[Row], metadata: dict) -> None:
     """One Parquet file; `metadata` goes into its footer as JSON, with the numbers of `rows` and response `tokens`."""
     counts = {"rows": len(rows), "tokens": sum(len(row.response_ids) for row in rows)}
-    write_row_groups(path, [rows], metadata | counts)
+    write_row_groups(path, row_groups(rows), metadata | counts)
+
+
+def row_groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Rows in groups of about as many values, so that a reader's memory does not depend on their lengths."""
+    group: list[Row] = []
+    values = 0
+    for row in rows:
+        group.append(row)
+        values += len(row.prompt_ids) + len(row.response_ids) * (1 + row.k)
+        if values >= ROW_GROUP_VALUES:
+            yield group
+            group, values = [], 0
+    if group:
+        yield group
 
 
 def write_row_groups(path: Path, groups: Iterable[Sequence[Row]], metadata: dict) -> None:
@@ -169,9 +185,14 @@ def write_row_groups(path: Path, groups: Iterable[Sequence[Row]], metadata: dict
             writer.write_table(to_table(rows, schema))
 
 
-def read_metadata(path: Path) -> dict:
-    """The footer's JSON. Raises ValueError where the file is no shard of this schema version."""
-    metadata = pq.read_schema(path).metadata or {}
+def read_metadata(source: Path | BinaryIO) -> dict:
+    """The footer's JSON. Raises ValueError where it is none of this schema version, or lacks what `footer` writes."""
+    return checked_metadata(pq.read_schema(source))
+
+
+def checked_metadata(schema: pa.Schema) -> dict:
+    """The same of a schema that was read."""
+    metadata = schema.metadata or {}
     if METADATA_KEY not in metadata:
         raise ValueError("the footer has no xkd metadata")
     found = json.loads(metadata[METADATA_KEY])
@@ -179,6 +200,14 @@ def read_metadata(path: Path) -> dict:
         raise ValueError("the footer's xkd metadata is no JSON object")
     if found.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(f"schema version {found.get('schema_version')}, expected {SCHEMA_VERSION}")
+    teacher = found.get("teacher")
+    wrong = [name for name in ("k", "vocab_size") if type(found.get(name)) is not int or found[name] < 0]
+    wrong += [name for name in ("rows", "tokens") if type(found.get(name, 0)) is not int or found.get(name, 0) < 0]
+    wrong += [name for name in ("request", "engine") if not isinstance(found.get(name, {}), dict)]
+    if not isinstance(teacher, dict) or not isinstance(teacher.get("identity"), str):
+        wrong.append("teacher")
+    if wrong or "request" not in found:
+        raise ValueError(f"the footer's xkd metadata has no {' and '.join(wrong) or 'request'} as it must be")
     return found
 
 

@@ -5,9 +5,6 @@ trimmed, no times, hosts or paths. So nothing reruns because of how or when rows
 """
 
 import hashlib
-import json
-import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,16 +16,31 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
-from pipeline.shards.files import sha256_file, write_atomically, write_json_atomically, writing_to
+from pipeline.shards.files import (
+    locked,
+    replace_file,
+    sha256_file,
+    write_atomically,
+    write_json_atomically,
+    writing_to,
+)
 from pipeline.shards.identity import Request
-from pipeline.shards.schema import SCHEMA, SCHEMA_VERSION, TOPK, Columns, Row, footer, row_digest, write_row_groups
+from pipeline.shards.manifest import MANIFEST, WRITE_AGAIN, file_fault, is_left_behind, read_manifest, sealed
+from pipeline.shards.schema import (
+    SCHEMA,
+    SCHEMA_VERSION,
+    TOPK,
+    Columns,
+    Row,
+    footer,
+    row_digest,
+    row_groups,
+    write_row_groups,
+)
 from pipeline.shards.store import Location, RequestFolder, open_store, pick
 
 ROWS_PER_FILE = 4096
-ROW_GROUP_VALUES = 2**19  # top-k entries of a row group: what a reader must have in memory, about 3 MB
 _ROWS_AT_ONCE = 256
-_FILE = re.compile(r"(train|validation|scored|references|negatives|samples)-\d{5}\.parquet")
-_LEFT_BEHIND = re.compile(rf"manifest\.json(\.aside)?|{_FILE.pattern}(\.aside)?|\.tmp-[0-9a-f]{{32}}")
 
 
 @dataclass
@@ -105,7 +117,7 @@ def write_selection(
 
     Other files in `out` stay. student: fingerprint of the model that rows of origin `student` are samples of.
     """
-    manifest = {
+    manifest: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "teacher": teacher,
         "k": k,
@@ -113,27 +125,28 @@ def write_selection(
         "skipped": skipped,
         "parts": {},
     } | ({} if student is None else {"student": student})
-    staged = out / f".tmp-{uuid.uuid4().hex}"
-    try:
-        with writing_to(staged):
-            for name, part in parts.items():
-                manifest["parts"][name] = _write_part(staged, name, part, teacher, k, materialize)
-            new = {file.name for file in staged.iterdir()} | {"manifest.json", staged.name}
-            for file in sorted(staged.iterdir()):
-                os.replace(file, out / file.name)
-            for stale in out.iterdir():
-                if _LEFT_BEHIND.fullmatch(stale.name) and stale.name not in new:
-                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    write_json_atomically(out / "manifest.json", manifest)
+    with writing_to(out), locked(out):  # two runs with one `out` write one after the other
+        staged = out / f".tmp-{uuid.uuid4().hex}"
+        try:
+            with writing_to(staged):
+                for name, part in parts.items():
+                    manifest["parts"][name] = _write_part(staged, name, part, teacher, k, materialize)
+                files = [file["name"] for part in manifest["parts"].values() for file in part["files"]]
+                for file in files:
+                    replace_file(staged / file, out / file)
+                for stale in out.iterdir():
+                    if stale.name not in files and is_left_behind(stale) and stale != staged:
+                        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+        write_json_atomically(out / MANIFEST, sealed(manifest))
     return manifest
 
 
 def _write_part(out: Path, name: str, part: Part, teacher: dict, k: int, materialize: bool) -> dict:
     """The manifest's entry of a part, after writing its files where they are wanted."""
     described = part.describe()
-    labels, counted, files = labels_of(described), _Counted(), []
+    labels, counted, files = labels_of(described), Counted(), []
     if materialize:
         footing = footer(teacher, part.request.describe(), k)
         for number, start in enumerate(range(0, len(labels), ROWS_PER_FILE)):
@@ -152,31 +165,19 @@ def _write_part(out: Path, name: str, part: Part, teacher: dict, k: int, materia
 
 
 @dataclass
-class _Counted:
-    """Response tokens and one digest of the rows that went through."""
+class Counted:
+    """Rows, response tokens and one digest of what went through."""
 
+    rows: int = 0
     tokens: int = 0
     content: Any = field(default_factory=hashlib.sha256)
 
     def through(self, rows: Iterable[Row]) -> Iterator[Row]:
         for row in rows:
+            self.rows += 1
             self.tokens += len(row.response_ids)
             self.content.update(row_digest(row))
             yield row
-
-
-def row_groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Rows in groups of about as many values, so that a reader's memory does not depend on their lengths."""
-    group: list[Row] = []
-    values = 0
-    for row in rows:
-        group.append(row)
-        values += len(row.prompt_ids) + len(row.response_ids) * (1 + row.k)
-        if values >= ROW_GROUP_VALUES:
-            yield group
-            group, values = [], 0
-    if group:
-        yield group
 
 
 class Selection:
@@ -195,8 +196,7 @@ class Selection:
             for file in part["files"]:
                 if file_fault(self.folder, file):
                     raise UserError(
-                        f"{self.folder / file['name']} is missing or not what manifest.json says: run `xkd-pipeline "
-                        "generate` again"
+                        f"{self.folder / file['name']} is missing or not what manifest.json says: {WRITE_AGAIN}"
                     )
 
     def require_teacher(self, what: str) -> None:
@@ -217,7 +217,7 @@ class Selection:
             )
 
     def part(self, name: str) -> dict:
-        """The manifest's entry of `train`, `validation` or `scored`."""
+        """The manifest's entry of a part."""
         if name not in self.parts:
             raise UserError(f"{self.folder} has no part '{name}'; it holds {', '.join(self.parts)}")
         return self.parts[name]
@@ -235,62 +235,42 @@ class Selection:
                 yield from read_group(reader, group, () if topk else TOPK)
 
     def located(self, name: str) -> tuple[RequestFolder, list["Label"], list[Location]]:
-        """Where the rows of a part are in the store, in their canonical order, and how they are labelled."""
+        """Where the rows of a part are in the store, in their canonical order, and how they are labelled.
+
+        Raises UserError where one is not there any more.
+        """
         part, k = self.part(name), self.manifest["k"]
         folder = RequestFolder(open_store(self.store), self.teacher["identity"], part["request_identity"])
-        index, labels = folder.index(), labels_of(part)
+        index, labels = folder.index(set_aside=False), labels_of(part)
         return folder, labels, [self._locate(index, label.key, k, folder) for label in labels]
+
+    def check_stored(self, name: str) -> None:
+        """Raises UserError where the store has other rows than this selection was made of."""
+        for _ in self._rows_in_store(name):
+            pass
 
     def _rows_in_store(self, name: str) -> Iterator[Row]:
         folder, labels, locations = self.located(name)
-        counted = _Counted()
+        counted = Counted()
         rows = folder.read_each(locations, _ROWS_AT_ONCE)
         yield from counted.through(
             label.apply(row, self.manifest["k"]) for label, row in zip(labels, rows, strict=True)
         )
         if counted.content.hexdigest() != self.part(name)["content"]:
-            raise UserError(f"the store {folder} holds other rows than {self.folder} was made of: run generate again")
+            raise UserError(
+                f"the store {folder} holds other rows than {self.folder} was made of: run `xkd-pipeline cache verify` "
+                "to find those that cannot be, then generate (or score) again"
+            )
 
     def _locate(self, index: dict[str, list[Location]], key: str, k: int, folder: RequestFolder) -> Location:
         location = pick(index.get(key, []), k)
         if location is None:
+            damaged = "".join(f"; {name} there is damaged: {what}" for name, what in folder.damaged.items())
             raise UserError(
-                f"row {key} of {self.folder} is no longer in the store {folder}: run `xkd-pipeline generate` "
-                "again, with the same --store"
+                f"row {key} of {self.folder} is no longer in the store {folder}: {WRITE_AGAIN}, with the same "
+                f"--store{damaged}"
             )
         return location
-
-
-def read_manifest(folder: Path) -> dict:
-    """A selection's manifest. Raises UserError where there is none, or one that cannot be used."""
-    path = folder / "manifest.json"
-    if not path.is_file():
-        raise UserError(f"no cached teacher at {folder}: run `xkd-pipeline generate` (or `dvc repro generate`) first")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["schema_version"]
-        used = manifest["teacher"]["identity"], manifest["k"], manifest["materialized"], manifest["parts"].values()
-        complete = len(used) and all(
-            {"keys", "origins", "files", "request_identity"} <= part.keys() for part in used[3]
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}): run `xkd-pipeline generate` again") from error
-    if version != SCHEMA_VERSION or not complete:
-        raise UserError(f"{path} is of schema version {version}, expected {SCHEMA_VERSION}: run generate again")
-    return manifest
-
-
-def selection_files(folder: Path) -> list[Path]:
-    """The files of rows in a selection's folder, listed or not."""
-    return sorted(path for path in folder.iterdir() if _FILE.fullmatch(path.name))
-
-
-def file_fault(folder: Path, file: dict) -> str | None:
-    """What is wrong with a file that a manifest lists, or None."""
-    path = folder / file["name"]
-    if not path.is_file():
-        return "it is missing"
-    return None if sha256_file(path) == file["sha256"] else "its content is not what manifest.json says"
 
 
 def read_group(reader: pq.ParquetFile, group: int, without: tuple[str, ...] = ()) -> Columns:

@@ -7,6 +7,7 @@ network loses nothing.
 
 import os
 import uuid
+from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -55,10 +56,10 @@ class Storage:
 
     @contextmanager
     def _reaching(self, name: str):
-        """Turn what goes wrong on the way into a UserError, but for a file that is not there."""
+        """Turn what goes wrong on the way into a UserError, but for a file that is not there or none."""
         try:
             yield self._target[0]
-        except (FileNotFoundError, UserError):
+        except (FileNotFoundError, IsADirectoryError, UserError):
             raise
         except Exception as error:  # every file system has errors of its own
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -67,6 +68,8 @@ class Storage:
 
     def find(self, folder: str = "") -> dict[str, Found]:
         """Every file in and below a folder, by name."""
+        if not self.remote:
+            return self._find_here(folder)
         with self._reaching(folder) as fs:
             fs.invalidate_cache()
             try:
@@ -75,6 +78,20 @@ class Storage:
                 return {}
             base = len(self._target[1].rstrip("/")) + 1
             return {path[base:]: Found(info["size"], _modified(info)) for path, info in sorted(found.items())}
+
+    def _find_here(self, folder: str) -> dict[str, Found]:
+        """Through links too: a request may have moved to another disk. Raises UserError where it cannot look."""
+        found, seen = {}, set()
+        with self._reaching(folder):
+            for inside, folders, files in os.walk(self.path / folder, followlinks=True, onerror=_unless_absent):
+                if (real := os.path.realpath(inside)) in seen:
+                    folders.clear()
+                    continue
+                seen.add(real)
+                for path in (Path(inside) / name for name in files):
+                    status = path.lstat() if not path.exists() else path.stat()
+                    found[path.relative_to(self.path).as_posix()] = Found(status.st_size, status.st_mtime)
+        return dict(sorted(found.items()))
 
     @contextmanager
     def open(self, name: str):
@@ -87,22 +104,34 @@ class Storage:
         try:
             with self.open(name) as file:
                 return file.read().decode("utf-8", errors="replace")
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             return None
 
     def fetch(self, name: str, to: Path) -> None:
         """Copy a file to this machine; it appears whole. Raises FileNotFoundError where there is none."""
         temporary = to.parent / f".tmp-{uuid.uuid4().hex}"
         try:
-            with writing_to(to.parent), self._reaching(name) as fs:
+            with writing_to(to.parent):
+                temporary.touch()
+            with self._reaching(name) as fs:
                 fs.get_file(self._full(name), str(temporary))
-                os.replace(temporary, to)
+            os.replace(temporary, to)
         finally:
             with suppress(OSError):
                 temporary.unlink()
 
     def put(self, path: Path, name: str) -> None:
         """Copy a file of this machine into the store; it appears whole."""
+        try:
+            self._put(path, name)
+        except FileNotFoundError as error:
+            if not path.exists():  # another process has handed it over
+                raise
+            raise UserError(
+                f"cannot write to {self.name}: it does not exist ({error}). What was made is kept in {self.path}"
+            ) from error
+
+    def _put(self, path: Path, name: str) -> None:
         folder, _, last = name.rpartition("/")
         with self._reaching(name) as fs:
             protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
@@ -133,12 +162,16 @@ class Storage:
             fs.rm_file(self._full(name))
         (self.path / name).unlink(missing_ok=True)
 
-    def remove_empty_folders(self) -> None:
-        """Folders on this machine that hold nothing any more, deepest first."""
-        for folder, _, _ in os.walk(self.path, topdown=False):
-            if Path(folder) != self.path:
-                with suppress(OSError):
-                    os.rmdir(folder)
+    def remove_empty(self, folders: Iterable[str]) -> None:
+        """Those of the folders, and of the folders that they are in, that hold nothing on this machine any more."""
+        for folder in folders:
+            inside = self.path / folder
+            while inside != self.path:
+                try:
+                    inside.rmdir()
+                except OSError:
+                    break
+                inside = inside.parent
 
     def outbox(self, folder: str) -> Path:
         """Where new shards of a folder are written before `push`; the folder itself where there is no URL."""
@@ -147,12 +180,14 @@ class Storage:
     def push(self, folder: str) -> None:
         """Hand over what waits in a folder's outbox; the mirror then has it as a file like any other."""
         for path in sorted(self.outbox(folder).glob("part-*.parquet")) if self.remote else ():
-            try:
+            with suppress(FileNotFoundError):  # another process may be handing over the same
                 self.put(path, f"{folder}/{path.name}")
                 os.replace(path, self.path / folder / path.name)
-            except FileNotFoundError as error:
-                if path.exists():  # else another process has handed it over
-                    raise UserError(f"cannot write to {self.name}: it does not exist ({error})") from error
+
+
+def _unless_absent(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def _mirror(url: str) -> Path:

@@ -11,23 +11,28 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
+import numpy as np
 import pyarrow.parquet as pq
 from platformdirs import user_cache_path
 
 from pipeline.errors import UserError
-from pipeline.shards.checking import SHARD, Damaged, Header, check_shard
-from pipeline.shards.files import canonical_json, digest, sha256_file, write_atomically, writing_to
-from pipeline.shards.schema import SCHEMA, Row, from_table, read_metadata, write_shard
+from pipeline.shards.checking import SHARD, UNREADABLE, Damaged, Header, check_shard
+from pipeline.shards.files import canonical_json, digest, move_aside, sha256_file, write_atomically, writing_to
+from pipeline.shards.schema import Row, from_table, read_metadata, write_shard
 from pipeline.shards.storage import Storage
 
 SKIPPED = "skipped.jsonl"
-ASIDE = ".aside"  # ending of a small file that is damaged and no longer read
 
 
 def open_store(where: str | Path | None = None) -> Storage:
-    """The files at `--store`, else at the environment's XKD_STORE, else in the user's cache directory."""
-    return Storage(where or os.environ.get("XKD_STORE") or user_cache_path("xkd-pipeline") / "store")
+    """The files at `--store`, else at the environment's XKD_STORE, else in the user's cache directory.
+
+    Raises UserError where there is a file.
+    """
+    storage = Storage(where or os.environ.get("XKD_STORE") or user_cache_path("xkd-pipeline") / "store")
+    if not storage.remote and storage.path.exists() and not storage.path.is_dir():
+        raise UserError(f"the store {storage.name} is a file: move it away, or name another --store")
+    return storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ class RequestFolder:
         self.teacher, self.request = teacher, request
         self.name = f"{teacher}/{request}"
         self.path = self.storage.path / self.name
-        self.damaged: list[str] = []
+        self.damaged: dict[str, str] = {}  # shard -> what is wrong with it
         self._passed: dict[Path, Header] = {}
 
     def __str__(self) -> str:
@@ -67,6 +72,8 @@ class RequestFolder:
         then shard name.
         """
         rows: dict[str, list[Location]] = {}
+        if set_aside:
+            self._make_way()
         for shard in self._shards(set_aside):
             header = self._passed.get(shard) or self._check(shard, set_aside)
             if header is not None:
@@ -83,15 +90,26 @@ class RequestFolder:
 
     def _shards(self, write: bool) -> list[Path]:
         """The shards on this machine, after fetching those that only the remote has."""
-        if self.storage.remote:
-            if write:
-                self.storage.push(self.name)
-            for name in self.storage.find(self.name):
-                folder, _, last = name.rpartition("/")
-                if folder == self.name and SHARD.fullmatch(last) and not (self.path / last).exists():
-                    self.storage.fetch(name, self.path / last)
-        found = [*self.path.glob("part-*.parquet"), *(self.path / "outbox").glob("part-*.parquet")]
-        return sorted(found, key=lambda path: path.name)
+        if not self.storage.remote:
+            return sorted(self.path.glob("part-*.parquet"))
+        if write:
+            self.storage.push(self.name)
+        stored = {}  # not what the mirror has alone: others may have removed it
+        for name in self.storage.find(self.name):
+            folder, _, last = name.rpartition("/")
+            if folder == self.name and SHARD.fullmatch(last):
+                stored[last] = self.path / last
+                if not stored[last].exists():
+                    self.storage.fetch(name, stored[last])
+        waiting = {path.name: path for path in (self.path / "outbox").glob("part-*.parquet")}
+        return [path for _, path in sorted((waiting | stored).items())]
+
+    def _make_way(self) -> None:
+        """Move files aside that are where the folders of the teacher and the request must be."""
+        for folder in (self.path.parent, self.path):
+            if os.path.lexists(folder) and not folder.is_dir():
+                with suppress(OSError):
+                    move_aside(folder)
 
     def _check(self, shard: Path, set_aside: bool) -> Header | None:
         try:
@@ -99,12 +117,12 @@ class RequestFolder:
         except Damaged as error:
             if self.storage.remote and self._fetched_again(shard):
                 return check_shard(shard, self.teacher, self.request)
-            self.damaged.append(f"{self}/{shard.name}: {error}")
+            self.damaged[shard.name] = str(error)
         if set_aside:
             try:
                 self.set_aside(shard.name)
             except (OSError, UserError) as error:
-                self.damaged[-1] += f" (left in place: {getattr(error, 'strerror', None) or error})"
+                self.damaged[shard.name] += f" (left in place: {getattr(error, 'strerror', None) or error})"
         return None
 
     def _fetched_again(self, shard: Path) -> bool:
@@ -142,7 +160,7 @@ class RequestFolder:
                 self.storage.write_json(name, value)
 
     def read(self, locations: Iterable[Location]) -> list[Row]:
-        """The rows at `locations`, in their order; each shard is decoded once.
+        """The rows at `locations`, in their order; only the row groups that hold them are decoded, each once.
 
         Raises UserError where a shard that was there is no longer readable.
         """
@@ -153,10 +171,13 @@ class RequestFolder:
         rows: dict[int, Row] = {}
         for shard, numbers in by_shard.items():
             try:
-                table = pq.read_table(shard, schema=SCHEMA).take([locations[number].row for number in numbers])
-            except (OSError, pa.ArrowException) as error:
-                raise UserError(f"{shard} cannot be read any more ({error}): run the same command again") from error
-            rows.update(zip(numbers, from_table(table), strict=True))
+                found = _rows_of(shard, [locations[number].row for number in numbers])
+            except (OSError, *UNREADABLE) as error:
+                raise UserError(
+                    f"{shard} cannot be read ({' '.join(str(error).split())}): run `xkd-pipeline cache verify`, which "
+                    "sets aside what is damaged, and the same command again"
+                ) from error
+            rows.update(zip(numbers, found, strict=True))
         return [rows[number] for number in range(len(locations))]
 
     def read_each(self, locations: Iterable[Location], at_once: int = 256) -> Iterator[Row]:
@@ -178,6 +199,8 @@ class RequestFolder:
         if not entries:
             return
         path = self.path / SKIPPED
+        if path.is_dir():
+            move_aside(path)
         with writing_to(self.path), path.open("a+b") as file:
             torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
             file.write(b"\n" * torn + b"".join(canonical_json(entry).encode() + b"\n" for entry in entries))
@@ -189,12 +212,25 @@ class RequestFolder:
             self.storage.put(path, f"{self.name}/{SKIPPED}")
 
 
+def _rows_of(shard: Path, places: Sequence[int]) -> list[Row]:
+    """The rows at these places of a shard, in their order."""
+    with pq.ParquetFile(shard) as file:
+        ends = np.cumsum([file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)])
+        group_of = np.searchsorted(ends, places, side="right")
+        groups = np.unique(group_of)
+        table = file.read_row_groups(groups.tolist())
+    sizes = np.diff(ends, prepend=0)
+    starts = np.cumsum(sizes[groups]) - sizes[groups]  # of each group in the table
+    within = np.array(places) - (ends - sizes)[group_of]
+    return from_table(table.take(starts[np.searchsorted(groups, group_of)] + within))
+
+
 def describes(name: str, text: str | None) -> bool:
     """Whether the text of `<teacher>/teacher.json` or `<teacher>/<request>/request.json` fits the folder it is in."""
     folder = name.split("/")[-2]
     try:
         value = json.loads(text or "")
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
     if name.endswith("/teacher.json"):
         return isinstance(value, dict) and value.get("identity") == folder
@@ -203,7 +239,8 @@ def describes(name: str, text: str | None) -> bool:
 
 def skipped_entry(line: str) -> dict | None:
     """An entry of skipped.jsonl; None for a line that is none."""
-    with suppress(json.JSONDecodeError, KeyError, TypeError):
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
         entry = json.loads(line)
-        return {"key": entry["key"], "prompt_id": entry["prompt_id"], "reason": entry["reason"]}
+        found = {name: entry[name] for name in ("key", "prompt_id", "reason")}
+        return found if all(isinstance(value, str) for value in found.values()) else None
     return None

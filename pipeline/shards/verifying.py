@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
-from pipeline.shards.catalogue import files_by_request
-from pipeline.shards.checking import Damaged, check_shard, row_faults
-from pipeline.shards.files import digest
+from pipeline.shards.catalogue import IDENTITY, files_by_request
+from pipeline.shards.checking import SHARD, UNREADABLE, Damaged, RowCheck, check_shard, row_faults
+from pipeline.shards.files import ASIDE, move_aside
+from pipeline.shards.manifest import MANIFEST, WRITE_AGAIN, file_fault, read_manifest, selection_files
+from pipeline.shards.references import references
 from pipeline.shards.schema import read_metadata
-from pipeline.shards.selection import Selection, file_fault, labels_of, read_manifest, selection_files
+from pipeline.shards.selection import Selection, labels_of, read_group
 from pipeline.shards.storage import Storage
-from pipeline.shards.store import ASIDE, SKIPPED, RequestFolder, describes, skipped_entry
+from pipeline.shards.store import SKIPPED, RequestFolder, describes, skipped_entry
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class Problem:
 
 def verify_store(storage: Storage, prefix: str, set_aside: bool, advance: Callable[[], None]) -> Iterator[Problem]:
     """All that is wrong in the requests whose name begins with `prefix`. `advance` is called once a file."""
+    for name in references(storage)[1]:
+        yield Problem(name, "no readable reference to a selection; `cache gc` refuses to guess", "remove it")
+    yield from _in_the_way(storage, prefix, set_aside)
     requests = files_by_request(storage, prefix)
     for teacher in sorted({request.split("/")[0] for request in requests}):
         yield from _description(storage, f"{teacher}/teacher.json", set_aside)
@@ -41,12 +46,40 @@ def verify_store(storage: Storage, prefix: str, set_aside: bool, advance: Callab
         folder = RequestFolder(storage, *request.split("/"))
         if any(name.rpartition("/")[0] == request for name in files):  # not only what was set aside before
             yield from _description(storage, f"{request}/request.json", set_aside)
-        strange = [f"{request}/{path.name}" for path in folder.path.glob("part-*") if path.is_dir()]
-        for name in sorted([*files, *strange]):
+        for name in sorted(files):
             inside, _, last = name.rpartition("/")
             if inside == request and not last.startswith(".tmp-") and not last.endswith(ASIDE):
                 yield from _file(storage, folder, last, set_aside)
             advance()
+
+
+def _in_the_way(storage: Storage, prefix: str, set_aside: bool) -> Iterator[Problem]:
+    """Files where folders must be, and folders where files must be; at a URL there are no such."""
+    for teacher in sorted(storage.path.iterdir()) if storage.path.is_dir() and not storage.remote else ():
+        if not IDENTITY.fullmatch(teacher.name):
+            continue
+        requests = sorted(teacher.iterdir()) if teacher.is_dir() else []
+        folders = [teacher, *(path for path in requests if IDENTITY.fullmatch(path.name))]
+        inside = [path for folder in folders[1:] if folder.is_dir() for path in sorted(folder.iterdir())]
+        files = [*(path for path in requests if path.name == "teacher.json"), *filter(_is_for_a_file, inside)]
+        strange = [(path, "it is no folder") for path in folders if not path.is_dir()]
+        strange += [(path, "Is a directory, where a file must be") for path in files if path.is_dir()]
+        for path, what in strange:
+            name = path.relative_to(storage.path).as_posix()
+            if name.startswith(prefix) or prefix.startswith(name):
+                moved = set_aside and _aside(lambda path=path: _move(storage, path))
+                yield Problem(name, what, "generate makes what was in its place again", moved)
+
+
+def _move(storage: Storage, path: Path) -> None:
+    if SHARD.fullmatch(path.name):
+        RequestFolder(storage, *path.parent.relative_to(storage.path).parts).set_aside(path.name)
+    else:
+        move_aside(path)
+
+
+def _is_for_a_file(path: Path) -> bool:
+    return bool(SHARD.fullmatch(path.name)) or path.name in (SKIPPED, "request.json")
 
 
 def _description(storage: Storage, name: str, set_aside: bool) -> Iterator[Problem]:
@@ -60,28 +93,35 @@ def _description(storage: Storage, name: str, set_aside: bool) -> Iterator[Probl
 
 
 def _file(storage: Storage, folder: RequestFolder, last: str, set_aside: bool) -> Iterator[Problem]:
-    name, what, repair = f"{folder.name}/{last}", None, "generate makes its rows again"
+    name = f"{folder.name}/{last}"
     if last == SKIPPED:
         lines = (storage.read_text(name) or "").split("\n")
         bad = sum(bool(line.strip()) and skipped_entry(line) is None for line in lines)
         if bad:
             yield Problem(name, f"{bad} of its lines are no entries, and ignored", "those rows are asked for again")
-        return
-    if last == "request.json":
-        return
-    if not last.startswith("part-"):
+    elif last != "request.json" and not last.startswith("part-"):
         yield Problem(name, "it is no file of the store, and ignored", "remove it, or leave it")
-        return
+    elif last != "request.json":
+        try:
+            what = _shard_fault(storage, folder, name)
+        except UserError as error:
+            yield Problem(name, str(error), "verify again")
+            return
+        if what:
+            moved = set_aside and _aside(lambda: folder.set_aside(last))
+            yield Problem(name, what, "generate makes the rows again that no other shard has", moved)
+
+
+def _shard_fault(storage: Storage, folder: RequestFolder, name: str) -> str | None:
+    """What is wrong with a shard or its rows, or None. Raises UserError where it cannot be read now."""
     with _stored(storage, name) as path:
         try:
             check_shard(path, folder.teacher, folder.request)
-            found = list(row_faults(path))
-            more = f", and {len(found) - 1} more rows" if len(found) > 1 else ""
-            what = f"{found[0]}{more}" if found else None
         except Damaged as error:
-            what = str(error)
-    if what:
-        yield Problem(name, what, repair, set_aside and _aside(lambda: folder.set_aside(last)))
+            return str(error)
+        found = list(row_faults(path))
+    more = f", and {len(found) - 1} more rows" if len(found) > 1 else ""
+    return f"{found[0]}{more}" if found else None
 
 
 @contextmanager
@@ -98,55 +138,62 @@ def _stored(storage: Storage, name: str) -> Iterator[Path]:
 
 
 def verify_selection(folder: Path, store: str | Path | None, set_aside: bool) -> Iterator[Problem]:
-    """What is wrong with a selection: its manifest against its files, and against their rows or those in the store."""
-    manifest_path, repair = folder / "manifest.json", "generate (or score) writes the selection again"
+    """What is wrong with a selection: its manifest against its files, and its rows, or those in the store."""
+    repair = "generate (or score) writes the selection again"
 
     def problem(path: Path, what: str) -> Problem:
-        moved = set_aside and path.exists() and _aside(lambda: os.replace(path, path.with_name(path.name + ASIDE)))
+        moved = set_aside and os.path.lexists(path) and _aside(lambda: move_aside(path))
         return Problem(str(path), what, repair, moved)
 
     try:
         manifest = read_manifest(folder)
-    except UserError as error:
-        yield problem(manifest_path, str(error))
+        present = selection_files(folder)
+    except (UserError, OSError) as error:
+        what = str(error).removeprefix(f"{folder / MANIFEST} ").removesuffix(f": {WRITE_AGAIN}")
+        yield problem(folder / MANIFEST, f"it {what}" if what.startswith("is ") else what)
         return
-    faults = [
-        (file["name"], fault)
-        for part in manifest["parts"].values()
-        for file in part["files"]
-        if (fault := file_fault(folder, file))
-    ]
+    listed = {file["name"]: file for part in manifest["parts"].values() for file in part["files"]}
+    faults = [(name, fault) for name, file in listed.items() if (fault := file_fault(folder, file))]
     for name, what in faults:
         yield problem(folder / name, what)
-    listed = {file["name"] for part in manifest["parts"].values() for file in part["files"]}
-    for path in selection_files(folder):
+    for path in present:
         if path.name not in listed:
             yield problem(path, "manifest.json does not list it")
-    if not faults and (stale := _stale(folder, manifest, store)):
-        yield problem(manifest_path, f"it is stale: {stale}")
+    if faults:
+        return
+    selection = Selection(folder, store)
+    for name in selection.parts:
+        try:
+            if selection.manifest["materialized"]:
+                yield from (problem(path, what) for path, what in _row_faults(selection, name))
+            else:
+                selection.check_stored(name)
+        except UserError as error:  # the store's fault: the selection may be whole
+            yield Problem(str(folder / MANIFEST), f"part {name}: {error}", repair)
 
 
-def _stale(folder: Path, manifest: dict, store: str | Path | None) -> str | None:
-    """What a manifest says that its rows do not, or None."""
-    try:
-        selection = Selection(folder, store)
-        for name, part in selection.parts.items():
-            labels, rows, tokens = labels_of(part), 0, 0
-            if digest(part["request"])[:16] != part["request_identity"]:
-                return f"the request of part {name} is not the one of its identity"
-            for file in part["files"]:
-                metadata = read_metadata(folder / file["name"])
-                if any(metadata[name] != manifest[name] for name in ("teacher", "k")):
-                    return f"{file['name']} is of another teacher or k"
-            for label, row in zip(labels, selection.rows(name, topk=False), strict=True):
-                if (label.key, label.prompt_id, label.origin) != (row.key, row.prompt_id, row.origin):
-                    return f"part {name} holds row {row.key} in place of {label.key}"
-                rows, tokens = rows + 1, tokens + len(row.response_ids)
-            if (part["rows"], part["prompts"], part["tokens"]) != (rows, len(part["keys"]), tokens):
-                return f"part {name} has {rows} rows of {tokens} tokens, not {part['rows']} of {part['tokens']}"
-    except (UserError, ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:
-        return " ".join(str(error).split()) or type(error).__name__
-    return None
+def _row_faults(selection: Selection, name: str) -> Iterator[tuple[Path, str]]:
+    """Files of a part with rows that are not those of the manifest, or that the teacher cannot have said."""
+    part, labels = selection.part(name), iter(labels_of(selection.part(name)))
+    for file in part["files"]:
+        path = selection.folder / file["name"]
+        try:
+            metadata, rows = read_metadata(path), 0
+            if any(metadata[entry] != selection.manifest[entry] for entry in ("teacher", "k")):
+                yield path, "it is of another teacher or k than manifest.json"
+            check = RowCheck(metadata["request"], part["request_identity"], metadata["k"], metadata["vocab_size"])
+            reader = pq.ParquetFile(path)
+            for row in (row for group in range(reader.num_row_groups) for row in read_group(reader, group)):
+                rows, label = rows + 1, next(labels, None)
+                if label is None or (label.key, label.prompt_id, label.origin) != (row.key, row.prompt_id, row.origin):
+                    yield path, f"it holds row {row.key} where manifest.json has {label.key if label else 'no row'}"
+                    return
+                if fault := check.fault(row):
+                    yield path, f"row {row.key} {fault}"
+                    break
+        except (*UNREADABLE, OSError) as error:
+            yield path, f"its rows cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
+            return
 
 
 def _aside(move: Callable[[], None]) -> bool:

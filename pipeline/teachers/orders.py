@@ -1,7 +1,7 @@
 """Ask a teacher for what the store does not hold, and keep every answer as it comes."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 from pipeline import console
 from pipeline.errors import UserError
 from pipeline.prompts import Prompt
+from pipeline.shards.files import require_writable
 from pipeline.shards.identity import Request, sample_seed
 from pipeline.shards.schema import Row, footer
 from pipeline.shards.selection import Part
@@ -67,6 +68,15 @@ class Order:
             else:
                 self.missing.append(wanted)
 
+    def describe(self, teacher: dict) -> None:
+        """Make the order's folder self-describing. Raises UserError where rows are lacking and cannot be written."""
+        if self.missing or self.widen:
+            self.folder.describe(teacher, self.request.describe())
+            require_writable(self.folder.storage.outbox(self.folder.name))
+        elif self.wanted:
+            with suppress(UserError):  # a store that can only be read serves what it has
+                self.folder.describe(teacher, self.request.describe())
+
     def length(self, wanted: Wanted) -> int:
         """Most tokens that prompt and response can have together."""
         given = wanted.response_ids
@@ -81,10 +91,11 @@ class Order:
 
         Every `rows_per_shard` answers become a shard at once, and so does the rest when the run is interrupted.
         """
-        self._record_skips()
         if not self.missing and not self.widen:
+            with suppress(UserError):  # as above
+                self._record_skips()
             return 0
-        self.folder.describe(teacher, self.request.describe())
+        self._record_skips()
         writer = _Writer(self, engine, tokenizer, teacher, rows_per_shard)
         rows = {wanted.key: wanted for wanted in self.missing}
         asks = (wanted.ask() for wanted in self.missing)

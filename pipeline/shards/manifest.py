@@ -1,0 +1,68 @@
+"""`manifest.json` of a selection: what it holds, sealed by a digest of itself, and the files that belong to it."""
+
+import json
+import re
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.shards.files import digest, sha256_file
+from pipeline.shards.schema import SCHEMA_VERSION
+
+MANIFEST = "manifest.json"
+WRITE_AGAIN = "run `xkd-pipeline generate` (or `score`, if that wrote it) again"
+_ROWS = r"(train|validation|scored|references|negatives|samples)-\d{5}\.parquet"
+_LEFT_BEHIND = re.compile(rf"({re.escape(MANIFEST)}|{_ROWS})(\.aside)?")
+_STAGED = re.compile(r"\.tmp-[0-9a-f]{32}")
+
+
+def sealed(manifest: dict) -> dict:
+    """The manifest with `sha256`, the digest of all its other entries: whatever else is changed is seen."""
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    return rest | {"sha256": digest(rest)}
+
+
+def read_manifest(folder: Path) -> dict:
+    """A selection's manifest. Raises UserError where there is none, or not the one that was written."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"no cached teacher at {folder}: run `xkd-pipeline generate` (or `dvc repro generate`) first")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version, seal = manifest["schema_version"], manifest["sha256"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): {WRITE_AGAIN}") from error
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{path} is of schema version {version}, expected {SCHEMA_VERSION}: {WRITE_AGAIN}")
+    if sealed(manifest)["sha256"] != seal:
+        raise UserError(f"{path} is stale: its entries are not those that its sha256 is of: {WRITE_AGAIN}")
+    return manifest
+
+
+def selection_files(folder: Path) -> list[Path]:
+    """The files of rows in a selection's folder, listed or not."""
+    return sorted(path for path in folder.iterdir() if re.fullmatch(_ROWS, path.name))
+
+
+def is_left_behind(path: Path) -> bool:
+    """Whether it is a file of an earlier selection, or the folder in which a killed run prepared one."""
+    if path.is_dir() and not path.is_symlink():
+        return bool(_STAGED.fullmatch(path.name))
+    return bool(_LEFT_BEHIND.fullmatch(path.name) or _STAGED.fullmatch(path.name))
+
+
+def holds_selection(folder: Path) -> bool:
+    """Whether a folder has a selection, whole or damaged."""
+    try:
+        return any(_LEFT_BEHIND.fullmatch(path.name) for path in folder.iterdir())
+    except FileNotFoundError:
+        return False
+    except OSError:  # it is something, and cannot be looked into
+        return True
+
+
+def file_fault(folder: Path, file: dict) -> str | None:
+    """What is wrong with a file that a manifest lists, or None."""
+    path = folder / file["name"]
+    if not path.is_file():
+        return "it is missing"
+    return None if sha256_file(path) == file["sha256"] else "its content is not what manifest.json says"
