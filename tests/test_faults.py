@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,11 +64,13 @@ class Lab:
     def out(self) -> Path:
         return self.folder / "out"
 
-    def command(self, out: Path | None = None, store: Path | None = None) -> tuple:
+    def command(
+        self, out: Path | None = None, store: Path | None = None, rows_per_shard: int = ROWS_PER_SHARD
+    ) -> tuple:
         return (
             "generate", "--teacher", self.teacher, "--prompts", self.prompts, "--out", out or self.out,
             "--store", store or self.store, "--engine", "hf", "--max-tokens", 40, "--template", "{prompt}", "--samples",
-            SAMPLES, "--set", f"generate.rows_per_shard={ROWS_PER_SHARD}", "--params", ROOT / "params.yaml",
+            SAMPLES, "--set", f"generate.rows_per_shard={rows_per_shard}", "--params", ROOT / "params.yaml",
         )  # fmt: skip
 
     def start(self, **places) -> Run:
@@ -198,13 +201,18 @@ def contents_of_files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
 def test_an_interrupt_keeps_also_what_was_not_yet_written(lab, note, number, name):
-    process = lab.start()
-    process.wait_for(lambda: len(shards(lab.store)) >= 2)
-    process.send(number)
-    assert process.wait() == 128 + number
+    """No shard is full yet when it comes, so that what is kept was written because of it."""
+    for delay in (0.2, 0.5, 1, 2, 4):  # until it comes after the first answers
+        process = lab.start(rows_per_shard=10 * ALL)
+        process.wait_for(lambda process=process: "loading the teacher" in process.output)
+        time.sleep(delay)
+        process.send(number)
+        assert process.wait() == 128 + number, process.output
+        if kept := len(rows_in(lab.store)):
+            break
+    assert 0 < kept < ALL
     assert "interrupted. What was made so far is kept; run the same command to go on" in process.output
     assert "Traceback" not in process.output and not list(lab.store.rglob(".tmp-*"))
-    kept = len(rows_in(lab.store))
     assert lab.finish() == ALL - kept
     note(f"{name} (exit {128 + number})", "unwritten rows were written, the message says what to do", written(0))
 
@@ -218,6 +226,17 @@ def test_two_processes_on_one_store(lab, note):
     assert len(set(keys)) == ALL
     assert lab.finish() == 0
     note("two processes fill one store", "both ended with the same selection, no row twice in it", written(0))
+
+
+def test_the_same_command_twice_at_once(lab, note):
+    processes = [lab.start() for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert contents(lab.out) == lab.undisturbed and set(rows_in(lab.store)) and lab.finish() == 0
+    note(
+        "the same command runs twice at once",
+        "both ended with the same selection, written once after the other",
+        written(0),
+    )
 
 
 def test_two_processes_one_of_them_killed(lab, note):
