@@ -50,7 +50,7 @@ def dry_run(
     retry_skipped: bool = False,
     plan: Plan = Plan(),
 ) -> Summary:
-    """Say what is cached, what is missing and what that takes; nothing is written."""
+    """Say what is cached, what is missing and what that takes; nothing is written but a URL's mirror."""
     if plan.tokens and params.generate.responses:
         raise UserError("--tokens plans what a teacher is to say, and generate.responses gives it: leave one out")
     prompts = [] if plan.tokens else prompts_to_ask(params, prompts_path)
@@ -152,19 +152,19 @@ def _report_cost(params: Params, teacher: Teacher, orders: Sequence[Order], plan
     if teacher.engine != "text":
         asked = [(order, wanted) for order in orders for wanted in [*order.missing, *order.widen]]
         longest = max((order.length(wanted) for order, wanted in asked), default=2 * params.max_tokens)
-        hours, found = _on_gpus(teacher, longest, needs, plan)
+        hours, found = _on_gpus(teacher, params.generate, longest, needs, plan)
         rows, facts = rows + hours, facts + found
     console.table("what is missing takes", ("", "at max_tokens", "expected"), rows)
     console.facts("where the numbers come from", facts)
 
 
 def _on_gpus(
-    teacher: Teacher, longest: int, needs: Sequence[Need], plan: Plan
+    teacher: Teacher, settings: Generate, longest: int, needs: Sequence[Need], plan: Plan
 ) -> tuple[list[tuple[str, ...]], list[tuple[str, str]]]:
     """Hours where a rate is given, and what one copy of the teacher takes. Raises UserError where it does not fit."""
     dtype, memory = teacher.description["dtype"], plan.memory
     model = ModelMemory.of(load_config(teacher.source), dtype)
-    copy = model.fewest_gpus(longest, memory)
+    copy = max(model.fewest_gpus(longest, memory), settings.tensor_parallel * settings.pipeline_parallel)
     takes = f"{console.size(model.weights)} of weights and {console.size(SEQUENCES * longest * model.cache)} of cache"
     if plan.gpus is not None and plan.gpus < copy:
         raise UserError(
@@ -176,6 +176,8 @@ def _on_gpus(
         ("teacher", f"{model.parameters:,} parameters in {dtype}, {console.size(model.cache)} of cache a token"),
         ("one copy", f"{_gpus(copy)} of {memory:g} GiB: {takes} ({SEQUENCES} sequences of {longest:,} tokens)"),
     ]
+    if settings.quantization:
+        facts.append(("weights", f"counted in {dtype}: {settings.quantization} takes less, and may need fewer GPUs"))
     if plan.rate is None:
         why = "not given: with --rate TOKENS_A_SECOND_AND_GPU, which a run on a few prompts prints, there are hours"
         return [], [*facts, ("rate", why)]

@@ -45,7 +45,7 @@ def reward(
     selection = Selection(selection_path, store)
     selection.require_teacher("a reward")
     require_same_tokenizer(selection.teacher["tokenizer"], load_tokenizer(student_path), student_path)
-    rows = {name: list(selection.rows(name)) for name in ("train", "validation") if name in selection.parts}
+    rows = {name: list(selection.rows(name, topk=False)) for name in ("train", "validation") if name in selection.parts}
     for name in ("train", "validation"):
         if not rows.get(name):
             raise UserError(
@@ -53,7 +53,7 @@ def reward(
             )
     config = load_config(student_path)
     require_context(config, max(_length(row) for part in rows.values() for row in part), f"the student {student_path}")
-    given = {"scored": list(selection.rows("scored"))} if "scored" in selection.parts else {}
+    given = {"scored": list(selection.rows("scored", topk=False))} if "scored" in selection.parts else {}
     given |= _also_scored(selection, scored_path, student_path, store)
     rows |= _readable(given, context_length(config))
 
@@ -113,7 +113,7 @@ def _also_scored(
     scored.require_same_teacher(selection)
     if scored.manifest.get("student") not in (None, fingerprint(student)):
         raise UserError(f"{path} holds samples of another student than {student}: run `xkd-pipeline score` for it")
-    return {name: list(scored.rows(name)) for name in scored.parts}
+    return {name: list(scored.rows(name, topk=False)) for name in scored.parts}
 
 
 def _readable(rows: dict[str, list[Row]], longest: int | None) -> dict[str, list[Row]]:

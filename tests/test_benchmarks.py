@@ -12,7 +12,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.params import Generate
 from stages.asking import Teacher
-from tests.benchmarks import capture, fidelity, layouts
+from tests.benchmarks import bytes_a_token, capture, fidelity, growth, layouts, loader
 from tests.benchmarks.texts import arguments, read_texts, start, to_draw
 from tests.conftest import ROOT, WORDS
 
@@ -133,3 +133,20 @@ def test_the_grid_keeps_ranks_and_bounds_both_errors():
     assert (np.diff(grid, axis=1) <= 0).all()
     assert np.abs(np.exp(grid) - np.exp(values)).max() < 1e-3
     assert np.abs(grid - values)[values > -16].max() <= 0.0625 + 1e-6
+
+
+def test_growth_measures_whole_runs_and_the_reading_and_size_of_what_they_made(teacher, student, tmp_path, monkeypatch):
+    points = [growth.generate(str(teacher), tmp_path, count) for count in (2, 20)]
+    assert [(point["prompts"], point["rows"]) for point in points] == [(2, 4), (20, 40)]
+    assert all(points[1][name] > points[0][name] for name in ("tokens", "bytes"))
+    assert 0.5 < points[1]["peak_memory"] / points[0]["peak_memory"] < 1.5
+    growth.plot(points, tmp_path / "growth.svg")
+    assert "highest memory" in (tmp_path / "growth.svg").read_text()
+
+    selection = tmp_path / "20" / "selection"
+    found = bytes_a_token.main(selection)["own ids"]["bytes"]
+    assert list(found) == [1, 8, 16] and list(found.values()) == sorted(found.values())
+    monkeypatch.setattr(loader, "STEPS", 3)
+    monkeypatch.setattr(loader, "BATCH", 8)
+    measured = loader.main(selection, student)
+    assert measured["rows"] == 40 and measured["steps"] == 5 and measured["share_of_step"] > 0

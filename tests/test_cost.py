@@ -208,6 +208,13 @@ def test_too_few_or_too_small_gpus_are_refused(teacher, prompts):
         dry_run(params, prompts, plan=Plan(gpus=1, memory=0.001))
 
 
+def test_a_copy_has_the_gpus_that_the_parameters_give_it(teacher, prompts, capsys):
+    params = make_params(teacher, "generate.engine=vllm", "generate.tensor_parallel=2", "generate.quantization=fp8")
+    dry_run(params, prompts)
+    said = capsys.readouterr().err
+    assert "2 GPUs of 80 GiB" in said and "fp8 takes less" in said
+
+
 def test_gpus_that_make_no_whole_copy_stay_idle(teacher, prompts, capsys):
     dry_run(make_params(teacher), prompts, plan=Plan(rate=1, gpus=5, memory=0.001))
     found = printed(capsys.readouterr().err)
