@@ -319,6 +319,18 @@ def test_whatever_is_edited_in_a_manifest_is_seen_and_costs_no_row(lab, edit):
     assert lab.generate() == 0 and contents(lab.out) == lab.undisturbed
 
 
+@pytest.mark.parametrize("other", ["generate.k=12", "seed=5", "generate.samples=1"])
+def test_a_manifest_of_another_selection_is_stale_and_its_files_are_left(lab, other):
+    manifest = (lab.out / "manifest.json").read_bytes()
+    lab.params = stub_params(lab.teacher, other)
+    lab.generate()
+    made = contents(lab.out)
+    (lab.out / "manifest.json").write_bytes(manifest)
+    (problem,) = lab.verify()
+    assert problem.file == str(lab.out / "manifest.json") and "it is stale" in problem.what and problem.aside
+    assert lab.generate() == 0 and contents(lab.out) == made
+
+
 def test_the_rows_of_a_selection_are_looked_at_too(lab):
     """Its own seal and digests fit, and yet no teacher can have said that."""
     shard, manifest = lab.out / "train-00000.parquet", json.loads((lab.out / "manifest.json").read_text())

@@ -152,9 +152,13 @@ def verify_selection(folder: Path, store: str | Path | None, set_aside: bool) ->
         what = str(error).removeprefix(f"{folder / MANIFEST} ").removesuffix(f": {WRITE_AGAIN}")
         yield problem(folder / MANIFEST, f"it {what}" if what.startswith("is ") else what)
         return
-    listed = {file["name"]: file for part in manifest["parts"].values() for file in part["files"]}
-    faults = [(name, fault) for name, file in listed.items() if (fault := file_fault(folder, file))]
-    for name, what in faults:
+    listed = {file["name"]: (file, part) for part in manifest["parts"].values() for file in part["files"]}
+    faults = {name: fault for name, (file, _) in listed.items() if (fault := file_fault(folder, file))}
+    others = [name for name in faults if _is_another(folder / name, *listed[name], manifest)]
+    if others:
+        yield problem(folder / MANIFEST, f"it is stale: {', '.join(others)} are whole files of another selection")
+        return
+    for name, what in faults.items():
         yield problem(folder / name, what)
     for path in present:
         if path.name not in listed:
@@ -170,6 +174,20 @@ def verify_selection(folder: Path, store: str | Path | None, set_aside: bool) ->
                 selection.check_stored(name)
         except UserError as error:  # the store's fault: the selection may be whole
             yield Problem(str(folder / MANIFEST), f"part {name}: {error}", repair)
+
+
+def _is_another(path: Path, file: dict, part: dict, manifest: dict) -> bool:
+    """Whether a file that the manifest does not fit is whole, and has other rows than damage could leave."""
+    try:
+        metadata, keys = read_metadata(path), pq.read_table(path, columns=["key"]).column(0).to_pylist()
+    except (*UNREADABLE, OSError):
+        return False
+    of_another = any(metadata[entry] != manifest[entry] for entry in ("teacher", "k"))
+    return (
+        of_another
+        or len(keys) != file["rows"]
+        or not {key for each in part["keys"].values() for key in each} >= set(keys)
+    )
 
 
 def _row_faults(selection: Selection, name: str) -> Iterator[tuple[Path, str]]:
