@@ -363,7 +363,7 @@ def test_a_selection_that_leaves_its_rows_in_the_store_is_checked_when_it_is_rea
 
 @pytest.mark.parametrize(
     "damage",
-    ["", "{", "null", "[1]", '{"selection": null}', "torn", "moved"],
+    ["", "{", "null", "[1]", '{"selection": null}', "torn", "moved", "folder", "file"],
 )
 def test_gc_does_not_guess_what_a_damaged_reference_was_of(lab, damage):
     ((reference,), _) = references(Storage(lab.store))
@@ -372,12 +372,18 @@ def test_gc_does_not_guess_what_a_damaged_reference_was_of(lab, damage):
         os.truncate(path, 20)
     elif damage == "moved":  # it names another selection than its own name is of
         path.write_text(path.read_text().replace(str(lab.out), "/nowhere"))
+    elif damage == "folder":
+        in_place_of(path)
+    elif damage == "file":
+        shutil.rmtree(path.parent)
+        path.parent.write_text("mine")
     else:
         path.write_text(damage)
-    with pytest.raises(UserError, match=f"{path.name}: no readable reference"):
+    with pytest.raises(UserError, match=r"references.*: no readable reference"):
         lab.garbage()
     assert "no readable reference" in lab.verify()[0].what
-    assert lab.restored() and not lab.garbage()  # generate left word again
+    lab.generate()  # leaves word again
+    assert contents(lab.out) == lab.undisturbed and not lab.verify() and not lab.garbage()
 
 
 def test_gc_keeps_what_verify_has_not_set_aside(thin):

@@ -5,13 +5,14 @@ removes nothing that somebody uses, or that an interrupted run would go on from.
 """
 
 import json
+import os
 import socket
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.shards.files import digest
+from pipeline.shards.files import ASIDE, digest, move_aside
 from pipeline.shards.manifest import holds_selection, read_manifest
 from pipeline.shards.storage import Storage
 
@@ -65,8 +66,10 @@ class Reference:
     def record(self, storage: Storage) -> bool:
         """Leave word in the store; whether that was possible."""
         try:
+            if _in_the_way(storage):
+                move_aside(storage.path / FOLDER)
             storage.write_json(self.name, asdict(self))
-        except UserError:
+        except (OSError, UserError):
             return False
         return True
 
@@ -83,9 +86,9 @@ def keys_of(selection: Path) -> dict[str, tuple[set[str], int]]:
 
 def references(storage: Storage) -> tuple[list[Reference], list[str]]:
     """All that were recorded, and the names of files in their folder that are none."""
-    found, unreadable = [], []
+    found, unreadable = [], [FOLDER] if _in_the_way(storage) else []
     for name in storage.find(FOLDER):
-        if name.rpartition("/")[2].startswith(".tmp-"):
+        if name.rpartition("/")[2].startswith(".tmp-") or ASIDE in name:  # aside: written anew under its own name
             continue
         reference = _parsed(storage.read_text(name))
         if reference is None or reference.name != name:
@@ -93,6 +96,12 @@ def references(storage: Storage) -> tuple[list[Reference], list[str]]:
         else:
             found.append(reference)
     return sorted(found, key=lambda reference: (reference.host, reference.selection)), unreadable
+
+
+def _in_the_way(storage: Storage) -> bool:
+    """Whether a file is where the folder of references must be."""
+    folder = storage.path / FOLDER
+    return os.path.lexists(folder) and not folder.is_dir()
 
 
 def _parsed(text: str | None) -> Reference | None:
