@@ -71,10 +71,10 @@ def bytes_per_token(k: int) -> float:
     """Bytes that a response token takes in the store with k tokens a position, prompts and text included.
 
     A straight line through what `tests/benchmarks/bytes_a_token.py` measured at k = 1 to 128 on SmolLM2's answers to
-    GSM8K (180 tokens each after prompts of 92), their ids spread over a vocabulary of 152,064: 14.7, 39.9, 71.4, 137.8,
-    276.3 and 541.3 bytes. With SmolLM2's own 49,152 ids it was 124.1 at k = 32.
+    GSM8K (221 tokens each after prompts of 92), their ids spread over a vocabulary of 152,064: 14.4, 40.6, 71.1, 132.4,
+    254.9 and 485.2 bytes. With SmolLM2's own 49,152 ids it was 112.7 at k = 32.
     """
-    return 7.0 + 4.2 * k
+    return 12.0 + 3.7 * k
 
 
 @dataclass(frozen=True)
