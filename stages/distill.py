@@ -93,6 +93,7 @@ def distill(
         report_to=settings.report_to,
         collator=partial(collate_rows, topk=topk, extras=inputs.extras),
         workers=settings.workers,
+        window=settings.window,
     )
     if adapted is not None:
         student = adapted.merge_and_unload()

@@ -64,19 +64,22 @@ def count(batch: dict[str, Tensor], terminal: str) -> Tensor:
 class TermTrainer(Trainer):
     """Trains a Learner; logs and evaluates every term by itself."""
 
-    def __init__(self, model: Learner, **options):
+    def __init__(self, model: Learner, window: int = 1, **options):
+        """window: batches of cached rows that are sorted by length together."""
         super().__init__(model=model, **options)
+        self.window = window
         self.loss_is_scaled_for_ga = True  # by the counts
         self._logged: dict[str, list[Tensor]] = {}
         self._steps = 0  # optimiser steps since the last log
 
     def get_train_dataloader(self):
-        """Cached rows in batches of similar length, decoded as they come; anything else as the Trainer does it."""
+        """Cached rows in batches that are decoded as they come; anything else as the Trainer does it."""
         if not isinstance(self.train_dataset, TeacherRows):
             return super().get_train_dataloader()
         parts = self.args.gradient_accumulation_steps
         size, workers = self.args.per_device_train_batch_size * parts, self.args.dataloader_num_workers
-        return RowLoader(self.train_dataset, size, self.args.data_seed, self.data_collator, workers, parts)
+        seed, collate = self.args.data_seed, self.data_collator
+        return RowLoader(self.train_dataset, size, seed, collate, workers, parts, self.window)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -198,10 +201,11 @@ def train(
     report_to: Sequence[str] = (),
     collator: Callable[[list], dict[str, Tensor]] = collate,
     workers: int = 0,
+    window: int = 1,
 ) -> list[dict]:
     """Train in place and return the Trainer's log history.
 
-    collator makes a batch of what `responses` hold; `workers` processes do so.
+    collator makes a batch of what `responses` hold; `workers` processes do so. window: see RowLoader, for cached rows.
 
     run: folder of the checkpoints. The newest whole checkpoint that is already there is resumed from, so a killed run
     goes on where it was; the caller removes the folder once what was trained is saved. With `best` the learner ends
@@ -250,6 +254,7 @@ def train(
         eval_dataset=validation or None,
         data_collator=collator,
         callbacks=list(callbacks),
+        window=window,
     )
     trainer.remove_callback(PrinterCallback)
     checkpoint = _whole_checkpoint(run)

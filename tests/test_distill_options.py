@@ -63,6 +63,14 @@ def test_adapters_are_trained_alone_and_merged_into_a_plain_model(cache, student
     assert "LoRA: rank 2" in (tmp_path / "student" / "README.md").read_text()
 
 
+def test_workers_change_nothing_and_the_window_what_is_in_a_batch(cache, student, tmp_path):
+    found = {
+        option: trained(cache, student, tmp_path / str(number), *([option] if option else []))[0]["heldout_kd"]
+        for number, option in enumerate(("", "distill.workers=1", "distill.window=4"))
+    }
+    assert found["distill.workers=1"] == found[""] != found["distill.window=4"]
+
+
 def test_a_run_can_be_followed_by_a_tracker(cache, student, tmp_path, monkeypatch):
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     trained(cache, student, tmp_path, "distill.report_to=[tensorboard]")

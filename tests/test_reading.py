@@ -117,6 +117,20 @@ def test_batches_are_of_similar_length_and_micro_batches_are_parts_of_them():
     assert [i for batch in parts for i in batch] == [i for batch in whole for i in batch]
 
 
+@pytest.mark.parametrize("rows_a_group", [10, 50, 2000])
+def test_the_window_and_not_the_row_groups_says_how_alike_a_batch_is(rows_a_group):
+    """A batch of one length teaches less a step, so that must not follow from how the rows are stored."""
+    rng = np.random.default_rng(0)
+    lengths, groups = rng.integers(1, 1000, 2000), np.arange(2000) // rows_a_group
+
+    def spread(window: int) -> float:
+        batches = list(BucketedBatches(lengths, groups, 10, seed=0, window=window))
+        assert sorted(row for batch in batches for row in batch) == list(range(2000))
+        return np.mean([np.ptp(lengths[batch]) for batch in batches])
+
+    assert spread(1) > 750 and 200 < spread(4) < 300 and spread(8) < 0.6 * spread(4)
+
+
 def test_a_group_is_decoded_about_once_an_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.shards.schema.ROW_GROUP_VALUES", 300)
     dataset, read = TeacherRows(make_selection(tmp_path, 1500), "train"), []

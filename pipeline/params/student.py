@@ -89,6 +89,8 @@ class Distill(Section):
     """Response positions that go through the language-model head at once; 0: as many as make 64 MiB of logits."""
     workers: Count = 0
     """Processes that decode the cached rows beside the training; 0: the training's own."""
+    window: Positive = 1
+    """Batches that are sorted by length together, which saves padding; 1: batches of all lengths, which teach more."""
     log_every: Positive = 20
     """Steps between logged points of the training curve."""
     evaluate_every: Positive = 100

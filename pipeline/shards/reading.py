@@ -8,6 +8,7 @@ can be left in its middle and taken up again.
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pipeline.shards.schema import TEXT, TOPK, Columns, Row, to_table
+from pipeline.shards.schema import TEXT, TOPK, Columns, Row, group_ends, to_table
 from pipeline.shards.selection import Selection, read_group
 
-WINDOW = 16  # batches whose rows are shuffled together, then sorted by length
+POOL = 8  # row groups whose rows are shuffled together
 _LIGHT = ["key", "origin", "prompt_ids", "response_ids"]
 
 
@@ -108,7 +109,10 @@ class Rows(Sequence[Row]):
 
 
 class _Files:
-    """Row groups of a selection's own files. rows: where the rows of each group are in the canonical order."""
+    """Row groups of a selection's own files.
+
+    rows: where the rows of each group are in the canonical order. places: file of each group, and its number there.
+    """
 
     def __init__(self, selection: Selection, part: str, without: tuple[str, ...]):
         self.without, self.rows, self.places, start = without, [], [], 0
@@ -132,24 +136,30 @@ class _Files:
 
 
 class _Stored:
-    """Rows that stayed in the store, which the selection labels; those of one shard are a group."""
+    """Rows that stayed in the store, which the selection labels; those of one row group of a shard are a group."""
 
     def __init__(self, selection: Selection, part: str, without: tuple[str, ...]):
         self.k = 0 if set(TOPK) & set(without) else selection.manifest["k"]
         self.unread = dict.fromkeys(name for name in TEXT if name in without)
         selection.check_stored(part)
         self.folder, self.labels, self.locations = selection.located(part)
-        shards: dict[Any, list[int]] = {}
+        shards: dict[Path, list[int]] = {}
         for place, location in enumerate(self.locations):
             shards.setdefault(location.shard, []).append(place)
-        self.rows = [np.array(places) for places in shards.values()]
+        self.rows, self.places = [], []  # of each group: places in the canonical order; shard, number, first row
+        for shard, places in shards.items():
+            ends = group_ends(pq.read_metadata(shard))
+            numbers = np.searchsorted(ends, [self.locations[place].row for place in places], side="right")
+            for number in np.unique(numbers):
+                self.rows.append(np.array(places)[numbers == number])
+                self.places.append((shard, int(number), int(ends[number - 1]) if number else 0))
 
     def light(self, group: int) -> tuple[list[str], list[str], pa.Table]:
-        at = self.rows[group]
-        shard = self.locations[at[0]].shard
-        table = pq.read_table(shard, columns=_LIGHT).take([self.locations[place].row for place in at])
+        at, (shard, number, first) = self.rows[group], self.places[group]
+        table = pq.ParquetFile(shard).read_row_group(number, columns=_LIGHT)
         labels = [self.labels[place] for place in at]
-        return [label.key for label in labels], [label.origin for label in labels], table
+        rows = table.take([self.locations[place].row - first for place in at])
+        return [label.key for label in labels], [label.origin for label in labels], rows
 
     def load(self, group: int) -> Columns:
         at = self.rows[group]
@@ -161,15 +171,18 @@ class _Stored:
 class BucketedBatches(Sampler[list[int]]):
     """Batches of row numbers for one epoch after the other, of similar length, shuffled by seed and epoch.
 
-    Groups come in random order; the rows of some of them are shuffled together, sorted by length, cut into batches, and
-    the batches shuffled. All rows come once an epoch; only the last batch may be smaller.
+    Groups come in random order, and the rows of POOL of them are shuffled together. Every `window` batches of them are
+    sorted by length before they are cut, and come in random order; a window of 1 sorts nothing. All rows come once an
+    epoch; only the last batch may be smaller.
     """
 
-    def __init__(self, lengths: np.ndarray, groups: np.ndarray, batch_size: int, seed: int, parts: int = 1):
+    def __init__(
+        self, lengths: np.ndarray, groups: np.ndarray, batch_size: int, seed: int, parts: int = 1, window: int = 16
+    ):
         """lengths, groups: int [N]. parts: micro-batches that each batch is handed out in."""
         if batch_size % parts:
             raise ValueError(f"{batch_size} rows cannot be handed out in {parts} equal parts")
-        self.lengths, self.batch_size, self.seed, self.parts = lengths, batch_size, seed, parts
+        self.lengths, self.batch_size, self.seed, self.parts, self.window = lengths, batch_size, seed, parts, window
         order = np.argsort(groups, kind="stable")
         self.groups = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1) if len(order) else []
         self.epoch = self.start = 0  # start: micro-batches of the epoch that are passed over
@@ -191,17 +204,15 @@ class BucketedBatches(Sampler[list[int]]):
                     yield batch[start : start + micro].tolist()
 
     def _batches(self, rng: np.random.Generator) -> Iterator[np.ndarray]:
-        waiting = np.empty(0, np.int64)
+        waiting, size = np.empty(0, np.int64), self.window * self.batch_size
         order = rng.permutation(len(self.groups))
-        for place, group in enumerate(order, start=1):
-            waiting = np.concatenate([waiting, self.groups[group]])
-            last = place == len(order)
-            if last or len(waiting) >= WINDOW * self.batch_size:
-                waiting = rng.permutation(waiting)
-                full = len(waiting) - len(waiting) % self.batch_size
-                window, waiting = waiting[:full], waiting[full:]
-                window = window[np.argsort(self.lengths[window], kind="stable")]
+        for start in range(0, len(order), POOL):
+            pool = rng.permutation(np.concatenate([waiting, *(self.groups[g] for g in order[start : start + POOL])]))
+            full = len(pool) - len(pool) % self.batch_size
+            for window in np.split(pool[:full], range(size, full, size)):
+                window = window[np.argsort(self.lengths[window], kind="stable")] if self.window > 1 else window
                 yield from rng.permutation(window.reshape(-1, self.batch_size))
+            waiting = pool[full:]
         if len(waiting):
             yield waiting
 
@@ -217,11 +228,15 @@ class RowLoader(DataLoader):
         collate: Callable[[list[Row]], Any],
         workers: int = 0,
         parts: int = 1,
+        window: int = 16,
     ):
-        """collate: makes a batch of rows. workers: processes that decode. parts: micro-batches of a batch."""
-        batches = BucketedBatches(rows.lengths, rows.groups, batch_size, seed, parts)
+        """collate: makes a batch of rows. workers: processes that decode. parts: micro-batches of a batch.
+
+        window: batches that are sorted by length together, which saves padding; 1 mixes all lengths.
+        """
+        batches = BucketedBatches(rows.lengths, rows.groups, batch_size, seed, parts, window)
         largest = max(map(len, batches.groups), default=0)
-        rows.keep_rows = (WINDOW + 1) * batch_size + 2 * largest  # a window, and what the one before has left
+        rows.keep_rows = (POOL + 1) * largest + batch_size  # a pool, and what the one before has left
         super().__init__(rows, batch_sampler=batches, collate_fn=collate, num_workers=workers)
 
     def set_epoch(self, epoch: int) -> None:

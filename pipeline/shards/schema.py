@@ -185,6 +185,11 @@ def write_row_groups(path: Path, groups: Iterable[Sequence[Row]], metadata: dict
             writer.write_table(to_table(rows, schema))
 
 
+def group_ends(found: pq.FileMetaData) -> np.ndarray:
+    """Number of the row after the last of each row group, int [G]."""
+    return np.cumsum([found.row_group(number).num_rows for number in range(found.num_row_groups)])
+
+
 def read_metadata(source: Path | BinaryIO) -> dict:
     """The footer's JSON. Raises ValueError where it is none of this schema version, or lacks what `footer` writes."""
     return checked_metadata(pq.read_schema(source))

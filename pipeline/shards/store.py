@@ -18,7 +18,7 @@ from platformdirs import user_cache_path
 from pipeline.errors import UserError
 from pipeline.shards.checking import SHARD, UNREADABLE, Damaged, Header, check_shard
 from pipeline.shards.files import canonical_json, digest, move_aside, sha256_file, write_atomically, writing_to
-from pipeline.shards.schema import Row, from_table, read_metadata, write_shard
+from pipeline.shards.schema import Row, from_table, group_ends, read_metadata, write_shard
 from pipeline.shards.storage import Storage
 
 SKIPPED = "skipped.jsonl"
@@ -215,7 +215,7 @@ class RequestFolder:
 def _rows_of(shard: Path, places: Sequence[int]) -> list[Row]:
     """The rows at these places of a shard, in their order."""
     with pq.ParquetFile(shard) as file:
-        ends = np.cumsum([file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)])
+        ends = group_ends(file.metadata)
         group_of = np.searchsorted(ends, places, side="right")
         groups = np.unique(group_of)
         table = file.read_row_groups(groups.tolist())
