@@ -2,12 +2,14 @@
 
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.models import load_lm
 from pipeline.shards.identity import Sampling
@@ -185,6 +187,16 @@ def given_to_vllm(monkeypatch, folder, loading, installed) -> tuple[list[dict], 
 
     monkeypatch.setattr("vllm.LLM", make)
     return made, open_engine("vllm", folder, loading)
+
+
+@pytest.mark.parametrize("gpus, disabled", [(0, "1"), (1, None)])
+def test_compilation_is_off_only_where_there_is_no_gpu(monkeypatch, gpus, disabled):
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("this starts CUDA before vLLM forks"))
+    runpy.run_path(str(ROOT / "pipeline/teachers/vllm.py"))
+    assert environment.get("TORCH_COMPILE_DISABLE") == disabled
 
 
 def test_sizes_and_quantization_reach_vllm(monkeypatch, teacher):

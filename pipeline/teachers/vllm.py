@@ -10,14 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-# Before the first import of vllm: one process instead of three, and no compilation at the first request.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-# A scored sequence may fill the context; vLLM wants room for one token more, which is never run.
-os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
-
 import numpy as np
 import torch
 
@@ -25,6 +17,18 @@ from pipeline import console
 from pipeline.models import load_config
 from pipeline.shards.identity import Sampling
 from pipeline.teachers.base import Answer, Ask, EngineDead, Failure, Loading, finish_of, reason_of
+
+# `torch.cuda.is_available` would start CUDA here, after which vLLM could not fork its workers; this asks the driver.
+_ON_GPU = torch.cuda.device_count() > 0
+
+# Before the first import of vllm: one process instead of three, and on a CPU no compilation at the first request.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+if not _ON_GPU:
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+# A scored sequence may fill the context; vLLM wants room for one token more, which is never run.
+os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
 
 _CPU_CACHE_BYTES = 512 * 2**20  # the default asks for nearly all of the machine's memory
 _IN_FLIGHT = 1024  # requests inside vLLM at once: enough to keep it busy, bounded for memory
@@ -104,7 +108,7 @@ class VllmEngine:
     def _load(self, logprobs_mode: str):
         from vllm import LLM
 
-        options = {} if torch.cuda.is_available() else {
+        options = {} if _ON_GPU else {
             "enforce_eager": True,  # compiling takes longer than small runs do
             "kv_cache_memory_bytes": _CPU_CACHE_BYTES,
             # A prompt prefilled in pieces rewinds its random generator, which CPU generators cannot (vLLM 0.32).
@@ -114,7 +118,7 @@ class VllmEngine:
         if self.loading.devices > 1:
             # Not Ray's, which vLLM would choose inside of one of our replicas.
             options["distributed_executor_backend"] = "mp"
-            if not torch.cuda.is_available():  # binding wants a NUMA node a process
+            if not _ON_GPU:  # binding wants a NUMA node a process
                 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         return LLM(
             model=str(self.folder),
