@@ -44,14 +44,14 @@ def open_ray(folder: Path, replica_engine: str = "hf") -> RayEngine:
     return RayEngine(folder, Loading("float32", 40, replicas=2, replica_engine=replica_engine))
 
 
-def killing(marks: Path, key: str = "", seconds: float = 0.0) -> type[Replica]:
-    """Replicas that write down their process and take their time, and that kill it when they are given `key`."""
+def killing(marks: Path, key: str | None = None, seconds: float = 0.0) -> type[Replica]:
+    """Replicas that write down their process and take their time, and that kill it at `key`, or at any row."""
 
     class Killing(Replica):
         def __call__(self, table):
             (marks / str(os.getpid())).touch()
             time.sleep(seconds)
-            if key in table.column("key").to_pylist():
+            if key is None or key in table.column("key").to_pylist():
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(table)
 
@@ -113,7 +113,7 @@ def test_a_row_that_cannot_be_made_fails_alone(teacher):
 def test_a_killed_replica_loses_no_row(teacher, tmp_path):
     """SIGKILL of one of the two processes, after the first answers have come."""
     engine, asks = open_ray(teacher, "stub"), make_asks(64)
-    engine.replica = killing(tmp_path, seconds=0.5)
+    engine.replica = killing(tmp_path, "none", seconds=0.5)
     answers, found = engine.sample(asks, DRAWN, 5), []
     found.append(next(answers))
     victim = int(next(tmp_path.iterdir()).name)
@@ -132,6 +132,20 @@ def test_a_row_that_kills_every_replica_fails_alone_and_the_job_ends(teacher, tm
     others = [ask for ask in asks if ask.key != failure.key]
     assert_same_rows(by_key(found.values()), by_key(StubEngine(44).sample(others, DRAWN, 5)))
     assert len(list(tmp_path.iterdir())) <= 2 + 3 + 2 + 2  # replicas, tries in a table, tries alone, restarts
+
+
+def test_rows_that_a_broken_cluster_leaves_open_are_asked_again_by_the_next_run(teacher, tmp_path, own_store, capsys):
+    """Every process dies from the start: nothing is recorded as skipped."""
+    prompts = make_prompts(tmp_path / "prompts.parquet", train=2)
+    params = make_params(teacher, "generate.engine=ray", "generate.replica_engine=stub", "generate.samples=1")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("pipeline.teachers.ray._TRIES", 1)
+        patched.setattr("pipeline.teachers.ray._TRIES_ALONE", 1)
+        patched.setattr(RayEngine, "replica", killing(tmp_path))
+        with pytest.raises(UserError, match="nothing could be made"):
+            generate(params, prompts, tmp_path / "a")
+    assert "no answer for 2 rows" in capsys.readouterr().err and not list(own_store.rglob("skipped.jsonl"))
+    assert generate(params, prompts, tmp_path / "a").made == 2
 
 
 def test_an_engine_that_says_it_is_dead_is_replaced_and_the_row_tried_elsewhere(teacher, tmp_path):

@@ -2,7 +2,8 @@
 
 Asks go out and answers come back as Arrow tables, one for each piece of work, as the replicas finish them. A replica
 that dies is started again and gets its table again, a few times; what is then still open is asked row by row, so
-that a row which kills every replica is the only one to fail.
+that a row which kills every replica is the only one to fail. Where no row at all is answered any more, the rest stays
+unanswered, which is no fault of the rows.
 """
 
 import logging
@@ -10,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -69,10 +71,18 @@ class RayEngine:
                 for answer in self._ask(list(waiting.values()), size, tries, job, copies, share):
                     if waiting.pop(answer.key, None) is not None:
                         yield answer
-                if not waiting:
-                    return
+                if not waiting or not self._goes_on(next(iter(waiting.values())), job, share):
+                    return  # what is left was not answered: the next run asks again
         for key in waiting:
             yield Failure(key, "every replica that was asked for this row alone died (out of memory? see Ray's logs)")
+
+    def _goes_on(self, lost: Ask, job: Job, share: dict[str, float]) -> bool:
+        """Whether the cluster still answers, if not a lost row then one like it with a prompt of one token."""
+        if self._room()[1].keys() != share.keys():  # the machines with GPUs are gone
+            return False
+        response = None if lost.response_ids is None else lost.response_ids[:1]
+        easy = replace(lost, key="easy", prompt_ids=lost.prompt_ids[:1], response_ids=response)
+        return any(True for _ in self._ask([easy], 1, _TRIES_ALONE, job, 1, share))
 
     def _ask(
         self, asks: Sequence[Ask], rows: int, tries: int, job: Job, copies: int, share: dict[str, float]
@@ -117,16 +127,15 @@ class RayEngine:
         loading, machines = self.loading, [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = [machine.get("GPU", 0) for machine in machines]
         if not any(gpus) or loading.replica_engine == "stub":
-            return loading.replicas, {
-                "num_cpus": equal_share([each.get("CPU", 0) for each in machines], loading.replicas)
-            }
+            cpus = [machine.get("CPU", 0) for machine in machines]
+            return loading.replicas, {"num_cpus": equal_share(cpus, loading.replicas)}
         room = sum(
             min(int(machine.get("GPU", 0)) // loading.devices, int(machine.get("CPU", 0))) for machine in machines
         )
         if room == 0:
             raise UserError(
-                f"engine ray: a copy of the teacher needs {loading.devices} GPUs and a CPU of one machine, and the largest "
-                f"has {max(gpus):g} GPUs: lower generate.tensor_parallel or generate.pipeline_parallel"
+                f"engine ray: a copy of the teacher needs {loading.devices} GPUs and a CPU of one machine, and the "
+                f"largest has {max(gpus):g} GPUs: lower generate.tensor_parallel or generate.pipeline_parallel"
             )
         if room < loading.replicas:
             console.warn(f"the cluster has GPUs for {room} of generate.replicas: {loading.replicas} copies")
