@@ -94,6 +94,7 @@ class Teacher:
             settings.quantization,
             settings.replicas,
             self.model_engine,
+            settings.rows_per_shard,
         )
 
     def order(self, request: Request, wanted: list[Wanted], store: Storage) -> Order:

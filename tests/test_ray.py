@@ -20,6 +20,7 @@ from pipeline.teachers.hf import HfEngine
 from pipeline.teachers.ray import RayEngine, equal_share
 from pipeline.teachers.replica import Replica
 from pipeline.teachers.stub import StubEngine
+from stages.asking import Teacher
 from stages.generate import Summary, generate
 from tests.conftest import ROOT, make_params, make_prompts, run_cli
 from tests.test_engines import DRAWN, GREEDY, by_key, make_asks
@@ -44,12 +45,18 @@ def open_ray(folder: Path, replica_engine: str = "hf") -> RayEngine:
     return RayEngine(folder, Loading("float32", 40, replicas=2, replica_engine=replica_engine))
 
 
+def test_a_copy_is_given_at_most_as_many_rows_as_a_shard_holds(teacher):
+    settings = make_params(teacher, "generate.rows_per_shard=7").generate
+    assert Teacher.of(settings).loading(settings, 40).rows == 7
+
+
 def killing(marks: Path, key: str | None = None, seconds: float = 0.0) -> type[Replica]:
-    """Replicas that write down their process and take their time, and that kill it at `key`, or at any row."""
+    """Replicas that note their process and the rows they get, take their time, and kill it at `key`, or at any row."""
 
     class Killing(Replica):
         def __call__(self, table):
-            (marks / str(os.getpid())).touch()
+            with (marks / str(os.getpid())).open("a") as mark:
+                print(table.num_rows, file=mark)
             time.sleep(seconds)
             if key is None or key in table.column("key").to_pylist():
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -111,8 +118,9 @@ def test_a_row_that_cannot_be_made_fails_alone(teacher):
 
 
 def test_a_killed_replica_loses_no_row(teacher, tmp_path):
-    """SIGKILL of one of the two processes, after the first answers have come."""
-    engine, asks = open_ray(teacher, "stub"), make_asks(64)
+    """SIGKILL of one of the two processes, after the first answers have come; it had at most `rows` of them."""
+    loading, asks = Loading("float32", 40, replicas=2, replica_engine="stub", rows=6), make_asks(64)
+    engine = RayEngine(teacher, loading)
     engine.replica = killing(tmp_path, "none", seconds=0.5)
     answers, found = engine.sample(asks, DRAWN, 5), []
     found.append(next(answers))
@@ -121,6 +129,7 @@ def test_a_killed_replica_loses_no_row(teacher, tmp_path):
     found.extend(answers)
     assert_same_rows(by_key(found), by_key(StubEngine(44).sample(asks, DRAWN, 5)))
     assert len(found) == 64 and len(list(tmp_path.iterdir())) == 3  # two replicas, and the one that came after
+    assert max(int(rows) for mark in tmp_path.iterdir() for rows in mark.read_text().split()) == 6
 
 
 def test_a_row_that_kills_every_replica_fails_alone_and_the_job_ends(teacher, tmp_path):

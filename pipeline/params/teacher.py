@@ -41,7 +41,7 @@ class Generate(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling."""
     rows_per_shard: Positive = 256
-    """Samples a stored file; a killed run loses at most as many."""
+    """Samples a stored file; a killed run loses at most as many, and what the engine is working on."""
     max_skipped: Count = 0
     """Rows that may be left out (too long, failed) before the stage counts as failed."""
     materialize: bool = True

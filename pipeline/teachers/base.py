@@ -25,6 +25,7 @@ class Loading:
     quantization: str = ""  # vLLM's name; empty: the weights as they are stored
     replicas: int = 1  # copies of the engine, with ray
     replica_engine: str = ""  # what each copy is, with ray
+    rows: int = 1024  # most rows that a copy is given at a time, with ray
 
     @property
     def devices(self) -> int:

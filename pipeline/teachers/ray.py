@@ -26,7 +26,6 @@ from pipeline.teachers.replica import ASKS, Job, Replica, from_answers
 # Before the first import of ray.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-_ROWS = 1024  # a piece of work: enough to keep vLLM busy
 _BYTES = 64 * 2**20  # of answers a piece; Ray Data would split more than 128 MiB
 _PIECES = 4  # a replica at least, so that all end at about the same time
 _TRIES = 3  # of a piece, each in a new process
@@ -64,7 +63,11 @@ class RayEngine:
         if not waiting:
             return
         longest = max(map(response, waiting.values()))
-        rows = min(_ROWS, _BYTES // (longest * (8 * job.k + 12) + 1), len(waiting) // (_PIECES * self.loading.replicas))
+        rows = min(
+            self.loading.rows,
+            _BYTES // (longest * (8 * job.k + 12) + 1),
+            len(waiting) // (_PIECES * self.loading.replicas),
+        )
         with _cluster():
             copies, share = self._room()
             for size, tries in ((max(1, rows), _TRIES), (1, _TRIES_ALONE)):
