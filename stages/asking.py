@@ -10,7 +10,7 @@ import numpy as np
 from pipeline import console
 from pipeline.errors import UserError
 from pipeline.models import (
-    context_length,
+    Context,
     describe_model,
     load_config,
     load_tokenizer,
@@ -56,7 +56,7 @@ class Teacher:
     description: dict
     k: int  # tokens a position; 0 where no teacher is run
     stops: tuple[int, ...]
-    context: int | None  # most tokens it can attend to
+    context: Context
 
     @classmethod
     def of(cls, settings: Generate) -> "Teacher":
@@ -77,12 +77,12 @@ class Teacher:
             description,
             0 if text_only else min(settings.k, description["vocab_size"]),
             stop_token_ids(source, tokenizer),
-            None if text_only else context_length(load_config(source)),
+            Context(None) if text_only else Context.of(load_config(source)),
         )
 
     def reads(self, wanted: Wanted) -> bool:
         """Whether a prompt with its given response is within the teacher's context."""
-        return self.context is None or len(wanted.prompt_ids) + len(wanted.response_ids) <= self.context
+        return self.context.holds(len(wanted.prompt_ids), len(wanted.response_ids))
 
     def loading(self, settings: Generate, longest: int) -> Loading:
         """How it is to be loaded to read and write up to `longest` tokens."""

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.errors import UserError
+from pipeline.models import Context
 from pipeline.shards.identity import Sampling
 
 
@@ -86,12 +87,13 @@ def needed(answers: Iterable[Answer | Failure], what: str) -> Iterator[Answer]:
         yield answer
 
 
-def too_long(prompt: int, response: int, context: int | None) -> str | None:
+def too_long(prompt: int, response: int, context: Context) -> str | None:
     """Why a prompt and a response of up to so many tokens do not fit, if they do not."""
-    if context is None or prompt + response <= context:
+    if context.holds(prompt, response):
         return None
     return (
-        f"a prompt of {prompt} tokens and a response of up to {response} exceed the teacher's context of {context}: "
+        f"a prompt of {prompt} tokens and a response of up to {response} exceed the teacher's context of "
+        f"{context.tokens}{' for each' if context.each else ''}: "
         "shorten the prompt or lower max_tokens"
     )
 

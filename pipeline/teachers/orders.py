@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeline import console
 from pipeline.errors import UserError
+from pipeline.models import Context
 from pipeline.prompts import Prompt
 from pipeline.shards.files import require_writable
 from pipeline.shards.identity import Request, sample_seed
@@ -43,7 +44,7 @@ class Order:
     wanted: list[Wanted]
     k: int
     stop_token_ids: tuple[int, ...]
-    context: int | None  # most tokens the teacher can attend to
+    context: Context
     cached: list[Wanted] = field(default_factory=list)
     missing: list[Wanted] = field(default_factory=list)
     widen: list[Wanted] = field(default_factory=list)  # stored with fewer than k tokens a position
