@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason_of
 from pipeline.models import load_lm
 from pipeline.shards.identity import Sampling, sample_seed
 from pipeline.teachers import Answer, Ask, Failure, choose_engine, require_supported
@@ -124,6 +124,11 @@ def test_scoring_a_response_gives_what_sampling_it_gave(hf):
         assert scored[key].finish == answer.finish
         for name in ("logprobs", "topk_logprobs", "lse"):
             np.testing.assert_allclose(getattr(scored[key], name), getattr(answer, name), atol=1e-4)
+
+
+def test_an_error_becomes_one_line_of_bounded_length():
+    assert reason_of(ValueError("no such\n  token")) == "ValueError: no such token"
+    assert len(reason_of(ValueError("x" * 1000))) == 300
 
 
 def test_the_stub_is_deterministic_and_scores_what_it_sampled():

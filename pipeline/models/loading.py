@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason_of
 from pipeline.models.saving import require_replaceable
 from pipeline.shards.files import write_json_atomically
 
@@ -101,9 +101,8 @@ def load_pretrained(auto_class, source: str | Path, what: str, **options) -> Any
     try:
         return auto_class.from_pretrained(str(source), trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
         where = "" if local.is_dir() else " (no folder of that name here, so it was looked for on the hub)"
-        raise UserError(f"cannot load the {what} of {source}{where}: {reason}") from error
+        raise UserError(f"cannot load the {what} of {source}{where}: {reason_of(error)}") from error
 
 
 def stop_token_ids(source: str | Path, tokenizer) -> tuple[int, ...]:

@@ -98,11 +98,6 @@ def too_long(prompt: int, response: int, context: Context) -> str | None:
     )
 
 
-def reason_of(error: Exception) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-
-
 def finish_of(response_ids: np.ndarray, stop_token_ids: Sequence[int]) -> str:
     """`stop` where a response ends with a stop token."""
     return "stop" if len(response_ids) and int(response_ids[-1]) in stop_token_ids else "length"

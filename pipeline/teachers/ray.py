@@ -16,11 +16,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pipeline import console
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason_of
 from pipeline.provenance import versions
 from pipeline.shards.identity import Sampling
 from pipeline.shards.schema import to_table
-from pipeline.teachers.base import Answer, Ask, Failure, Loading, reason_of
+from pipeline.teachers.base import Answer, Ask, Failure, Loading
 from pipeline.teachers.replica import ASKS, Job, Replica, from_answers
 
 # Before the first import of ray.

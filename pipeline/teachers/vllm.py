@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from pipeline import console
+from pipeline.errors import reason_of
 from pipeline.models import load_config
 from pipeline.shards.identity import Sampling
-from pipeline.teachers.base import Answer, Ask, EngineDead, Failure, Loading, finish_of, reason_of
+from pipeline.teachers.base import Answer, Ask, EngineDead, Failure, Loading, finish_of
 
 # `torch.cuda.is_available` would start CUDA here, after which vLLM could not fork its workers; this asks the driver.
 _ON_GPU = torch.cuda.device_count() > 0
@@ -231,7 +232,7 @@ class VllmEngine:
                         engine.add_request(ask.key, prompt, params(ask))
                         running[ask.key] = ask
                     except (ValueError, VLLMValidationError) as error:
-                        yield Failure(ask.key, " ".join(str(error).split())[:300])
+                        yield Failure(ask.key, reason_of(error))
                 if not running:
                     return
                 for output in self._step():
