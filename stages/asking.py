@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import console
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason_of
 from pipeline.models import (
     Context,
     describe_model,
@@ -185,9 +185,12 @@ def fulfil(
             console.say(f"loading the teacher from {teacher.source} with engine {teacher.engine}")
         try:
             engine = open_engine(teacher.engine, teacher.source, teacher.loading(settings, longest))
-        except (RuntimeError, ValueError, ImportError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # of any kind, out of the engine's library
             raise UserError(
-                f"engine {teacher.engine} cannot start with {teacher.source}: {error}. Try --engine hf"
+                f"engine {teacher.engine} cannot start with {teacher.source}: {reason_of(error)}. Nothing was lost; "
+                "try --engine hf"
             ) from error
     asked = time.monotonic()
     tokens = sum(
