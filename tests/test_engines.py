@@ -198,3 +198,20 @@ def test_hf_halves_a_batch_that_does_not_fit_into_memory_down_to_one_row(hf, mon
     assert sizes[0] == 7 and min(sizes) == 1 and found.keys() == expected.keys()
     for key in expected.keys() - {huge}:
         np.testing.assert_array_equal(found[key].response_ids, expected[key].response_ids)
+
+
+def test_hf_remembers_the_batch_that_fitted_into_memory(teacher, monkeypatch):
+    """Only the first batch of a length fails; another length is tried in full."""
+    sizes, sampled = [], HfEngine._sampled
+
+    def short_of_memory(self, batch, sampling, k):
+        sizes.append(len(batch))
+        if len(batch) > 4 and len(batch[0].prompt_ids) > 8:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return sampled(self, batch, sampling, k)
+
+    monkeypatch.setattr(HfEngine, "_sampled", short_of_memory)
+    lengths = [12] * 16 + [4] * 8
+    asks = [Ask(str(i), np.full(length, 5, np.int32), i) for i, length in enumerate(lengths)]
+    found = by_key(HfEngine(load_lm(teacher), batch_size=8).sample(asks, DRAWN, 3))
+    assert len(found) == 24 and sizes == [8, 4, 4, 4, 4, 8]

@@ -30,6 +30,7 @@ class HfEngine:
 
         self.model, self.batch_size, self.seq2seq = model, batch_size, model.config.is_encoder_decoder
         self.context = Context.of(model.config)
+        self._fitting: dict[tuple[int, ...], int] = {}  # rows of such lengths, after more did not fit into memory
         self.description = {"engine": "hf", "transformers": transformers.__version__, "torch": torch.__version__}
 
     @classmethod
@@ -55,8 +56,8 @@ class HfEngine:
                 else:
                     fitting.append(ask)
             fitting.sort(key=self._sizes, reverse=True)
-            for _, alike in groupby(fitting, key=self._sizes):
-                while batch := list(islice(alike, self.batch_size)):
+            for sizes, alike in groupby(fitting, key=self._sizes):
+                while batch := list(islice(alike, self._fitting.get(sizes, self.batch_size))):
                     yield from self._halving(batch, answer)
 
     def _sizes(self, ask: Ask) -> tuple[int, ...]:
@@ -80,6 +81,7 @@ class HfEngine:
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
             middle = (len(batch) + 1) // 2
+            self._fitting[self._sizes(batch[0])] = middle
             for half in (batch[:middle], batch[middle:]):
                 yield from self._halving(half, answer)
 
