@@ -202,6 +202,16 @@ def test_sizes_and_quantization_reach_vllm(monkeypatch, teacher):
     assert given["quantization"] is None and "distributed_executor_backend" not in given
 
 
+@pytest.mark.parametrize("vocabulary, tokens", [(1000, 8192), (151_936, 1766), (10**6, 1024)])
+def test_a_step_on_a_gpu_scores_a_bounded_number_of_tokens(monkeypatch, teacher, vocabulary, tokens):
+    """At most 1 GiB of float32 logits, but never fewer tokens than there are sequences."""
+    monkeypatch.setattr("pipeline.teachers.vllm._ON_GPU", True)
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=vocabulary))
+    monkeypatch.setattr("pipeline.teachers.vllm.load_config", lambda folder: config)
+    (given,), _ = given_to_vllm(monkeypatch, teacher, Loading("bfloat16", 40), [True])
+    assert given["max_num_batched_tokens"] == tokens and "enforce_eager" not in given
+
+
 @pytest.mark.parametrize(
     "installed, lse", [([True, True], True), ([None, True], True), ([True, False], False), ([None, False], False)]
 )

@@ -33,6 +33,8 @@ if not _ON_GPU:
 os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
 
 _CPU_CACHE_BYTES = 512 * 2**20  # the default asks for nearly all of the machine's memory
+_BATCHED = 8192  # most tokens in one step on a GPU
+_SCORE_BYTES = 2**30  # of float32 logits in one step
 _LSE_ROWS = 256  # whose float32 copies are in memory at once
 _IN_FLIGHT = 1024  # requests inside vLLM at once: enough to keep it busy, bounded for memory
 
@@ -151,7 +153,9 @@ class VllmEngine:
     def _load(self):
         from vllm import LLM
 
-        options = {} if _ON_GPU else {
+        # Scores of prompt tokens take float32 logits over the vocabulary, which vLLM does not reckon with.
+        batched = min(_BATCHED, max(_IN_FLIGHT, _SCORE_BYTES // (4 * self.vocab_size)))
+        options = {"max_num_batched_tokens": batched} if _ON_GPU else {
             "enforce_eager": True,  # compiling takes longer than small runs do
             "kv_cache_memory_bytes": _CPU_CACHE_BYTES,
             # A prompt prefilled in pieces rewinds its random generator, which CPU generators cannot (vLLM 0.32).
