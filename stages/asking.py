@@ -66,7 +66,7 @@ class Teacher:
         engine = model_engine = choose_engine(settings.engine, seq2seq)
         if engine == "ray":
             model_engine = choose_engine(settings.replica_engine, seq2seq)
-        require_supported(model_engine, settings.quantization, settings.tensor_parallel, settings.pipeline_parallel)
+        require_supported(model_engine, settings)
         tokenizer = load_tokenizer(source)
         description = _describe(settings, model_engine, tokenizer)
         return cls(
@@ -94,6 +94,7 @@ class Teacher:
             settings.quantization,
             settings.replicas,
             self.model_engine,
+            dict(settings.engine_options),
             settings.rows_per_shard,
         )
 

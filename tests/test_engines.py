@@ -9,6 +9,7 @@ import torch
 
 from pipeline.errors import UserError, reason_of
 from pipeline.models import load_lm
+from pipeline.params import Generate
 from pipeline.shards.identity import Sampling, sample_seed
 from pipeline.teachers import Answer, Ask, Failure, choose_engine, require_supported
 from pipeline.teachers.hf import HfEngine
@@ -153,11 +154,13 @@ def test_auto_prefers_vllm_and_a_missing_vllm_is_a_clear_error(monkeypatch):
 
 
 def test_an_engine_that_is_not_there_or_cannot_do_what_is_asked_is_a_clear_error(monkeypatch):
-    require_supported("vllm", "fp8", 2, 2)
-    require_supported("hf", "", 1, 1)
-    for asked, name in ((("fp8", 1, 1), "quantization"), (("", 2, 1), "tensor_parallel"), (("", 1, 2), "pipeline_par")):
+    asked = {"quantization": "fp8", "tensor_parallel": 2, "pipeline_parallel": 2}
+    asked |= {"engine_options": {"max_num_seqs": 8}}
+    require_supported("vllm", Generate(**asked))
+    require_supported("hf", Generate())
+    for name, value in asked.items():
         with pytest.raises(UserError, match=f"engine hf has no generate.{name}.*--engine vllm"):
-            require_supported("hf", *asked)
+            require_supported("hf", Generate(**{name: value}))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"ray is not installed.*\[ray\]"):
         choose_engine("ray")

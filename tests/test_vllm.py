@@ -16,6 +16,7 @@ from pipeline.models import load_lm
 from pipeline.shards.selection import Selection
 from pipeline.teachers import Ask, EngineDead, Failure, Loading, open_engine
 from pipeline.teachers.hf import HfEngine
+from stages.asking import Teacher, sampling_request
 from stages.generate import generate
 from tests.conftest import ROOT, make_params, make_prompts
 from tests.test_engines import DRAWN, GREEDY, assert_columns_are_those_of_the_model, by_key, make_asks
@@ -200,6 +201,21 @@ def test_sizes_and_quantization_reach_vllm(monkeypatch, teacher):
     assert (given["quantization"], given["dtype"], given["distributed_executor_backend"]) == ("fp8", "bfloat16", "mp")
     (given,), _ = given_to_vllm(monkeypatch, teacher, Loading("float32", 40), [True])
     assert given["quantization"] is None and "distributed_executor_backend" not in given
+
+
+def test_engine_options_reach_vllm_and_no_identity(monkeypatch, teacher):
+    params = make_params(
+        teacher,
+        "generate.engine=vllm",
+        "generate.engine_options={max_num_seqs: 8}",
+        "generate.engine_options.block_size=32",
+    )
+    found = Teacher.of(params.generate)
+    (given,), _ = given_to_vllm(monkeypatch, teacher, found.loading(params.generate, 40), [True])
+    assert (given["max_num_seqs"], given["block_size"]) == (8, 32)
+    plain = make_params(teacher, "generate.engine=vllm")
+    assert found.description == Teacher.of(plain.generate).description
+    assert sampling_request(params, found) == sampling_request(plain, found)
 
 
 @pytest.mark.parametrize("vocabulary, tokens", [(1000, 8192), (151_936, 1766), (10**6, 1024)])

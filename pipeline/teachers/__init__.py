@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.params import Generate
 from pipeline.teachers.base import Answer, Ask, Engine, EngineDead, Failure, Loading
 
 __all__ = [
@@ -31,11 +32,11 @@ def choose_engine(name: str, encoder_decoder: bool = False) -> str:
     return ("vllm" if installed and not encoder_decoder else "hf") if name == "auto" else name
 
 
-def require_supported(engine: str, quantization: str, tensor_parallel: int, pipeline_parallel: int) -> None:
+def require_supported(engine: str, settings: Generate) -> None:
     """Raises UserError where only vLLM could do what is asked of another engine."""
-    given = {"quantization": quantization != "", "tensor_parallel": tensor_parallel > 1}
-    given |= {"pipeline_parallel": pipeline_parallel > 1}
-    asked = [f"generate.{name}" for name, is_given in given.items() if is_given]
+    default = Generate()
+    names = ("quantization", "tensor_parallel", "pipeline_parallel", "engine_options")
+    asked = [f"generate.{name}" for name in names if getattr(settings, name) != getattr(default, name)]
     if engine != "vllm" and asked:
         raise UserError(f"engine {engine} has no {' and no '.join(asked)}: leave the default, or use --engine vllm")
 

@@ -5,7 +5,7 @@ a Failure and never ends the run.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +26,7 @@ class Loading:
     quantization: str = ""  # vLLM's name; empty: the weights as they are stored
     replicas: int = 1  # copies of the engine, with ray
     replica_engine: str = ""  # what each copy is, with ray
+    engine_options: dict[str, bool | int | float | str] = field(default_factory=dict)  # vLLM's own, over ours
     rows: int = 1024  # most rows that a copy is given at a time, with ray
 
     @property

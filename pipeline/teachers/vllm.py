@@ -167,6 +167,7 @@ class VllmEngine:
             options["distributed_executor_backend"] = "mp"
             if not _ON_GPU:  # binding wants a NUMA node a process
                 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        options |= self.loading.engine_options
         return LLM(
             model=str(self.folder),
             dtype=self.loading.dtype,
