@@ -29,7 +29,7 @@ from pipeline.shards.selection import Part
 from pipeline.shards.storage import Storage
 from pipeline.shards.store import SKIPPED, RequestFolder
 from pipeline.tasks.corruption import corruptions
-from pipeline.teachers import Engine, Loading, choose_engine, open_engine, require_supported
+from pipeline.teachers import Engine, Loading, choose_engine, open_engine, replica_engine, require_supported
 from pipeline.teachers.orders import Order, Wanted
 
 Asked = Sequence[tuple[Prompt, str, np.ndarray]]  # prompt, what models read, its token ids
@@ -51,7 +51,7 @@ class Teacher:
 
     source: Path
     engine: str
-    model_engine: str  # what computes its answers: with ray the engine of the replicas, else the engine
+    model_engine: str  # what computes its answers: with ray the engine of the replicas (or auto), else the engine
     tokenizer: object
     description: dict
     k: int  # tokens a position; 0 where no teacher is run
@@ -65,7 +65,7 @@ class Teacher:
         seq2seq = not text_only and load_config(source).is_encoder_decoder
         engine = model_engine = choose_engine(settings.engine, seq2seq)
         if engine == "ray":
-            model_engine = choose_engine(settings.replica_engine, seq2seq)
+            model_engine = replica_engine(settings, seq2seq)
         require_supported(model_engine, settings)
         tokenizer = load_tokenizer(source)
         description = _describe(settings, model_engine, tokenizer)

