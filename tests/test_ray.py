@@ -79,24 +79,18 @@ def assert_same_rows(ours, alone) -> None:
             assert getattr(ours[key], name).dtype == np.float32
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
-def test_two_replicas_make_the_rows_that_the_engine_makes_alone(teacher, sampling):
+def test_two_replicas_make_the_rows_that_the_engine_makes_alone(teacher):
     asks, alone = make_asks(40), HfEngine(load_lm(teacher))
-    drawn = by_key(open_ray(teacher).sample(iter(asks), sampling, 5))
-    assert_same_rows(drawn, by_key(alone.sample(asks, sampling, 5)))
-    if sampling is DRAWN:
-        given = [Ask(ask.key, ask.prompt_ids, 0, drawn[ask.key].response_ids) for ask in asks]
-        assert_same_rows(by_key(open_ray(teacher).score(given, 5, (2,))), by_key(alone.score(given, 5, (2,))))
+    drawn = by_key(open_ray(teacher).sample(iter(asks), DRAWN, 5))
+    assert_same_rows(drawn, by_key(alone.sample(asks, DRAWN, 5)))
+    given = [Ask(ask.key, ask.prompt_ids, 0, drawn[ask.key].response_ids) for ask in asks]
+    assert_same_rows(by_key(open_ray(teacher).score(given, 5, (2,))), by_key(alone.score(given, 5, (2,))))
 
 
-def test_a_copy_that_no_machine_can_hold_is_an_error_and_what_can_be_placed_is_used(teacher, capsys):
-    """Two GPUs: three for one copy are too many, and of three copies two are made."""
-    asks = make_asks(4)
+def test_a_copy_that_no_machine_can_hold_is_an_error(teacher):
+    """There are two GPUs."""
     with pytest.raises(UserError, match=r"needs 3 GPUs .* largest has 2 GPUs.*tensor_parallel"):
-        list(RayEngine(teacher, Loading("float32", 40, 3, replica_engine="hf")).sample(asks, GREEDY, 5))
-    three = RayEngine(teacher, Loading("float32", 40, replicas=3, replica_engine="hf"))
-    assert len(by_key(three.sample(asks, GREEDY, 5))) == 4
-    assert "GPUs for 2 of generate.replicas: 3 copies" in capsys.readouterr().err
+        list(RayEngine(teacher, Loading("float32", 40, 3, replica_engine="hf")).sample(make_asks(4), GREEDY, 5))
 
 
 @pytest.mark.parametrize(
@@ -126,15 +120,19 @@ def test_auto_is_left_to_the_copies_unless_only_one_engine_can_serve():
     assert replica_engine(Generate(tensor_parallel=2), encoder_decoder=False) == "vllm"
 
 
-def test_a_row_that_cannot_be_made_fails_alone(teacher):
+def test_a_row_that_cannot_be_made_fails_alone_and_of_three_copies_two_are_placed(teacher, capsys):
     """A prompt that is too long, and one that makes the engine raise while it works on a whole table."""
+    three = RayEngine(teacher, Loading("float32", 40, replicas=3, replica_engine="hf"))
     too_long = Ask("a" * 32, np.full(60, 5, np.int32), 1)
     broken = Ask("b" * 32, np.array([5, 4000, 6], np.int32), 1)  # no such token
     asks = make_asks(30)
-    found = {answer.key: answer for answer in open_ray(teacher).sample([too_long, broken, *asks], GREEDY, 5)}
+    found = {answer.key: answer for answer in three.sample([too_long, broken, *asks], GREEDY, 5)}
     assert found.keys() == {too_long.key, broken.key, *(ask.key for ask in asks)}
     assert {key for key, answer in found.items() if isinstance(answer, Failure)} == {too_long.key, broken.key}
     assert "context of 64" in found[too_long.key].reason and "IndexError" in found[broken.key].reason
+    assert "GPUs for 2 of generate.replicas: 3 copies" in capsys.readouterr().err
+    made = by_key(answer for answer in found.values() if not isinstance(answer, Failure))
+    assert_same_rows(made, by_key(HfEngine(load_lm(teacher)).sample(asks, GREEDY, 5)))
 
 
 def test_a_killed_replica_loses_no_row(teacher, tmp_path):
@@ -152,7 +150,9 @@ def test_a_killed_replica_loses_no_row(teacher, tmp_path):
     assert max(int(rows) for mark in tmp_path.iterdir() for rows in mark.read_text().split()) == 6
 
 
-def test_a_row_that_kills_every_replica_fails_alone_and_the_job_ends(teacher, tmp_path):
+def test_a_row_that_kills_every_replica_fails_alone_and_the_job_ends(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.teachers.ray._TRIES", 2)
+    monkeypatch.setattr("pipeline.teachers.ray._TRIES_ALONE", 1)
     engine, asks = open_ray(teacher, "stub"), make_asks(24)
     engine.replica = killing(tmp_path, asks[10].key)
     found = {answer.key: answer for answer in engine.sample(asks, DRAWN, 5)}
@@ -160,7 +160,7 @@ def test_a_row_that_kills_every_replica_fails_alone_and_the_job_ends(teacher, tm
     assert isinstance(failure, Failure) and "died" in failure.reason
     others = [ask for ask in asks if ask.key != failure.key]
     assert_same_rows(by_key(found.values()), by_key(StubEngine(44).sample(others, DRAWN, 5)))
-    assert len(list(tmp_path.iterdir())) <= 2 + 3 + 2 + 2  # replicas, tries in a table, tries alone, restarts
+    assert len(list(tmp_path.iterdir())) <= 2 + 1 + 2 + 1 + 3  # replicas of the four calls, and one after each death
 
 
 def test_rows_that_a_broken_cluster_leaves_open_are_asked_again_by_the_next_run(teacher, tmp_path, own_store, capsys):
@@ -199,10 +199,10 @@ def test_a_replica_that_cannot_start_ends_the_job_with_its_reason(tmp_path):
 
 
 def test_rows_made_through_ray_belong_to_the_model_and_name_their_engine(teacher, tmp_path, own_store):
-    prompts = make_prompts(tmp_path / "prompts.parquet", train=12, validation=2)
+    prompts = make_prompts(tmp_path / "prompts.parquet", train=12)
     through = make_params(teacher, "generate.engine=ray", "generate.replica_engine=hf")
-    assert generate(through, prompts, tmp_path / "a") == Summary(0, 32, 0)
-    assert generate(make_params(teacher), prompts, tmp_path / "b") == Summary(32, 0, 0)
+    assert generate(through, prompts, tmp_path / "a") == Summary(0, 24, 0)
+    assert generate(make_params(teacher), prompts, tmp_path / "b") == Summary(24, 0, 0)
     generate(make_params(teacher), prompts, tmp_path / "c", tmp_path / "other")
     for ours, alone in zip(
         Selection(tmp_path / "a").rows("train"), Selection(tmp_path / "c").rows("train"), strict=True
