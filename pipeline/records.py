@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason_of
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _SLOT = re.compile(r"\{([^{}]+)\}")
@@ -37,9 +37,8 @@ def load_records(path: str, config: str = "") -> dict[str, Any]:
         raise
     except Exception as error:  # readers of many formats, and the network
         cause = error.__cause__ or error
-        reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
         where = "" if local.exists() else " (nothing of that name here, so it was looked for on the hub)"
-        raise UserError(f"cannot read the data set {path}{where}: {reason}") from error
+        raise UserError(f"cannot read the data set {path}{where}: {reason_of(cause)}") from error
     return dict(found) if isinstance(found, Mapping) else {"train": found}
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import console
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason_of
 from pipeline.models import (
-    context_length,
+    Context,
     describe_model,
     load_config,
     load_tokenizer,
@@ -29,7 +29,7 @@ from pipeline.shards.selection import Part
 from pipeline.shards.storage import Storage
 from pipeline.shards.store import SKIPPED, RequestFolder
 from pipeline.tasks.corruption import corruptions
-from pipeline.teachers import Engine, Loading, choose_engine, open_engine, require_supported
+from pipeline.teachers import Engine, Loading, choose_engine, open_engine, replica_engine, require_supported
 from pipeline.teachers.orders import Order, Wanted
 
 Asked = Sequence[tuple[Prompt, str, np.ndarray]]  # prompt, what models read, its token ids
@@ -51,12 +51,12 @@ class Teacher:
 
     source: Path
     engine: str
-    model_engine: str  # what computes its answers: with ray the engine of the replicas, else the engine
+    model_engine: str  # what computes its answers: with ray the engine of the replicas (or auto), else the engine
     tokenizer: object
     description: dict
     k: int  # tokens a position; 0 where no teacher is run
     stops: tuple[int, ...]
-    context: int | None  # most tokens it can attend to
+    context: Context
 
     @classmethod
     def of(cls, settings: Generate) -> "Teacher":
@@ -65,8 +65,8 @@ class Teacher:
         seq2seq = not text_only and load_config(source).is_encoder_decoder
         engine = model_engine = choose_engine(settings.engine, seq2seq)
         if engine == "ray":
-            model_engine = choose_engine(settings.replica_engine, seq2seq)
-        require_supported(model_engine, settings.quantization, settings.tensor_parallel, settings.pipeline_parallel)
+            model_engine = replica_engine(settings, seq2seq)
+        require_supported(model_engine, settings)
         tokenizer = load_tokenizer(source)
         description = _describe(settings, model_engine, tokenizer)
         return cls(
@@ -77,12 +77,12 @@ class Teacher:
             description,
             0 if text_only else min(settings.k, description["vocab_size"]),
             stop_token_ids(source, tokenizer),
-            None if text_only else context_length(load_config(source)),
+            Context(None) if text_only else Context.of(load_config(source)),
         )
 
     def reads(self, wanted: Wanted) -> bool:
         """Whether a prompt with its given response is within the teacher's context."""
-        return self.context is None or len(wanted.prompt_ids) + len(wanted.response_ids) <= self.context
+        return self.context.holds(len(wanted.prompt_ids), len(wanted.response_ids))
 
     def loading(self, settings: Generate, longest: int) -> Loading:
         """How it is to be loaded to read and write up to `longest` tokens."""
@@ -94,6 +94,8 @@ class Teacher:
             settings.quantization,
             settings.replicas,
             self.model_engine,
+            dict(settings.engine_options),
+            settings.rows_per_shard,
         )
 
     def order(self, request: Request, wanted: list[Wanted], store: Storage) -> Order:
@@ -184,9 +186,12 @@ def fulfil(
             console.say(f"loading the teacher from {teacher.source} with engine {teacher.engine}")
         try:
             engine = open_engine(teacher.engine, teacher.source, teacher.loading(settings, longest))
-        except (RuntimeError, ValueError, ImportError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # of any kind, out of the engine's library
             raise UserError(
-                f"engine {teacher.engine} cannot start with {teacher.source}: {error}. Try --engine hf"
+                f"engine {teacher.engine} cannot start with {teacher.source}: {reason_of(error)}. Nothing was lost; "
+                "try --engine hf"
             ) from error
     asked = time.monotonic()
     tokens = sum(

@@ -66,8 +66,8 @@ def distill(
     _require_vocabulary(student.config.get_text_config().vocab_size, rows, student_path)
     posterior = posterior_for(params, student_path, reward_path)
     topk = settings.objective not in TOKEN_OBJECTIVES
-    longest = max(int(part.lengths.max()) for part in rows.values())
-    require_context(student.config, longest, f"the student {student_path}")
+    lengths = (pair for part in rows.values() for pair in zip(part.prompt_tokens, part.response_tokens, strict=True))
+    require_context(student.config, lengths, f"the student {student_path}")
     if settings.best and "validation" not in rows:
         raise UserError(f"distill.best needs held-out responses, and {selection_path} has no part validation")
     origins = {"selection": fingerprint(selection_path), "student": fingerprint(student_path)}

@@ -13,7 +13,7 @@ from pipeline import console
 from pipeline.cost import SEQUENCES, Held, ModelMemory, Need, bytes_per_token
 from pipeline.errors import UserError
 from pipeline.models import (
-    context_length,
+    Context,
     has_weights,
     load_config,
     load_tokenizer,
@@ -109,7 +109,7 @@ def _teacher(settings: Generate) -> Teacher:
         {"identity": _UNKNOWN, "dtype": number_type(config, settings.dtype)},
         min(settings.k, config.get_text_config().vocab_size),
         stop_token_ids(folder, tokenizer),
-        context_length(config),
+        Context.of(config),
     )
 
 

@@ -111,9 +111,9 @@ def _run(
     engine = HfEngine(model, settings.batch_size)
     stops = stop_token_ids(path, tokenizer)
     ids = PromptFormat.of(params).encode(tokenizer, [prompt.prompt for prompt in prompts])
-    longest = max(len(prompt) for prompt in ids) + params.max_tokens
-    longest = max([longest, *(len(row.prompt_ids) + len(row.response_ids) for row in rows)])
-    require_context(model.config, longest, f"the model {path}")
+    lengths = [(len(prompt), params.max_tokens) for prompt in ids]
+    lengths += [(len(row.prompt_ids), len(row.response_ids)) for row in rows]
+    require_context(model.config, lengths, f"the model {path}")
     first = range(min(settings.sampled_prompts, len(prompts)))
     asks = [Ask(f"greedy/{i}", ids[i]) for i in range(len(prompts))]
     drawn = [

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from pipeline import console
 from pipeline.errors import UserError
-from pipeline.models import context_length, load_config, load_tokenizer, require_context, require_same_tokenizer
+from pipeline.models import Context, load_config, load_tokenizer, require_context, require_same_tokenizer
 from pipeline.params import Params
 from pipeline.prompts import read_prompts
 from pipeline.provenance import code_fingerprint, fingerprint, git_commit, seconds_since_start, versions
@@ -52,10 +52,10 @@ def reward(
                 f"{selection_path} has no {name} responses: the reward is fitted on train, chosen on validation"
             )
     config = load_config(student_path)
-    require_context(config, max(_length(row) for part in rows.values() for row in part), f"the student {student_path}")
+    require_context(config, (_lengths(row) for part in rows.values() for row in part), f"the student {student_path}")
     given = {"scored": list(selection.rows("scored", topk=False))} if "scored" in selection.parts else {}
     given |= _also_scored(selection, scored_path, student_path, store)
-    rows |= _readable(given, context_length(config))
+    rows |= _readable(given, Context.of(config))
 
     paths = {"selection": selection_path, "scored": scored_path, "student": student_path, "prompts": prompts_path}
     origins = {name: fingerprint(path) for name, path in paths.items() if path is not None}
@@ -116,19 +116,19 @@ def _also_scored(
     return {name: list(scored.rows(name, topk=False)) for name in scored.parts}
 
 
-def _readable(rows: dict[str, list[Row]], longest: int | None) -> dict[str, list[Row]]:
+def _readable(rows: dict[str, list[Row]], context: Context) -> dict[str, list[Row]]:
     """The rows that the student can read: a reference may be longer than all that the teacher says."""
-    if longest is None:
-        return rows
-    found = {name: [row for row in part if _length(row) <= longest] for name, part in rows.items()}
+    found = {name: [row for row in part if context.holds(*_lengths(row))] for name, part in rows.items()}
     left_out = sum(len(rows[name]) - len(found[name]) for name in rows)
     if left_out:
-        console.warn(f"{left_out:,} scored rows are longer than the student reads ({longest} tokens) and left out")
+        console.warn(
+            f"{left_out:,} scored rows are longer than the student reads ({context.tokens} tokens) and left out"
+        )
     return found
 
 
-def _length(row: Row) -> int:
-    return len(row.prompt_ids) + len(row.response_ids)
+def _lengths(row: Row) -> tuple[int, int]:
+    return len(row.prompt_ids), len(row.response_ids)
 
 
 def _soft(

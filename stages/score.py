@@ -84,8 +84,8 @@ def _student_samples(
         return
     require_same_tokenizer(teacher.description["tokenizer"], load_tokenizer(student_path), student_path)
     model = load_lm(student_path).to(best_device())
-    longest = max(len(ids) for _, (_, _, ids), _ in places) + params.max_tokens
-    require_context(model.config, longest, f"the student {student_path}")
+    lengths = ((len(ids), params.max_tokens) for _, (_, _, ids), _ in places)
+    require_context(model.config, lengths, f"the student {student_path}")
     asks = [
         Ask(str(place), ids, sample_seed(digest([params.seed, part, prompt.id, number])))
         for place, (part, (prompt, _, ids), number) in enumerate(places)

@@ -86,8 +86,8 @@ def _train(
         PromptFormat.of(params).encode(tokenizer, [prompt.prompt for prompt in prompts]),
         [encode_response(tokenizer, prompt.references[0]) for prompt in prompts],
     )
-    longest = max(len(r.prompt_ids) + len(r.response_ids) for r in responses)
-    require_context(model.config, longest, f"the {role}")
+    lengths = ((len(response.prompt_ids), len(response.response_ids)) for response in responses)
+    require_context(model.config, lengths, f"the {role}")
     inputs = [params.template, params.chat, params.system, seed, settings.model_dump(), fingerprint(prompts_path)]
     inputs += [tokenizer_identity(tokenizer), code_fingerprint()]
     run = runs / "teach" / digest([role, *inputs])[:16]

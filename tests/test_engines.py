@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason_of
 from pipeline.models import load_lm
+from pipeline.params import Generate
 from pipeline.shards.identity import Sampling, sample_seed
 from pipeline.teachers import Answer, Ask, Failure, choose_engine, require_supported
 from pipeline.teachers.hf import HfEngine
@@ -126,6 +127,11 @@ def test_scoring_a_response_gives_what_sampling_it_gave(hf):
             np.testing.assert_allclose(getattr(scored[key], name), getattr(answer, name), atol=1e-4)
 
 
+def test_an_error_becomes_one_line_of_bounded_length():
+    assert reason_of(ValueError("no such\n  token")) == "ValueError: no such token"
+    assert len(reason_of(ValueError("x" * 1000))) == 300
+
+
 def test_the_stub_is_deterministic_and_scores_what_it_sampled():
     stub, asks = StubEngine(44), make_asks(10)
     drawn = by_key(stub.sample(asks, DRAWN, 5))
@@ -148,11 +154,13 @@ def test_auto_prefers_vllm_and_a_missing_vllm_is_a_clear_error(monkeypatch):
 
 
 def test_an_engine_that_is_not_there_or_cannot_do_what_is_asked_is_a_clear_error(monkeypatch):
-    require_supported("vllm", "fp8", 2, 2)
-    require_supported("hf", "", 1, 1)
-    for asked, name in ((("fp8", 1, 1), "quantization"), (("", 2, 1), "tensor_parallel"), (("", 1, 2), "pipeline_par")):
+    asked = {"quantization": "fp8", "tensor_parallel": 2, "pipeline_parallel": 2}
+    asked |= {"engine_options": {"max_num_seqs": 8}}
+    require_supported("vllm", Generate(**asked))
+    require_supported("hf", Generate())
+    for name, value in asked.items():
         with pytest.raises(UserError, match=f"engine hf has no generate.{name}.*--engine vllm"):
-            require_supported("hf", *asked)
+            require_supported("hf", Generate(**{name: value}))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"ray is not installed.*\[ray\]"):
         choose_engine("ray")
@@ -193,3 +201,20 @@ def test_hf_halves_a_batch_that_does_not_fit_into_memory_down_to_one_row(hf, mon
     assert sizes[0] == 7 and min(sizes) == 1 and found.keys() == expected.keys()
     for key in expected.keys() - {huge}:
         np.testing.assert_array_equal(found[key].response_ids, expected[key].response_ids)
+
+
+def test_hf_remembers_the_batch_that_fitted_into_memory(teacher, monkeypatch):
+    """Only the first batch of a length fails; another length is tried in full."""
+    sizes, sampled = [], HfEngine._sampled
+
+    def short_of_memory(self, batch, sampling, k):
+        sizes.append(len(batch))
+        if len(batch) > 4 and len(batch[0].prompt_ids) > 8:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return sampled(self, batch, sampling, k)
+
+    monkeypatch.setattr(HfEngine, "_sampled", short_of_memory)
+    lengths = [12] * 16 + [4] * 8
+    asks = [Ask(str(i), np.full(length, 5, np.int32), i) for i, length in enumerate(lengths)]
+    found = by_key(HfEngine(load_lm(teacher), batch_size=8).sample(asks, DRAWN, 3))
+    assert len(found) == 24 and sizes == [8, 4, 4, 4, 4, 8]

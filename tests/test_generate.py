@@ -264,3 +264,17 @@ def test_two_processes_on_one_store_lose_nothing(teacher, tmp_path):
         assert process.returncode == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert len(stored_keys(tmp_path / "shared")) == 8 * 30 + 5 + 5 + 10
+
+
+@pytest.mark.parametrize("error", [AssertionError("no\nblocks"), OSError("no space"), KeyError("lm_head")])
+def test_whatever_an_engine_fails_to_start_of_is_one_line(teacher, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("stages.asking.open_engine", fail)
+    prompts = make_prompts(tmp_path / "prompts.parquet", train=2)
+    with pytest.raises(
+        UserError, match=rf"engine hf cannot start .*: {type(error).__name__}: .*Nothing was lost"
+    ) as found:
+        generate(make_params(teacher), prompts, tmp_path / "selection")
+    assert "\n" not in str(found.value) and found.value.__cause__ is error

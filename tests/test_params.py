@@ -81,3 +81,9 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path, text):
 def test_the_smoke_parameters_are_valid():
     smoke = yaml.safe_load((ROOT / "tests" / "smoke.yaml").read_text())
     assert load_params(ROOT / "tests" / "smoke.yaml").prepare.train == smoke["prepare"]["train"]
+
+
+@pytest.mark.parametrize("name", ["seed", "model", "dtype", "logprobs_mode", "load_format", "max_num_sequences"])
+def test_engine_options_are_those_that_change_no_answer(name):
+    with pytest.raises(UserError, match=rf"generate.engine_options.{name}.*'max_num_seqs'"):
+        load_params(None, [f"generate.engine_options={{{name}: 1}}"])

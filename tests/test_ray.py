@@ -1,5 +1,6 @@
 """What holds for the ray engine, with two actors in processes of their own: the same rows, none lost to a death."""
 
+import importlib.util
 import os
 import re
 import signal
@@ -8,17 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("ray")
 
+from pipeline.errors import UserError
 from pipeline.models import load_lm
+from pipeline.params import Generate
 from pipeline.shards.schema import read_metadata
 from pipeline.shards.selection import Selection
-from pipeline.teachers import Ask, EngineDead, Failure, Loading
+from pipeline.teachers import Ask, EngineDead, Failure, Loading, choose_engine, replica_engine
 from pipeline.teachers.hf import HfEngine
-from pipeline.teachers.ray import RayEngine
+from pipeline.teachers.ray import RayEngine, equal_share
 from pipeline.teachers.replica import Replica
 from pipeline.teachers.stub import StubEngine
+from stages.asking import Teacher
 from stages.generate import Summary, generate
 from tests.conftest import ROOT, make_params, make_prompts, run_cli
 from tests.test_engines import DRAWN, GREEDY, by_key, make_asks
@@ -28,10 +33,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    """One cluster for the module; that the engine starts and ends its own is a test of processes below."""
+    """One cluster for the module; that the engine starts and ends its own is a test of processes below.
+
+    Ray is told of two GPUs, one for each copy of `hf`; copies of `stub` share the CPUs.
+    """
     import ray
 
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -40,14 +48,20 @@ def open_ray(folder: Path, replica_engine: str = "hf") -> RayEngine:
     return RayEngine(folder, Loading("float32", 40, replicas=2, replica_engine=replica_engine))
 
 
-def killing(marks: Path, key: str = "", seconds: float = 0.0) -> type[Replica]:
-    """Replicas that write down their process and take their time, and that kill it when they are given `key`."""
+def test_a_copy_is_given_at_most_as_many_rows_as_a_shard_holds(teacher):
+    settings = make_params(teacher, "generate.rows_per_shard=7").generate
+    assert Teacher.of(settings).loading(settings, 40).rows == 7
+
+
+def killing(marks: Path, key: str | None = None, seconds: float = 0.0) -> type[Replica]:
+    """Replicas that note their process and the rows they get, take their time, and kill it at `key`, or at any row."""
 
     class Killing(Replica):
         def __call__(self, table):
-            (marks / str(os.getpid())).touch()
+            with (marks / str(os.getpid())).open("a") as mark:
+                print(table.num_rows, file=mark)
             time.sleep(seconds)
-            if key in table.column("key").to_pylist():
+            if key is None or key in table.column("key").to_pylist():
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(table)
 
@@ -65,31 +79,67 @@ def assert_same_rows(ours, alone) -> None:
             assert getattr(ours[key], name).dtype == np.float32
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
-def test_two_replicas_make_the_rows_that_the_engine_makes_alone(teacher, sampling):
+def test_two_replicas_make_the_rows_that_the_engine_makes_alone(teacher):
     asks, alone = make_asks(40), HfEngine(load_lm(teacher))
-    drawn = by_key(open_ray(teacher).sample(iter(asks), sampling, 5))
-    assert_same_rows(drawn, by_key(alone.sample(asks, sampling, 5)))
-    if sampling is DRAWN:
-        given = [Ask(ask.key, ask.prompt_ids, 0, drawn[ask.key].response_ids) for ask in asks]
-        assert_same_rows(by_key(open_ray(teacher).score(given, 5, (2,))), by_key(alone.score(given, 5, (2,))))
+    drawn = by_key(open_ray(teacher).sample(iter(asks), DRAWN, 5))
+    assert_same_rows(drawn, by_key(alone.sample(asks, DRAWN, 5)))
+    given = [Ask(ask.key, ask.prompt_ids, 0, drawn[ask.key].response_ids) for ask in asks]
+    assert_same_rows(by_key(open_ray(teacher).score(given, 5, (2,))), by_key(alone.score(given, 5, (2,))))
 
 
-def test_a_row_that_cannot_be_made_fails_alone(teacher):
+def test_a_copy_that_no_machine_can_hold_is_an_error(teacher):
+    """There are two GPUs."""
+    with pytest.raises(UserError, match=r"needs 3 GPUs .* largest has 2 GPUs.*tensor_parallel"):
+        list(RayEngine(teacher, Loading("float32", 40, 3, replica_engine="hf")).sample(make_asks(4), GREEDY, 5))
+
+
+@pytest.mark.parametrize(
+    "cpus, replicas, share",
+    [([8], 2, 4), ([8, 2], 2, 4), ([4, 4], 3, 2), ([2, 3], 2, 2), ([2], 3, 2 / 3), ([1, 1], 3, 0.5), ([0, 0], 2, 0)],
+)
+def test_each_copy_gets_as_many_cpus_as_let_all_of_them_be_placed(cpus, replicas, share):
+    found = equal_share(cpus, replicas)
+    assert found == pytest.approx(share, abs=1e-3)
+    assert not found or sum(int(each / found + 1e-9) for each in cpus) >= replicas
+
+
+def test_auto_and_the_versions_are_those_of_the_machine_that_runs_a_copy(teacher, monkeypatch):
+    """Not of the one that the command runs on, which here knows neither vLLM nor its own packages."""
+    expected = choose_engine("auto")
+    monkeypatch.setattr("pipeline.teachers.ray.versions", lambda: {})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = RayEngine(teacher, Loading("float32", 40, replica_engine="auto"))
+    assert found.loading.replica_engine == found.description["replica"]["engine"] == expected
+    assert found.description["replica"]["torch"] == torch.__version__
+    assert RayEngine(teacher, Loading("float32", 40, replica_engine="hf")).loading.replica_engine == "hf"
+
+
+def test_auto_is_left_to_the_copies_unless_only_one_engine_can_serve():
+    assert replica_engine(Generate(), encoder_decoder=False) == "auto"
+    assert replica_engine(Generate(), encoder_decoder=True) == "hf"
+    assert replica_engine(Generate(tensor_parallel=2), encoder_decoder=False) == "vllm"
+
+
+def test_a_row_that_cannot_be_made_fails_alone_and_of_three_copies_two_are_placed(teacher, capsys):
     """A prompt that is too long, and one that makes the engine raise while it works on a whole table."""
+    three = RayEngine(teacher, Loading("float32", 40, replicas=3, replica_engine="hf"))
     too_long = Ask("a" * 32, np.full(60, 5, np.int32), 1)
     broken = Ask("b" * 32, np.array([5, 4000, 6], np.int32), 1)  # no such token
     asks = make_asks(30)
-    found = {answer.key: answer for answer in open_ray(teacher).sample([too_long, broken, *asks], GREEDY, 5)}
+    found = {answer.key: answer for answer in three.sample([too_long, broken, *asks], GREEDY, 5)}
     assert found.keys() == {too_long.key, broken.key, *(ask.key for ask in asks)}
     assert {key for key, answer in found.items() if isinstance(answer, Failure)} == {too_long.key, broken.key}
     assert "context of 64" in found[too_long.key].reason and "IndexError" in found[broken.key].reason
+    assert "GPUs for 2 of generate.replicas: 3 copies" in capsys.readouterr().err
+    made = by_key(answer for answer in found.values() if not isinstance(answer, Failure))
+    assert_same_rows(made, by_key(HfEngine(load_lm(teacher)).sample(asks, GREEDY, 5)))
 
 
 def test_a_killed_replica_loses_no_row(teacher, tmp_path):
-    """SIGKILL of one of the two processes, after the first answers have come."""
-    engine, asks = open_ray(teacher, "stub"), make_asks(64)
-    engine.replica = killing(tmp_path, seconds=0.5)
+    """SIGKILL of one of the two processes, after the first answers have come; it had at most `rows` of them."""
+    loading, asks = Loading("float32", 40, replicas=2, replica_engine="stub", rows=6), make_asks(64)
+    engine = RayEngine(teacher, loading)
+    engine.replica = killing(tmp_path, "none", seconds=0.5)
     answers, found = engine.sample(asks, DRAWN, 5), []
     found.append(next(answers))
     victim = int(next(tmp_path.iterdir()).name)
@@ -97,9 +147,12 @@ def test_a_killed_replica_loses_no_row(teacher, tmp_path):
     found.extend(answers)
     assert_same_rows(by_key(found), by_key(StubEngine(44).sample(asks, DRAWN, 5)))
     assert len(found) == 64 and len(list(tmp_path.iterdir())) == 3  # two replicas, and the one that came after
+    assert max(int(rows) for mark in tmp_path.iterdir() for rows in mark.read_text().split()) == 6
 
 
-def test_a_row_that_kills_every_replica_fails_alone_and_the_job_ends(teacher, tmp_path):
+def test_a_row_that_kills_every_replica_fails_alone_and_the_job_ends(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.teachers.ray._TRIES", 2)
+    monkeypatch.setattr("pipeline.teachers.ray._TRIES_ALONE", 1)
     engine, asks = open_ray(teacher, "stub"), make_asks(24)
     engine.replica = killing(tmp_path, asks[10].key)
     found = {answer.key: answer for answer in engine.sample(asks, DRAWN, 5)}
@@ -107,7 +160,21 @@ def test_a_row_that_kills_every_replica_fails_alone_and_the_job_ends(teacher, tm
     assert isinstance(failure, Failure) and "died" in failure.reason
     others = [ask for ask in asks if ask.key != failure.key]
     assert_same_rows(by_key(found.values()), by_key(StubEngine(44).sample(others, DRAWN, 5)))
-    assert len(list(tmp_path.iterdir())) <= 2 + 3 + 2 + 2  # replicas, tries in a table, tries alone, restarts
+    assert len(list(tmp_path.iterdir())) <= 2 + 1 + 2 + 1 + 3  # replicas of the four calls, and one after each death
+
+
+def test_rows_that_a_broken_cluster_leaves_open_are_asked_again_by_the_next_run(teacher, tmp_path, own_store, capsys):
+    """Every process dies from the start: nothing is recorded as skipped."""
+    prompts = make_prompts(tmp_path / "prompts.parquet", train=2)
+    params = make_params(teacher, "generate.engine=ray", "generate.replica_engine=stub", "generate.samples=1")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("pipeline.teachers.ray._TRIES", 1)
+        patched.setattr("pipeline.teachers.ray._TRIES_ALONE", 1)
+        patched.setattr(RayEngine, "replica", killing(tmp_path))
+        with pytest.raises(UserError, match="nothing could be made"):
+            generate(params, prompts, tmp_path / "a")
+    assert "no answer for 2 rows" in capsys.readouterr().err and not list(own_store.rglob("skipped.jsonl"))
+    assert generate(params, prompts, tmp_path / "a").made == 2
 
 
 def test_an_engine_that_says_it_is_dead_is_replaced_and_the_row_tried_elsewhere(teacher, tmp_path):
@@ -132,10 +199,10 @@ def test_a_replica_that_cannot_start_ends_the_job_with_its_reason(tmp_path):
 
 
 def test_rows_made_through_ray_belong_to_the_model_and_name_their_engine(teacher, tmp_path, own_store):
-    prompts = make_prompts(tmp_path / "prompts.parquet", train=12, validation=2)
+    prompts = make_prompts(tmp_path / "prompts.parquet", train=12)
     through = make_params(teacher, "generate.engine=ray", "generate.replica_engine=hf")
-    assert generate(through, prompts, tmp_path / "a") == Summary(0, 32, 0)
-    assert generate(make_params(teacher), prompts, tmp_path / "b") == Summary(32, 0, 0)
+    assert generate(through, prompts, tmp_path / "a") == Summary(0, 24, 0)
+    assert generate(make_params(teacher), prompts, tmp_path / "b") == Summary(24, 0, 0)
     generate(make_params(teacher), prompts, tmp_path / "c", tmp_path / "other")
     for ours, alone in zip(
         Selection(tmp_path / "a").rows("train"), Selection(tmp_path / "c").rows("train"), strict=True

@@ -1,14 +1,16 @@
 """What holds for encoder-decoder models: the same engine, losses and stages as for causal ones."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
 
 from pipeline.errors import UserError
-from pipeline.models import describe_model, load_lm
+from pipeline.models import describe_model, load_lm, require_context, save_model, word_tokenizer
 from pipeline.shards.identity import Sampling, sample_seed
 from pipeline.shards.selection import Selection
 from pipeline.teachers import Ask, choose_engine
@@ -19,7 +21,7 @@ from stages.evaluate import evaluate
 from stages.generate import generate
 from stages.reward import reward
 from stages.students import require_plain_head, score_tokens
-from tests.conftest import make_params, make_prompts, make_seq2seq_model
+from tests.conftest import WORDS, make_params, make_prompts, make_seq2seq_model
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -100,6 +102,50 @@ def test_the_stages_run_and_the_student_comes_nearer(t5, tmp_path, lora):
     kl = {name: modes["heldout"]["kl_to_teacher"]["value"] for name, modes in results["metrics"].items()}
     assert kl["teacher"] < 1e-3 and kl["distilled"] < 0.8 * kl["undistilled"]
     assert json.loads((data / "student" / "config.json").read_text())["model_type"] == "t5"
+
+
+def make_bart(folder, **generation):
+    """A tiny BART for prompts and responses of up to 20 tokens each."""
+    tokenizer = word_tokenizer(WORDS)
+    config = BartConfig(
+        vocab_size=len(tokenizer), d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=20, dropout=0.0,
+        init_std=0.5, pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(config)
+    save_model(folder, model, tokenizer, "---\nlicense: apache-2.0\n---\n# a test model\n")
+    GenerationConfig(decoder_start_token_id=tokenizer.eos_token_id, **generation).save_pretrained(folder)
+    return folder
+
+
+def test_a_prompt_and_a_response_may_each_fill_the_context_of_absolute_positions(tmp_path):
+    """20, which is no length that sequences are padded to."""
+    model, prompt = load_lm(make_bart(tmp_path / "bart")), np.arange(4, 24, dtype=np.int32)
+    engine = HfEngine(model)
+    drawn = list(engine.sample([Ask(str(seed), prompt, seed) for seed in range(8)], Sampling(1.0, 1.0, 20, (2,)), 5))
+    given = Ask("a", prompt, 0, np.arange(20, 40, dtype=np.int32))
+    for answer in (*drawn, *engine.score([given], 5, (2,))):
+        lse = torch.logsumexp(logits_of(model, prompt, answer.response_ids), -1)
+        np.testing.assert_allclose(answer.lse, lse, atol=1e-4)
+    assert max(len(answer.response_ids) for answer in drawn) == 20
+    (failed,) = engine.score([replace(given, response_ids=np.arange(4, 25, dtype=np.int32))], 5, (2,))
+    assert "21 exceed the teacher's context of 20 for each" in failed.reason
+    require_context(model.config, [(20, 20)], "the student")
+    with pytest.raises(UserError, match=r"at most 20 tokens.*has 3 \+ 21"):
+        require_context(model.config, [(20, 20), (3, 21)], "the student")
+
+
+def test_rows_up_to_that_context_are_asked_of_the_teacher(tmp_path):
+    prompts = make_prompts(tmp_path / "prompts.parquet", train=2)
+    params = make_params(make_bart(tmp_path / "bart"), "generate.engine=auto", "max_tokens=19", "generate.samples=1")
+    assert generate(params, prompts, tmp_path / "selection").made == 2  # 3 and 19 tokens
+
+
+def test_a_model_that_forces_tokens_into_its_answers_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"forces or forbids tokens in its answers .forced_bos_token_id., as BART"):
+        load_lm(make_bart(tmp_path / "bart", forced_bos_token_id=3))
 
 
 def test_vllm_is_not_chosen_for_them_and_refused_where_asked_for(t5, tmp_path):

@@ -2,18 +2,21 @@
 
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.models import load_lm
-from pipeline.shards.identity import Sampling
 from pipeline.shards.selection import Selection
 from pipeline.teachers import Ask, EngineDead, Failure, Loading, open_engine
 from pipeline.teachers.hf import HfEngine
+from stages.asking import Teacher, sampling_request
 from stages.generate import generate
 from tests.conftest import ROOT, make_params, make_prompts
 from tests.test_engines import DRAWN, GREEDY, assert_columns_are_those_of_the_model, by_key, make_asks
@@ -87,29 +90,23 @@ def run_python(code: str, folder, *arguments) -> str:
     return found.stdout
 
 
-WITHOUT_HOOK = """
-import sys
-from pathlib import Path
-import numpy as np
-from pipeline.teachers import Ask, Loading
-from pipeline.teachers import vllm
-from pipeline.shards.identity import Sampling
-
-vllm.Capture.xkd_install = lambda self: False  # a vLLM whose sampler has no hook
-engine = vllm.VllmEngine(Path(sys.argv[1]), Loading("float32", 40))
-(answer,) = engine.sample([Ask("a" * 32, np.array([5, 6, 7], np.int32), 1)], Sampling(0.0, 1.0, 4, (2,)), 5)
-assert answer.lse is None and answer.topk_ids.shape == (len(answer.response_ids), 5)
-np.savez(sys.argv[2], ids=answer.response_ids, logprobs=answer.logprobs, topk=answer.topk_logprobs)
-"""
-
-
-def test_without_the_hook_vllm_gives_log_probabilities_and_no_lse(teacher, hf, tmp_path):
-    run_python(WITHOUT_HOOK, tmp_path, teacher, tmp_path / "answer.npz")
-    answer = np.load(tmp_path / "answer.npz")
-    (oracle,) = hf.sample([Ask("a" * 32, np.array([5, 6, 7], np.int32), 1)], Sampling(0.0, 1.0, 4, (2,)), 5)
-    np.testing.assert_array_equal(answer["ids"], oracle.response_ids)
-    np.testing.assert_allclose(answer["logprobs"], oracle.logprobs, atol=1e-3)
-    np.testing.assert_allclose(answer["topk"], oracle.topk_logprobs, atol=1e-3)
+def test_where_the_hook_does_not_act_vllm_gives_log_probabilities_and_no_lse(vllm, hf, monkeypatch, capsys):
+    """Taken for installed, it is found out by a question, on the loaded engine."""
+    asks = [Ask("a" * 32, np.array([5, 6, 7], np.int32), 1)]
+    vllm.llm.collective_rpc("xkd_remove")
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.teachers.vllm._patch_v1", lambda runner: lambda: None)
+        vllm._hook()
+    (answer,), (oracle,) = vllm.sample(asks, GREEDY, 5), hf.sample(asks, GREEDY, 5)
+    given = [replace(asks[0], response_ids=oracle.response_ids)]
+    for found in (answer, *vllm.score(given, 5, (2,))):
+        assert found.lse is None
+        np.testing.assert_array_equal(found.response_ids, oracle.response_ids)
+        np.testing.assert_allclose(found.logprobs, oracle.logprobs, atol=1e-3)
+        np.testing.assert_allclose(found.topk_logprobs, oracle.topk_logprobs, atol=1e-3)
+    assert "without lse" in capsys.readouterr().err
+    vllm._hook()
+    assert vllm.lse
 
 
 def test_engines_fill_the_store_with_the_same_rows(vllm, teacher, tmp_path):
@@ -184,7 +181,18 @@ def given_to_vllm(monkeypatch, folder, loading, installed) -> tuple[list[dict], 
         return SimpleNamespace(collective_rpc=lambda name: installed)
 
     monkeypatch.setattr("vllm.LLM", make)
+    monkeypatch.setattr("pipeline.teachers.vllm.VllmEngine._hook_acts", lambda self: True)
     return made, open_engine("vllm", folder, loading)
+
+
+@pytest.mark.parametrize("gpus, disabled", [(0, "1"), (1, None)])
+def test_compilation_is_off_only_where_there_is_no_gpu(monkeypatch, gpus, disabled):
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("this starts CUDA before vLLM forks"))
+    runpy.run_path(str(ROOT / "pipeline/teachers/vllm.py"))
+    assert environment.get("TORCH_COMPILE_DISABLE") == disabled
 
 
 def test_sizes_and_quantization_reach_vllm(monkeypatch, teacher):
@@ -195,6 +203,31 @@ def test_sizes_and_quantization_reach_vllm(monkeypatch, teacher):
     assert given["quantization"] is None and "distributed_executor_backend" not in given
 
 
+def test_engine_options_reach_vllm_and_no_identity(monkeypatch, teacher):
+    params = make_params(
+        teacher,
+        "generate.engine=vllm",
+        "generate.engine_options={max_num_seqs: 8}",
+        "generate.engine_options.block_size=32",
+    )
+    found = Teacher.of(params.generate)
+    (given,), _ = given_to_vllm(monkeypatch, teacher, found.loading(params.generate, 40), [True])
+    assert (given["max_num_seqs"], given["block_size"]) == (8, 32)
+    plain = make_params(teacher, "generate.engine=vllm")
+    assert found.description == Teacher.of(plain.generate).description
+    assert sampling_request(params, found) == sampling_request(plain, found)
+
+
+@pytest.mark.parametrize("vocabulary, tokens", [(1000, 8192), (151_936, 1766), (10**6, 1024)])
+def test_a_step_on_a_gpu_scores_a_bounded_number_of_tokens(monkeypatch, teacher, vocabulary, tokens):
+    """At most 1 GiB of float32 logits, but never fewer tokens than there are sequences."""
+    monkeypatch.setattr("pipeline.teachers.vllm._ON_GPU", True)
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=vocabulary))
+    monkeypatch.setattr("pipeline.teachers.vllm.load_config", lambda folder: config)
+    (given,), _ = given_to_vllm(monkeypatch, teacher, Loading("bfloat16", 40), [True])
+    assert given["max_num_batched_tokens"] == tokens and "enforce_eager" not in given
+
+
 @pytest.mark.parametrize(
     "installed, lse", [([True, True], True), ([None, True], True), ([True, False], False), ([None, False], False)]
 )
@@ -203,7 +236,7 @@ def test_only_a_worker_that_samples_without_the_hook_makes_the_engine_do_without
 ):
     made, engine = given_to_vllm(monkeypatch, teacher, Loading("float32", 40, 2), installed)
     assert engine.lse == lse
-    assert [given["logprobs_mode"] for given in made] == ["raw_logits", "raw_logprobs"][: 1 if lse else 2]
+    assert [given["logprobs_mode"] for given in made] == ["raw_logprobs"]
 
 
 def test_whatever_stops_vllm_comes_out_with_its_reason_and_others_may_ask_again(vllm, monkeypatch):

@@ -3,8 +3,8 @@
 from pipeline.models.building import ModelSize, build_causal_lm, build_from_config, keep_layers
 from pipeline.models.identity import describe_model, licence_of, number_type, weights_digest
 from pipeline.models.loading import (
+    Context,
     best_device,
-    context_length,
     has_weights,
     link_model,
     load_config,
@@ -18,11 +18,11 @@ from pipeline.models.saving import require_replaceable, save_model
 from pipeline.models.tokenizers import load_tokenizer, require_same_tokenizer, tokenizer_identity, word_tokenizer
 
 __all__ = [
+    "Context",
     "ModelSize",
     "best_device",
     "build_causal_lm",
     "build_from_config",
-    "context_length",
     "describe_model",
     "has_weights",
     "keep_layers",

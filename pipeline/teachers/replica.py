@@ -9,9 +9,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline import console
+from pipeline.errors import reason_of
 from pipeline.shards.identity import Sampling
 from pipeline.shards.schema import Columns, to_table
-from pipeline.teachers.base import Answer, Ask, Engine, EngineDead, Failure, Loading, reason_of
+from pipeline.teachers.base import Answer, Ask, Engine, EngineDead, Failure, Loading
 
 _IDS, _VALUES = pa.list_(pa.int32()), pa.list_(pa.float32())
 ASKS = pa.schema([("key", pa.string()), ("prompt_ids", _IDS), ("seed", pa.int64()), ("response_ids", _IDS)])

@@ -2,36 +2,48 @@
 
 vLLM returns either raw logits or log-probabilities. An extension of its worker appends the log-sum-exp of the raw
 logits to each row of raw logits, which gives both (`Capture`). It reaches into vLLM's sampler, so vLLM is pinned;
-where the hook is not there, the engine falls back to plain log-probabilities and `lse` is null.
+where a first question shows that the hook is not there or does not act, it is taken out: `lse` is null.
 """
 
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-
-# Before the first import of vllm: one process instead of three, and no compilation at the first request.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-# A scored sequence may fill the context; vLLM wants room for one token more, which is never run.
-os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
 
 import numpy as np
 import torch
 
 from pipeline import console
+from pipeline.errors import reason_of
 from pipeline.models import load_config
 from pipeline.shards.identity import Sampling
-from pipeline.teachers.base import Answer, Ask, EngineDead, Failure, Loading, finish_of, reason_of
+from pipeline.teachers.base import Answer, Ask, EngineDead, Failure, Loading, finish_of
+
+# `torch.cuda.is_available` would start CUDA here, after which vLLM could not fork its workers; this asks the driver.
+_ON_GPU = torch.cuda.device_count() > 0
+
+# Before the first import of vllm: one process instead of three, and on a CPU no compilation at the first request.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+if not _ON_GPU:
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+# A scored sequence may fill the context; vLLM wants room for one token more, which is never run.
+os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
 
 _CPU_CACHE_BYTES = 512 * 2**20  # the default asks for nearly all of the machine's memory
+_BATCHED = 8192  # most tokens in one step on a GPU
+_SCORE_BYTES = 2**30  # of float32 logits in one step
+_LSE_ROWS = 256  # whose float32 copies are in memory at once
 _IN_FLIGHT = 1024  # requests inside vLLM at once: enough to keep it busy, bounded for memory
 
 
 class Capture:
-    """Mixed into vLLM's worker: each row becomes [sampled, top 1..k, lse], one column more than asked for."""
+    """Mixed into vLLM's worker: each row becomes logits of [sampled, top 1..k] and lse, a column more than asked for.
+
+    The engine is loaded for log-probabilities, which it goes back to when the hook is taken out again.
+    """
 
     def xkd_install(self) -> bool | None:
         """Patch the sampler of this worker. False where this vLLM has no such hook; None where it is never used.
@@ -42,44 +54,64 @@ class Capture:
 
         if not get_pp_group().is_last_rank:
             return None
-        if getattr(self, "use_v2_model_runner", False):
-            return _patch_v2()
-        sampler = getattr(self.model_runner, "sampler", None)
-        gather = getattr(sampler, "gather_logprobs", None)
-        if gather is None:
-            return False
+        patch = _patch_v2 if getattr(self, "use_v2_model_runner", False) else _patch_v1
+        self.xkd_restore = patch(self.model_runner)
+        return self.xkd_restore is not None
 
-        def gather_with_lse(logits, num_logprobs, token_ids):
-            if num_logprobs < 2:  # vLLM's own warm-up requests
-                return gather(logits, num_logprobs, token_ids)
-            return _with_lse(gather(logits, num_logprobs - 1, token_ids), logits)
-
-        sampler.gather_logprobs = gather_with_lse
-        return True
+    def xkd_remove(self) -> None:
+        """Undo `xkd_install`."""
+        if getattr(self, "xkd_restore", None):
+            self.xkd_restore()
 
 
-def _with_lse(rows, logits: torch.Tensor):
-    """vLLM's rows (ids and values [N, 1 + k]) with the log-sum-exp of `logits` as a last column."""
-    lse = torch.logsumexp(logits.float(), -1, keepdim=True)
-    ids = torch.cat([rows.logprob_token_ids, rows.logprob_token_ids.new_zeros(lse.shape)], 1)
-    return rows._replace(logprob_token_ids=ids, logprobs=torch.cat([rows.logprobs, lse], 1))
+def _patch_v1(model_runner) -> Callable[[], None] | None:
+    """The hook for vLLM's first model runner; returns how to take it out, None where it does not fit."""
+    sampler = getattr(model_runner, "sampler", None)
+    if not hasattr(sampler, "gather_logprobs") or not hasattr(sampler, "compute_logprobs"):
+        return None
+    gather = sampler.gather_logprobs
+
+    def gather_with_lse(logits, num_logprobs, token_ids):
+        if num_logprobs < 2:  # vLLM's own warm-up requests
+            return gather(logits, num_logprobs, token_ids)
+        return _with_lse(gather(logits, num_logprobs - 1, token_ids), logits)
+
+    # A copy, because vLLM changes the logits afterwards; its own log-probabilities are one too.
+    sampler.compute_logprobs = lambda logits: logits.to(torch.float32, copy=True)
+    sampler.gather_logprobs = gather_with_lse
+
+    def restore() -> None:
+        del sampler.compute_logprobs, sampler.gather_logprobs
+
+    return restore
 
 
-def _patch_v2() -> bool:
+def _patch_v2(_model_runner) -> Callable[[], None] | None:
     """The same for vLLM's second model runner (GPUs only), whose sampler calls a module function."""
     try:
-        from vllm.v1.worker.gpu.sample import logprob, prompt_logprob, sampler
-    except ImportError:
-        return False
-    compute = logprob.compute_topk_scores
+        from vllm.v1.worker.gpu.sample import prompt_logprob, sampler
+
+        compute = sampler.compute_topk_scores
+    except (ImportError, AttributeError):
+        return None
 
     def compute_with_lse(logits, num_logprobs, *args, **options):
         if num_logprobs < 2:
             return compute(logits, num_logprobs, *args, **options)
-        return _with_lse(compute(logits, num_logprobs - 1, *args, **options), logits)
+        return _with_lse(compute(logits, num_logprobs - 1, *args, **{**options, "logits_mode": True}), logits)
+
+    def restore() -> None:
+        sampler.compute_topk_scores = prompt_logprob.compute_topk_scores = compute
 
     sampler.compute_topk_scores = prompt_logprob.compute_topk_scores = compute_with_lse
-    return True
+    return restore
+
+
+def _with_lse(rows, logits: torch.Tensor):
+    """vLLM's rows (ids and values [N, 1 + k]) with the log-sum-exp of `logits` as a last column; its id is top 1's."""
+    lse = torch.cat([torch.logsumexp(some.float(), -1, keepdim=True) for some in logits.split(_LSE_ROWS)])
+    ids = torch.cat([rows.logprob_token_ids, rows.logprob_token_ids[:, 1:2]], 1)
+    return rows._replace(logprob_token_ids=ids, logprobs=torch.cat([rows.logprobs, lse], 1))
 
 
 class VllmEngine:
@@ -88,23 +120,42 @@ class VllmEngine:
     def __init__(self, folder: Path, loading: Loading):
         self.folder, self.loading = folder, loading
         self.vocab_size = load_config(folder).get_text_config().vocab_size
-        self.llm = self._start("raw_logits")
-        self.lse = False not in self.llm.collective_rpc("xkd_install")
-        if not self.lse:
-            del self.llm
-            self.llm = self._start("raw_logprobs")
+        with console.muted():
+            self.llm = self._load()
+        self._hook()
         import vllm
 
         self.description = {"engine": "vllm", "vllm": vllm.__version__, "torch": torch.__version__}
 
-    def _start(self, logprobs_mode: str):
-        with console.muted():
-            return self._load(logprobs_mode)
+    def _hook(self) -> None:
+        """Have vLLM return lse as well, if it can be made to."""
+        self.lse = False not in self.llm.collective_rpc("xkd_install") and self._hook_acts()
+        if not self.lse:
+            self.llm.collective_rpc("xkd_remove")
+            console.warn("this vLLM cannot be made to return the logits' normaliser: rows are stored without lse")
 
-    def _load(self, logprobs_mode: str):
+    def _hook_acts(self) -> bool:
+        """Ask for one token after a prompt of two: its rows and the prompt's must be [sampled, top 1, lse]."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0, max_tokens=1, logprobs=2, prompt_logprobs=2, flat_logprobs=True, detokenize=False
+        )
+        ask = Ask("hook", np.zeros(2, np.int32))
+        found = self._run([ask], lambda ask: ask.prompt_ids, lambda ask: params, lambda ask, output: output)
+        output = next(found)
+        for flat in (output.prompt_logprobs, output.outputs[0].logprobs):
+            (_, first, second), (_, top, lse) = flat.token_ids[-3:], flat.logprobs[-3:]
+            if first != second or not math.isfinite(lse) or lse < top:
+                return False
+        return True
+
+    def _load(self):
         from vllm import LLM
 
-        options = {} if torch.cuda.is_available() else {
+        # Scores of prompt tokens take float32 logits over the vocabulary, which vLLM does not reckon with.
+        batched = min(_BATCHED, max(_IN_FLIGHT, _SCORE_BYTES // (4 * self.vocab_size)))
+        options = {"max_num_batched_tokens": batched} if _ON_GPU else {
             "enforce_eager": True,  # compiling takes longer than small runs do
             "kv_cache_memory_bytes": _CPU_CACHE_BYTES,
             # A prompt prefilled in pieces rewinds its random generator, which CPU generators cannot (vLLM 0.32).
@@ -114,8 +165,9 @@ class VllmEngine:
         if self.loading.devices > 1:
             # Not Ray's, which vLLM would choose inside of one of our replicas.
             options["distributed_executor_backend"] = "mp"
-            if not torch.cuda.is_available():  # binding wants a NUMA node a process
+            if not _ON_GPU:  # binding wants a NUMA node a process
                 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        options |= self.loading.engine_options
         return LLM(
             model=str(self.folder),
             dtype=self.loading.dtype,
@@ -124,7 +176,7 @@ class VllmEngine:
             pipeline_parallel_size=self.loading.pipeline_parallel,
             max_model_len=self.loading.context + 1,
             max_logprobs=self.vocab_size + 1,
-            logprobs_mode=logprobs_mode,
+            logprobs_mode="raw_logprobs",
             worker_extension_cls="pipeline.teachers.vllm.Capture",
             generation_config="vllm",
             seed=0,
@@ -185,7 +237,7 @@ class VllmEngine:
                         engine.add_request(ask.key, prompt, params(ask))
                         running[ask.key] = ask
                     except (ValueError, VLLMValidationError) as error:
-                        yield Failure(ask.key, " ".join(str(error).split())[:300])
+                        yield Failure(ask.key, reason_of(error))
                 if not running:
                     return
                 for output in self._step():
