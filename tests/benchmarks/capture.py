@@ -36,10 +36,12 @@ Drawn = dict[str, list[int]]  # key -> the response's token ids
 def bare_vllm(connection: Connection, folder: str, dtype: str, context: int, asks: Sequence[Ask], sampling: Sampling):
     """In a process of its own: an `LLM` as its documentation makes one, which draws all asks for each message."""
     import torch
+
+    from pipeline.teachers import vllm as ours  # first: its environment is for what vllm reads when it is imported
+
+    # isort: split
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
-
-    from pipeline.teachers import vllm as ours  # the environment, before vllm is imported
 
     options = {} if torch.cuda.is_available() else {
         "enforce_eager": True,
