@@ -113,7 +113,8 @@ def verify(
         list[Path] | None,
         typer.Option(
             "--selection",
-            help="Selection to verify too, repeatable.  [dim]default: data/teacher and data/scored if they exist[/dim]",
+            help="Selection to verify beside the store, repeatable.  "
+            "[dim]default: data/teacher and data/scored if they exist[/dim]",
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is wrong; move nothing.")] = False,

@@ -56,7 +56,10 @@ def _engine() -> Finding:
     done = subprocess.run([sys.executable, "-c", "import vllm"], capture_output=True, text=True, env=_quiet())
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1][:160]
-        advice = "./xkd setup repairs it (a torchvision that does not fit is the usual cause); or use --engine hf"
+        advice = (
+            "remove .venv/.xkd-setup and run ./xkd setup (a torchvision that does not fit is the usual cause); "
+            "or use --engine hf"
+        )
         return Finding("engine", BAD, f"vLLM cannot be imported: {reason}", advice)
     found = {name: number for name, number in versions().items() if name.startswith(("vllm", "ray"))}
     return Finding("engine", OK, ", ".join(f"{name} {number}" for name, number in found.items()))

@@ -40,7 +40,11 @@ RunsOption = Annotated[Path, typer.Option("--runs", help="Checkpoints of unfinis
 SelectionOption = Annotated[Path, typer.Option("--selection", help="Cached teacher (out of generate).")]
 ScoredOption = Annotated[
     Path | None,
-    typer.Option("--scored", help="Scored responses (out of score).  [dim]default: data/scored if it exists[/dim]"),
+    typer.Option(
+        "--scored",
+        help="Scored responses (out of score).  "
+        "[dim]default: data/scored if it exists, with the default selection and student[/dim]",
+    ),
 ]
 StudentOption = Annotated[Path, typer.Option("--student", help="The student's starting point.")]
 RetryOption = Annotated[bool, typer.Option("--retry-skipped", help="Try rows again that were left out before.")]

@@ -59,7 +59,7 @@ def test_commands_and_parameters_that_are_named_exist(page):
     known = keys(Params())
     for name in re.findall(r"(?:-S|--set) ([a-z_.]+)=", text):
         assert name in known, name
-    for section in ("prepare", "teach", "generate", "reward", "distill", "evaluate", "report"):
+    for section in ("prepare", "teach", "generate", "score", "reward", "distill", "evaluate", "report"):
         for name in re.findall(rf"`({section}\.[a-z_.]+[a-z])[`:=]", text):
             assert name in known, name
 
