@@ -52,7 +52,7 @@ def ls(request: RequestArgument = "", store: StoreOption = None) -> None:
         for info in found
     ]
     columns = ("teacher/request", "teacher", "asked", "rows", "tokens", "k", "size", "bytes a token", "left out")
-    console.table(f"teacher store {storage.name}", (*columns, "damaged", "changed"), rows)
+    console.table(f"teacher store {storage.name}", (*columns, "damaged", "changed"), rows, whole=True)
     total = sum(info.size for info in found)
     console.say(f"{len(found)} requests, {sum(info.rows for info in found):,} rows, {console.size(total)}")
 
@@ -95,6 +95,7 @@ def show(
             (s.name, f"{s.rows:,}", f"{s.tokens:,}", s.k, console.size(s.size), _date(s.modified))
             for s in sorted(info.shards, key=lambda shard: shard.modified or 0.0)
         ],
+        whole=True,
     )
 
 
@@ -177,6 +178,7 @@ def gc(
         f"nothing refers to these files of {storage.name}",
         ("file", "size", "why"),
         [(each.name, console.size(each.size), each.why) for each in found],
+        whole=True,
     )
     total = f"{len(found)} files, {console.size(sum(each.size for each in found))}"
     if not yes and not (console.console.is_terminal and typer.confirm(f"Remove {total}?")):

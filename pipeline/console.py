@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -87,14 +88,20 @@ def warn(message: str) -> None:
     console.print(f"[yellow]warning:[/yellow] {escape(message)}", soft_wrap=True)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A closing table; first column left, the others right."""
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], whole: bool = False) -> None:
+    """A closing table; first column left, the others right.
+
+    whole: no cell is broken, however narrow the terminal, so that names can be copied.
+    """
     console.print(f"[bold]{escape(title)}[/bold]")
     drawn = Table(header_style="dim", box=box.SIMPLE_HEAD)
     for number, column in enumerate(columns):
-        drawn.add_column(escape(column), justify="right" if number else "left")
+        drawn.add_column(escape(column), justify="right" if number else "left", no_wrap=whole)
     for row in rows:
         drawn.add_row(*(escape(str(cell)) for cell in row))
+    if whole:  # wider than the terminal if need be, which then breaks the lines itself
+        natural = Measurement.get(console, console.options.update(max_width=1000), drawn).maximum
+        console.width = max(natural, console.width)
     console.print(drawn)
 
 

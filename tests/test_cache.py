@@ -16,7 +16,7 @@ from pipeline.shards.schema import SCHEMA
 from pipeline.shards.selection import Selection
 from pipeline.shards.storage import Storage
 from stages.generate import generate
-from tests.conftest import make_prompts
+from tests.conftest import make_prompts, run_cli
 from tests.processes import run
 from tests.test_generate import Recorder, contents, stub_params
 
@@ -63,6 +63,13 @@ def test_ls_and_show_say_what_is_there_and_where_it_came_from(teacher, prompts, 
     assert said.count("part-") == len(list((own_store / name).glob("part-*")))
     code, said = cli("show", "zzz")
     assert code == 2 and "'zzz' names 0 requests" in said and name in said, said
+
+
+def test_the_names_that_ls_shows_are_whole_in_a_narrow_terminal_too(teacher, prompts, tmp_path, own_store):
+    generate(stub_params(teacher), prompts, tmp_path / "a")
+    said = run_cli("cache", "ls", env={"COLUMNS": "40"}).stderr
+    requests = {path.parent.relative_to(own_store).as_posix() for path in own_store.glob("*/*/request.json")}
+    assert len(requests) == 2 and all(name in said for name in requests) and "…" not in said
 
 
 def test_gc_removes_only_what_nothing_refers_to_and_only_once_agreed(teacher, prompts, tmp_path, own_store, cli):
