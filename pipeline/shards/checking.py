@@ -60,10 +60,10 @@ def check_shard(path: Path, teacher: str, request: str) -> Header:
             keys = file.read(columns=["key"]).column(0)
     except OSError as error:
         if error.errno in _NOT_A_FILE:
-            raise Damaged(_reason(error)) from error
+            raise Damaged(text_of(error)) from error
         raise UserError(f"cannot read {path}: {error.strerror}. Mend that and run the same command again") from error
     except UNREADABLE as error:
-        raise Damaged(_reason(error)) from error
+        raise Damaged(text_of(error)) from error
     if keys.null_count:
         raise Damaged("it has rows without a key")
     return Header(metadata["k"], keys.to_pylist())
@@ -107,7 +107,7 @@ def row_faults(path: Path) -> Iterator[str]:
                 if problem:
                     yield f"row {row.key} {problem}"
     except (*UNREADABLE, OSError) as error:
-        yield f"row {number} (from 0) cannot be read: {_reason(error)}"
+        yield f"row {number} (from 0) cannot be read: {text_of(error)}"
 
 
 class RowCheck:
@@ -169,5 +169,6 @@ class RowCheck:
         return None
 
 
-def _reason(error: Exception) -> str:
+def text_of(error: Exception) -> str:
+    """What an error says, in one line; its type where it says nothing."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -141,8 +141,7 @@ class _Stored:
     def __init__(self, selection: Selection, part: str, without: tuple[str, ...]):
         self.k = 0 if set(TOPK) & set(without) else selection.manifest["k"]
         self.unread = dict.fromkeys(name for name in TEXT if name in without)
-        selection.check_stored(part)
-        self.folder, self.labels, self.locations = selection.located(part)
+        self.folder, self.labels, self.locations = selection.checked(part)
         shards: dict[Path, list[int]] = {}
         for place, location in enumerate(self.locations):
             shards.setdefault(location.shard, []).append(place)

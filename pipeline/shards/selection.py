@@ -226,7 +226,7 @@ class Selection:
         """All rows of a part in their canonical order; without `topk` they have no top k, and are small."""
         part = self.part(name)
         if not self.manifest["materialized"]:
-            for row in self._rows_in_store(name):
+            for row in self._rows_in_store(name, *self.located(name)):
                 yield row if topk else row.trimmed(0)
             return
         for file in part["files"]:
@@ -244,13 +244,19 @@ class Selection:
         index, labels = folder.index(set_aside=False), labels_of(part)
         return folder, labels, [self._locate(index, label.key, k, folder) for label in labels]
 
-    def check_stored(self, name: str) -> None:
-        """Raises UserError where the store has other rows than this selection was made of."""
-        for _ in self._rows_in_store(name):
-            pass
+    def checked(self, name: str) -> tuple[RequestFolder, list["Label"], list[Location]]:
+        """The same, after comparing the rows there with those that this selection was made of.
 
-    def _rows_in_store(self, name: str) -> Iterator[Row]:
-        folder, labels, locations = self.located(name)
+        Raises UserError where the store has others.
+        """
+        located = self.located(name)
+        for _ in self._rows_in_store(name, *located):
+            pass
+        return located
+
+    def _rows_in_store(
+        self, name: str, folder: RequestFolder, labels: list["Label"], locations: list[Location]
+    ) -> Iterator[Row]:
         counted = Counted()
         rows = folder.read_each(locations, _ROWS_AT_ONCE)
         yield from counted.through(

@@ -17,7 +17,7 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason_of
 from pipeline.shards.files import digest, write_json_atomically, writing_to
 
 # Here a put is whole or absent; elsewhere a file gets its name only after its last byte.
@@ -62,9 +62,10 @@ class Storage:
         except (FileNotFoundError, IsADirectoryError, UserError):
             raise
         except Exception as error:  # every file system has errors of its own
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             kept = f" What was made is kept in {self.path};" if self.remote else ""
-            raise UserError(f"cannot use {self.name}/{name}: {reason}.{kept} run the same command again") from error
+            raise UserError(
+                f"cannot use {self.name}/{name}: {reason_of(error)}.{kept} run the same command again"
+            ) from error
 
     def find(self, folder: str = "") -> dict[str, Found]:
         """Every file in and below a folder, by name."""

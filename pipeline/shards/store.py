@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from platformdirs import user_cache_path
 
 from pipeline.errors import UserError
-from pipeline.shards.checking import SHARD, UNREADABLE, Damaged, Header, check_shard
+from pipeline.shards.checking import SHARD, UNREADABLE, Damaged, Header, check_shard, text_of
 from pipeline.shards.files import canonical_json, digest, move_aside, sha256_file, write_atomically, writing_to
 from pipeline.shards.schema import Row, from_table, group_ends, read_metadata, write_shard
 from pipeline.shards.storage import Storage
@@ -174,7 +174,7 @@ class RequestFolder:
                 found = _rows_of(shard, [locations[number].row for number in numbers])
             except (OSError, *UNREADABLE) as error:
                 raise UserError(
-                    f"{shard} cannot be read ({' '.join(str(error).split())}): run `xkd-pipeline cache verify`, which "
+                    f"{shard} cannot be read ({text_of(error)}): run `xkd-pipeline cache verify`, which "
                     "sets aside what is damaged, and the same command again"
                 ) from error
             rows.update(zip(numbers, found, strict=True))

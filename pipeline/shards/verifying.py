@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
 from pipeline.shards.catalogue import IDENTITY, files_by_request
-from pipeline.shards.checking import SHARD, UNREADABLE, Damaged, RowCheck, check_shard, row_faults
+from pipeline.shards.checking import SHARD, UNREADABLE, Damaged, RowCheck, check_shard, row_faults, text_of
 from pipeline.shards.files import ASIDE, move_aside
 from pipeline.shards.manifest import MANIFEST, WRITE_AGAIN, file_fault, read_manifest, selection_files
 from pipeline.shards.references import references
@@ -171,7 +171,7 @@ def verify_selection(folder: Path, store: str | Path | None, set_aside: bool) ->
             if selection.manifest["materialized"]:
                 yield from (problem(path, what) for path, what in _row_faults(selection, name))
             else:
-                selection.check_stored(name)
+                selection.checked(name)
         except UserError as error:  # the store's fault: the selection may be whole
             yield Problem(str(folder / MANIFEST), f"part {name}: {error}", repair)
 
@@ -210,7 +210,7 @@ def _row_faults(selection: Selection, name: str) -> Iterator[tuple[Path, str]]:
                     yield path, f"row {row.key} {fault}"
                     break
         except (*UNREADABLE, OSError) as error:
-            yield path, f"its rows cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
+            yield path, f"its rows cannot be read: {text_of(error)}"
             return
 
 
