@@ -269,6 +269,16 @@ def test_a_request_that_moved_to_another_disk_is_looked_at_through_its_link(lab)
     assert len(lab.verify()) == 1 and lab.restored()
 
 
+def test_a_temporary_file_that_goes_while_the_store_is_listed_is_passed_over(lab, monkeypatch):
+    walk = os.walk
+
+    def listed(*given, **more):
+        return ((at, folders, [*names, ".tmp-gone"]) for at, folders, names in walk(*given, **more))
+
+    monkeypatch.setattr("pipeline.shards.storage.os.walk", listed)
+    assert Storage(lab.store).find().keys() and not lab.verify() and not lab.garbage()
+
+
 # Descriptions
 
 

@@ -90,8 +90,8 @@ class Storage:
                     continue
                 seen.add(real)
                 for path in (Path(inside) / name for name in files):
-                    status = path.lstat() if not path.exists() else path.stat()
-                    found[path.relative_to(self.path).as_posix()] = Found(status.st_size, status.st_mtime)
+                    if status := _status(path):
+                        found[path.relative_to(self.path).as_posix()] = Found(status.st_size, status.st_mtime)
         return dict(sorted(found.items()))
 
     @contextmanager
@@ -184,6 +184,16 @@ class Storage:
             with suppress(FileNotFoundError):  # another process may be handing over the same
                 self.put(path, f"{folder}/{path.name}")
                 os.replace(path, self.path / folder / path.name)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """Of a file, or of a link that leads nowhere; None for what has gone since it was listed."""
+    with suppress(FileNotFoundError):
+        try:
+            return path.stat()
+        except OSError:
+            return path.lstat()
+    return None
 
 
 def _unless_absent(error: OSError) -> None:
