@@ -19,8 +19,8 @@ class UserError(Exception):
 
 
 @contextmanager
-def in_one_line(what: str) -> Iterator[None]:
-    """Turn whatever is raised inside the block into a UserError: `what`, then the reason.
+def in_one_line(what: str, advice: str = "") -> Iterator[None]:
+    """Turn whatever is raised inside the block into a UserError: `what`, the reason, and what to do.
 
     Only for a library's code that reads what a user gave: an error of our own code must stay what it is.
     """
@@ -29,7 +29,7 @@ def in_one_line(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{what}: {reason_of(error)}") from error
+        raise UserError(f"{what}: {reason_of(error)}{advice and f'. {advice}'}") from error
 
 
 class Interrupted(BaseException):

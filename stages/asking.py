@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import console
-from pipeline.errors import UserError, reason_of
+from pipeline.errors import UserError, in_one_line
 from pipeline.models import (
     Context,
     describe_model,
     load_config,
     load_tokenizer,
     local_folder,
+    require_loadable,
     stop_token_ids,
     tokenizer_identity,
 )
@@ -130,10 +131,22 @@ def scoring_request(params: Params, teacher: Teacher) -> Request:
     return Request("score", params.template, TEMPLATE_VERSION, chat=chat)
 
 
-def rendered(prompts: list[Prompt], form: PromptFormat, tokenizer) -> list[tuple[Prompt, str, np.ndarray]]:
-    """Prompts with the text and the token ids that the teacher reads."""
+def rendered(prompts: Sequence[Prompt], form: PromptFormat, tokenizer) -> tuple[Asked, int]:
+    """Prompts to ask, of training and validation, with the text and the token ids that the teacher reads.
+
+    A training prompt whose token ids are those of a held-out one (of validation or test: unknown words, spaces) is left
+    out, since their samples would be the same ones; second: how many were.
+    """
     texts = [form.text(tokenizer, prompt.prompt) for prompt in prompts]
-    return list(zip(prompts, texts, form.encode_texts(tokenizer, texts), strict=True))
+    read = list(zip(prompts, texts, form.encode_texts(tokenizer, texts), strict=True))
+    held_out = {ids.tobytes() for prompt, _, ids in read if prompt.split in ("validation", "test")}
+    kept = [each for each in read if each[0].split != "train" or each[2].tobytes() not in held_out]
+    if left_out := len(read) - len(kept):
+        console.warn(
+            f"{left_out:,} training prompts have the token ids of held-out prompts and are left out: the teacher could "
+            "not tell them apart"
+        )
+    return [each for each in kept if each[0].split != "test"], left_out
 
 
 def to_score(
@@ -181,18 +194,7 @@ def fulfil(
     for order in orders:
         order.describe(teacher.description)
     if lacking and engine is None:
-        longest = max(order.length(wanted) for order, wanted in lacking)
-        if teacher.engine != "text":
-            console.say(f"loading the teacher from {teacher.source} with engine {teacher.engine}")
-        try:
-            engine = open_engine(teacher.engine, teacher.source, teacher.loading(settings, longest))
-        except UserError:
-            raise
-        except Exception as error:  # of any kind, out of the engine's library
-            raise UserError(
-                f"engine {teacher.engine} cannot start with {teacher.source}: {reason_of(error)}. Nothing was lost; "
-                "try --engine hf"
-            ) from error
+        engine = _opened(teacher, settings, max(order.length(wanted) for order, wanted in lacking))
     asked = time.monotonic()
     tokens = sum(
         order.fulfil(engine, teacher.tokenizer, teacher.description, settings.rows_per_shard) for order in orders
@@ -204,8 +206,26 @@ def fulfil(
     lost = sum(len(order.missing) + len(order.widen) for order in orders)
     if lost:
         console.warn(f"the engine gave no answer for {lost} rows; run the same command to ask again")
+    failed = {order.folder: order.skipped for order in orders if order.skipped}
+    if failed and not any(order.cached for order in orders):
+        folder, reasons = next(iter(failed.items()))
+        raise UserError(
+            f"none of {sum(map(len, failed.values())):,} rows could be made; the first: {next(iter(reasons.values()))}. "
+            f"All reasons are in {folder.path / SKIPPED}; once that is mended, add --retry-skipped"
+        )
     summary = Summary(cached, made, sum(len(order.skipped) for order in orders) + lost)
     return summary, {"tokens": tokens, "seconds": asking}
+
+
+def _opened(teacher: Teacher, settings: Generate, longest: int) -> Engine:
+    """The teacher's engine. Raises UserError where it cannot start, or the weights are not those of the teacher."""
+    if teacher.engine != "text":
+        console.say(f"loading the teacher from {teacher.source} with engine {teacher.engine}")
+    if teacher.engine in ("vllm", "ray"):  # which would fill what is absent with random values
+        require_loadable(teacher.source)
+    what = f"engine {teacher.engine} cannot start with {teacher.source}"
+    with in_one_line(what, "Nothing was lost; try --engine hf"):
+        return open_engine(teacher.engine, teacher.source, teacher.loading(settings, longest))
 
 
 def leave_word(orders: Sequence[Order], out: Path, complete: bool) -> None:

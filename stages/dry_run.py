@@ -22,6 +22,7 @@ from pipeline.models import (
     stop_token_ids,
 )
 from pipeline.params import Generate, Params
+from pipeline.prompts import PromptFormat
 from pipeline.shards.store import open_store
 from pipeline.teachers.orders import Order, Wanted
 from stages import asking
@@ -55,7 +56,8 @@ def dry_run(
         raise UserError("--tokens plans what a teacher is to say, and generate.responses gives it: leave one out")
     prompts = [] if plan.tokens else prompts_to_ask(params, prompts_path)
     teacher = _teacher(params.generate)
-    orders = orders_of(params, prompts, teacher, open_store(store))
+    asked, _ = asking.rendered(prompts, PromptFormat.of(params), teacher.tokenizer)
+    orders = orders_of(params, asked, teacher, open_store(store))
     cached, missing = asking.look_up(orders, retry_skipped, set_aside=False)
     if not plan.tokens:
         console.table(

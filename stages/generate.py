@@ -38,9 +38,10 @@ def generate(
     prompts = prompts_to_ask(params, prompts_path)
     teacher = Teacher.of(settings)
     task = get_task(params.prepare.task)
-    orders = orders_of(params, prompts, teacher, storage)
+    asked, overlapping = asking.rendered(prompts, PromptFormat.of(params), teacher.tokenizer)
+    orders = orders_of(params, asked, teacher, storage)
     cached, _ = asking.look_up(orders, retry_skipped)
-    summary, asked = asking.fulfil(orders, teacher, settings, cached, out, engine)
+    summary, took = asking.fulfil(orders, teacher, settings, cached, out, engine)
     rejected = sum(order.reject("train", task.accepts) for order in orders if settings.accept == "correct")
     if rejected:
         console.say(f"{rejected:,} training responses are wrong by the task's checker and were not selected")
@@ -50,7 +51,7 @@ def generate(
         raise UserError(f"nothing could be made of any prompt: {reason}")
     manifest = write_selection(out, parts, teacher.description, teacher.k, summary.skipped, settings.materialize)
     asking.leave_word(orders, out, complete=True)
-    cost = asking.cost_of(summary, manifest, orders, asked)
+    cost = asking.cost_of(summary, manifest, orders, took) | {"prompts_overlapping": overlapping}
     if results is not None:
         provenance = {"engine": teacher.engine, "teacher": teacher.description, "k": teacher.k, "versions": versions()}
         write_json_atomically(results, {"cost": cost, "provenance": provenance | {"git_commit": git_commit()}})
@@ -59,9 +60,12 @@ def generate(
 
 
 def prompts_to_ask(params: Params, path: Path) -> list[Prompt]:
-    """The prompts of a file that the teacher is asked. Raises UserError where the parameters cannot be met."""
-    prompts = read_prompts(path, ("train", "validation"))
-    if not prompts:
+    """The prompts that the teacher is asked, and those of the test split, which are to be kept apart from them.
+
+    Raises UserError where there is none to ask, or the parameters cannot be met.
+    """
+    prompts = read_prompts(path, ("train", "validation", "test"))
+    if all(prompt.split == "test" for prompt in prompts):
         raise UserError(f"{path} has no prompts in the splits train and validation")
     task = get_task(params.prepare.task)
     if params.generate.accept == "correct" and not task.checked:
@@ -69,11 +73,10 @@ def prompts_to_ask(params: Params, path: Path) -> list[Prompt]:
     return prompts
 
 
-def orders_of(params: Params, prompts: list[Prompt], teacher: Teacher, storage: Storage) -> tuple[Order, Order]:
-    """What is to be drawn from the teacher, and what is to be scored by it."""
+def orders_of(params: Params, asked: Asked, teacher: Teacher, storage: Storage) -> tuple[Order, Order]:
+    """What is to be drawn from the teacher, and what is to be scored by it. asked: as `asking.rendered` makes it."""
     settings, tokenizer = params.generate, teacher.tokenizer
     drawn, given = asking.sampling_request(params, teacher), asking.scoring_request(params, teacher)
-    asked = asking.rendered(prompts, PromptFormat.of(params), tokenizer)
     counts = {"train": settings.samples, "validation": settings.validation_samples}
     if settings.responses:
         counts = dict.fromkeys(counts, 0)

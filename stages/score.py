@@ -42,9 +42,9 @@ def score(
     the parameters name. Raises UserError on bad input; what was stored stays.
     """
     settings, storage = params.generate, open_store(store)
-    prompts = read_prompts(prompts_path, ("train", "validation"))
+    prompts = read_prompts(prompts_path, ("train", "validation", "test"))
     teacher = Teacher.of(settings)
-    asked = asking.rendered(prompts, PromptFormat.of(params), teacher.tokenizer)
+    asked, overlapping = asking.rendered(prompts, PromptFormat.of(params), teacher.tokenizer)
     training = [each for each in asked if each[0].split == "train"]
     held_out = [each for each in asked if each[0].split == "validation"]
 
@@ -67,7 +67,7 @@ def score(
         out, parts, teacher.description, teacher.k, summary.skipped, settings.materialize, student
     )
     asking.leave_word(orders, out, complete=True)
-    cost = asking.cost_of(summary, manifest, orders, took)
+    cost = asking.cost_of(summary, manifest, orders, took) | {"prompts_overlapping": overlapping}
     if results is not None:
         provenance = {"parameters": params.score.model_dump(), "student": student, "versions": versions()}
         write_json_atomically(results, {"cost": cost, "provenance": provenance | {"git_commit": git_commit()}})

@@ -11,6 +11,7 @@ from pipeline.models.loading import (
     load_lm,
     local_folder,
     require_context,
+    require_loadable,
     resolve,
     stop_token_ids,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "local_folder",
     "number_type",
     "require_context",
+    "require_loadable",
     "require_replaceable",
     "require_same_tokenizer",
     "resolve",

@@ -3,22 +3,28 @@
 import json
 from pathlib import Path
 
-from pipeline.errors import UserError
+import yaml
+
+from pipeline import console
+from pipeline.errors import UserError, in_one_line, printable
 from pipeline.models.loading import load_config, local_folder, read_link
 from pipeline.models.tokenizers import load_tokenizer, tokenizer_identity
+from pipeline.models.weights import unread_files, weight_files
 from pipeline.shards.files import digest, sha256_file
 
 _NOT_IDENTITY = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "id2label", "label2id"}
+_CARD_CHARACTERS = 2**16  # of a model card that are looked at
 
 
 def weights_digest(folder: Path) -> str:
-    """Digest of the weight files of a local folder, whatever their names and number of names.
+    """Digest of the weight files of a local folder that loading reads, whatever their names and number.
 
-    Raises UserError where there are none: other formats than safetensors are refused.
+    Raises UserError as `weight_files` does.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} has no .safetensors weights (other formats are not loaded)")
+    return _digest_of(weight_files(folder))
+
+
+def _digest_of(files: list[Path]) -> str:
     return digest(sorted(sha256_file(file) for file in files))
 
 
@@ -39,13 +45,24 @@ def describe_model(source: str | Path, dtype: str, quantization: str = "") -> di
     config, tokenizer = load_config(folder), tokenizer_identity(load_tokenizer(folder))
     dtype = number_type(config, dtype)
     # The file, not the loaded object: that also holds the defaults of the installed transformers.
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    with in_one_line(f"cannot read {folder / 'config.json'}"):
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     settings = {key: value for key, value in stored.items() if key not in _NOT_IDENTITY}
     quantized = {"quantization": quantization} if quantization else {}
-    identity = digest({"weights": weights, "config": settings, "tokenizer": tokenizer, "dtype": dtype} | quantized)
+
+    def identity_of(weights: str) -> str:
+        return digest({"weights": weights, "config": settings, "tokenizer": tokenizer, "dtype": dtype} | quantized)[:16]
+
+    if unread := unread_files(folder):
+        former = identity_of(_digest_of([*weight_files(folder), *unread]))
+        console.warn(
+            f"{', '.join(file.name for file in unread)} in {folder} is not read by loading and does not count for the "
+            f"teacher's identity, which is {identity_of(weights)}: rows that an earlier version stored as {former} are "
+            "not used"
+        )
     from_hub = not Path(source).is_dir()
     return {
-        "identity": identity[:16],
+        "identity": identity_of(weights),
         "tokenizer": tokenizer[:16],
         "vocab_size": config.get_text_config().vocab_size,
         "dtype": dtype,
@@ -63,12 +80,19 @@ def number_type(config, dtype: str) -> str:
 
 
 def licence_of(folder: Path) -> str | None:
-    """The licence that a model's card states, if any."""
-    from huggingface_hub import metadata_load
+    """The licence that a model's card states in its front matter, if any: a text, or several joined by commas.
 
-    card = folder / "README.md"
+    The front matter is parsed and not constructed: dates stay text, tags do nothing, aliases are not followed.
+    """
     try:
-        metadata = (metadata_load(card) if card.is_file() else None) or {}
-    except ValueError:  # a card whose front matter is not YAML says nothing about the licence
+        with open(folder / "README.md", encoding="utf-8", errors="replace") as card:
+            text = card.read(_CARD_CHARACTERS)
+        _, front, _ = text.split("---", 2)
+        root = yaml.compose(front, yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):  # such a card says nothing about the licence
         return None
-    return metadata.get("license")
+    entries = root.value if isinstance(root, yaml.MappingNode) else ()
+    stated = [value for key, value in entries if key.value == "license"]
+    nodes = stated[0].value if stated and isinstance(stated[0], yaml.SequenceNode) else stated
+    texts = [node.value for node in nodes if isinstance(node, yaml.ScalarNode) and node.value]
+    return " ".join(printable(", ".join(texts)).split())[:200] or None

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError, reason_of
+from pipeline.errors import UserError, in_one_line
 from pipeline.models.saving import require_replaceable
+from pipeline.models.weights import require_complete, weight_files
 from pipeline.shards.files import write_json_atomically
 
 _LINK = "link.json"
@@ -30,7 +31,13 @@ def link_model(folder: Path, source: str | Path, weights: str) -> None:
 def read_link(source: str | Path) -> dict:
     """What a link stands for, `source`, and the digest of its `weights`; anything else is itself, with None."""
     link = Path(source) / _LINK
-    return json.loads(link.read_text(encoding="utf-8")) if link.is_file() else {"source": source, "weights": None}
+    if not link.is_file():
+        return {"source": source, "weights": None}
+    with in_one_line(f"cannot read {link}"):
+        found = json.loads(link.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("source", "weights")):
+        raise UserError(f"{link} does not say which model it stands for (source, weights): make the link again")
+    return found
 
 
 def resolve(source: str | Path) -> str | Path:
@@ -45,10 +52,18 @@ def has_weights(source: str | Path) -> bool:
 
 
 def load_config(source: str | Path):
-    """The configuration of a folder or hub name."""
+    """The configuration of a folder or hub name. Raises UserError where it cannot be read or has no vocabulary."""
     from transformers import AutoConfig
 
-    return load_pretrained(AutoConfig, source, "model")
+    config = load_pretrained(AutoConfig, source, "model")
+    text = config.get_text_config()
+    for name, least in (("vocab_size", 1), ("max_position_embeddings", 1)):
+        value = getattr(text, name, None)
+        if type(value) is not int or value < least:
+            if value is None and name != "vocab_size":
+                continue
+            raise UserError(f"the config.json of {resolve(source)} has {name} {value!r}, expected a number above 0")
+    return config
 
 
 def best_device() -> str:
@@ -66,10 +81,19 @@ def lm_class(config):
 
 
 def load_lm(source: str | Path, dtype: str = "float32"):
-    """A causal or an encoder-decoder language model in evaluation mode; `dtype` as in `generate.dtype`."""
+    """A causal or an encoder-decoder language model in evaluation mode; `dtype` as in `generate.dtype`.
+
+    Raises UserError where its weights are not exactly those of its configuration.
+    """
     from transformers import GenerationConfig
 
-    model = load_pretrained(lm_class(load_config(source)), source, "model", dtype=dtype, use_safetensors=True)
+    folder = local_folder(source)
+    weight_files(folder)
+    read_generation_config(folder)  # from_pretrained passes over one that is broken
+    config = load_config(folder)
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    model, info = load_pretrained(lm_class(config), folder, "model", **options)
+    require_complete(info, folder)
     if model.config.is_encoder_decoder:
         _require_plain_decoding(model.generation_config, source)
     # Nothing hidden in a model's own generation_config may change how it is sampled here.
@@ -77,6 +101,19 @@ def load_lm(source: str | Path, dtype: str = "float32"):
     if model.config.is_encoder_decoder:
         model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id
     return model.eval()
+
+
+def require_loadable(source: str | Path) -> None:
+    """Raises UserError where `load_lm` would, for engines that load by themselves; no weights are read.
+
+    Quantized weights are left to the engine: transformers may lack what reads them.
+    """
+    folder = local_folder(source)
+    weight_files(folder)
+    config = load_config(folder)
+    if getattr(config, "quantization_config", None) is None:
+        options = {"device_map": "meta", "use_safetensors": True, "output_loading_info": True}
+        require_complete(load_pretrained(lm_class(config), folder, "model", **options)[1], folder)
 
 
 def _require_plain_decoding(generation_config, source: str | Path) -> None:
@@ -98,24 +135,38 @@ def load_pretrained(auto_class, source: str | Path, what: str, **options) -> Any
         raise UserError(
             f"no {what} at {source}" + (": not a folder, and not a hub name" if isinstance(source, str) else "")
         )
-    try:
+    where = "" if local.is_dir() else " (no folder of that name here, so it was looked for on the hub)"
+    with in_one_line(f"cannot load the {what} of {source}{where}"):
         return auto_class.from_pretrained(str(source), trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        where = "" if local.is_dir() else " (no folder of that name here, so it was looked for on the hub)"
-        raise UserError(f"cannot load the {what} of {source}{where}: {reason_of(error)}") from error
+
+
+def read_generation_config(folder: Path) -> dict:
+    """What a model's generation_config.json says; empty where it has none. Raises UserError where it is broken."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    with in_one_line(f"cannot read {path}"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__}, expected settings")
+    return found
 
 
 def stop_token_ids(source: str | Path, tokenizer) -> tuple[int, ...]:
-    """Tokens that end a response: the tokenizer's EOS and those of the model's generation_config."""
-    from transformers import GenerationConfig
+    """Tokens that end a response: the tokenizer's EOS and those of the model's generation_config.
 
-    ids = {tokenizer.eos_token_id}
-    try:
-        eos = GenerationConfig.from_pretrained(str(resolve(source))).eos_token_id
-    except OSError:  # a model without a generation_config.json
-        eos = None
-    ids.update([eos] if isinstance(eos, int) else eos or [])
-    return tuple(sorted(ids))
+    Raises UserError for an `eos_token_id` that no token of the model has.
+    """
+    folder = local_folder(source, weights=False)
+    eos = read_generation_config(folder).get("eos_token_id")
+    given = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    size = load_config(folder).get_text_config().vocab_size if given else 0
+    for token in given:
+        if type(token) is not int or not 0 <= token < size:
+            raise UserError(
+                f"{folder / 'generation_config.json'} has eos_token_id {token!r}, expected ids from 0 to {size - 1}"
+            )
+    return tuple(sorted({tokenizer.eos_token_id, *given}))
 
 
 @dataclass(frozen=True)
@@ -145,7 +196,8 @@ def local_folder(source: str | Path, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", *["*.safetensors"] * weights]
-    return Path(snapshot_download(str(source), allow_patterns=patterns))
+    # Mistral's second copy of the weights, which transformers does not load.
+    return Path(snapshot_download(str(source), allow_patterns=patterns, ignore_patterns=["consolidated*"]))
 
 
 def require_context(config, lengths: Iterable[tuple[int, int]], what: str) -> None:

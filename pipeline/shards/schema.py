@@ -65,6 +65,23 @@ class Row:
         return replace(self, topk_ids=self.topk_ids[:, :k], topk_logprobs=self.topk_logprobs[:, :k])
 
 
+def value_fault(row) -> str | None:
+    """Which values of a row (or answer) are no numbers that a teacher can have said, or None.
+
+    -inf is one in the top k, below its first entry: a token that cannot be said.
+    """
+    if row.logprobs is None or not len(row.logprobs):
+        return None
+    if not np.isfinite(row.logprobs).all():
+        return "it has log-probabilities of its tokens that are not finite"
+    if row.lse is not None and not np.isfinite(row.lse).all():
+        return "it has normalisers that are not finite"
+    topk = np.asarray(row.topk_logprobs)
+    if np.isnan(topk).any() or np.isposinf(topk).any() or not np.isfinite(topk[:, :1]).all():
+        return "it has a top k whose log-probabilities are no numbers"
+    return None
+
+
 def row_digest(row: Row) -> bytes:
     """sha256 of a row's labels, tokens and values."""
     hasher = hashlib.sha256(f"{row.key} {row.origin} {row.prompt_id} {row.sample} {row.finish}".encode())

@@ -99,6 +99,16 @@ def too_long(prompt: int, response: int, context: Context) -> str | None:
     )
 
 
+def unknown_token(ask: Ask, vocabulary: int) -> str | None:
+    """Why a prompt or a given response cannot be read, if it has a token that a model of this size has not."""
+    highest = max(ids.max(initial=-1) for ids in (ask.prompt_ids, ask.response_ids) if ids is not None)
+    if highest < vocabulary:
+        return None
+    return (
+        f"it has token {highest}, and the teacher has {vocabulary} embeddings: its tokenizer is larger than the model"
+    )
+
+
 def finish_of(response_ids: np.ndarray, stop_token_ids: Sequence[int]) -> str:
     """`stop` where a response ends with a stop token."""
     return "stop" if len(response_ids) and int(response_ids[-1]) in stop_token_ids else "length"

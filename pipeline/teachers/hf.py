@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from pipeline.errors import reason_of
 from pipeline.models import Context, best_device, load_lm
 from pipeline.shards.identity import Sampling
-from pipeline.teachers.base import Answer, Ask, EngineDead, Failure, finish_of, too_long
+from pipeline.teachers.base import Answer, Ask, EngineDead, Failure, finish_of, too_long, unknown_token
 
 _WINDOW = 16  # batches that are sorted by length together; further apart, prompts keep their order
 _FEWEST = 8  # rows that a model is run on: with very few, libraries compute other roundings
@@ -30,6 +30,7 @@ class HfEngine:
 
         self.model, self.batch_size, self.seq2seq = model, batch_size, model.config.is_encoder_decoder
         self.context = Context.of(model.config)
+        self.vocab_size = model.get_input_embeddings().num_embeddings
         self._fitting: dict[tuple[int, ...], int] = {}  # rows of such lengths, after more did not fit into memory
         self.description = {"engine": "hf", "transformers": transformers.__version__, "torch": torch.__version__}
 
@@ -51,7 +52,8 @@ class HfEngine:
         while window := list(islice(waiting, _WINDOW * self.batch_size)):
             fitting = []
             for ask in window:
-                if reason := too_long(len(ask.prompt_ids), response(ask), self.context):
+                reason = too_long(len(ask.prompt_ids), response(ask), self.context)
+                if reason := reason or unknown_token(ask, self.vocab_size):
                     yield Failure(ask.key, reason)
                 else:
                     fitting.append(ask)

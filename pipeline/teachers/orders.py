@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -12,10 +12,12 @@ from pipeline.models import Context
 from pipeline.prompts import Prompt
 from pipeline.shards.files import require_writable
 from pipeline.shards.identity import Request, sample_seed
-from pipeline.shards.schema import Row, footer
+from pipeline.shards.schema import Row, footer, value_fault
 from pipeline.shards.selection import Part
-from pipeline.shards.store import RequestFolder, pick
+from pipeline.shards.store import SKIPPED, RequestFolder, pick
 from pipeline.teachers.base import Answer, Ask, Engine, Failure, too_long
+
+_WARNINGS = 5  # rows left out that are named on the terminal; skipped.jsonl has them all
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ class Order:
         else:
             writer.write("scoring", engine.score(asks, self.k, self.stop_token_ids), rows)
         rows = {wanted.key: wanted for wanted in self.widen}
-        stored = self.folder.read_each(self.index[wanted.key][0] for wanted in self.widen)
+        stored = self.folder.read_each(self.index[wanted.key][-1] for wanted in self.widen)
         asks = (Ask(row.key, row.prompt_ids, response_ids=row.response_ids) for row in stored)
         writer.write(f"scoring for k = {self.k}", engine.score(asks, self.k, self.stop_token_ids), rows)
         return writer.tokens
@@ -119,7 +121,10 @@ class Order:
         """Record rows that cannot be made: key -> what was wanted, and the reason."""
         for key, (wanted, reason) in rows.items():
             self.skipped[key] = reason
-            console.warn(f"prompt '{wanted.prompt.id}' left out: {reason}")
+            if len(self.skipped) <= _WARNINGS:
+                console.warn(f"prompt '{wanted.prompt.id}' left out: {reason}")
+            if len(self.skipped) == _WARNINGS + 1:
+                console.warn(f"more rows are left out: {self.folder.path / SKIPPED} has them all, with the reasons")
         self.folder.skip(
             [{"key": key, "prompt_id": wanted.prompt.id, "reason": reason} for key, (wanted, reason) in rows.items()]
         )
@@ -155,27 +160,39 @@ class _Writer:
         self.tokens = 0
 
     def write(self, what: str, answers: Iterator[Answer | Failure], wanted: dict[str, Wanted]) -> None:
+        """Have every row of `wanted` (by key) made and stored, or recorded as left out."""
         if not wanted:
             return
         waiting: list[Answer] = []
+        failed: dict[str, tuple[Wanted, str]] = {}
         with console.progress(what, len(wanted)) as advance, closing(answers):
             try:
                 for answer in _from_engine(answers):
-                    if isinstance(answer, Failure):
-                        self.order.skip({answer.key: (wanted[answer.key], answer.reason)})
+                    if reason := answer.reason if isinstance(answer, Failure) else value_fault(answer):
+                        failed[answer.key] = wanted[answer.key], reason
                     else:
                         waiting.append(answer)
                         self.tokens += len(answer.response_ids)
                     advance(note=f"{self.tokens:,} tokens")
-                    if len(waiting) >= self.rows_per_shard:
-                        self._flush(waiting, wanted)
+                    if len(waiting) + len(failed) >= self.rows_per_shard:
+                        self._flush(waiting, failed, wanted)
             finally:  # also when the engine fails or somebody interrupts: what was made is kept
-                self._flush(waiting, wanted)
+                self._flush(waiting, failed, wanted)
 
-    def _flush(self, waiting: list[Answer], wanted: dict[str, Wanted]) -> None:
+    def _flush(self, waiting: list[Answer], failed: dict[str, tuple[Wanted, str]], wanted: dict[str, Wanted]) -> None:
         if waiting:
-            self.order.folder.add(list(self._rows(waiting, wanted)), self.footer)
+            self.order.folder.add(list(self._rows(list(self._widened(waiting)), wanted)), self.footer)
             waiting.clear()
+        if failed:
+            self.order.skip(failed)
+            failed.clear()
+
+    def _widened(self, answers: Sequence[Answer]) -> Iterator[Answer]:
+        """Answers to rows that are stored with fewer tokens a position keep what is stored."""
+        stored = [self.order.index.get(answer.key, ()) for answer in answers]
+        rows = iter(self.order.folder.read(locations[-1] for locations in stored if locations))
+        for answer, locations in zip(answers, stored, strict=True):
+            yield widened(next(rows), answer) if locations else answer
 
     def _rows(self, answers: Sequence[Answer], wanted: dict[str, Wanted]) -> Iterable[Row]:
         texts = self.tokenizer.batch_decode([a.response_ids for a in answers], skip_special_tokens=True)
@@ -187,6 +204,25 @@ class _Writer:
                 finish=answer.finish, logprobs=answer.logprobs, topk_ids=answer.topk_ids,
                 topk_logprobs=answer.topk_logprobs.astype(np.float16), lse=answer.lse,
             )  # fmt: skip
+
+
+def widened(row: Row, answer: Answer) -> Answer:
+    """A second answer [T, K] to a stored row [T, k], k < K: the row's own values, and what the answer adds behind them.
+
+    A second reading differs in its last bits. Values that are stored once stay, so that a selection of k tokens a
+    position is the same before and after; what is added is not above them.
+    """
+    known = (answer.topk_ids[:, :, None] == row.topk_ids[:, None, :]).any(-1)  # [T, K]
+    added = np.argsort(known, axis=1, kind="stable")[:, : answer.topk_ids.shape[1] - row.k]
+    values = np.take_along_axis(answer.topk_logprobs, added, 1)
+    return replace(
+        answer,
+        finish=row.finish,
+        logprobs=row.logprobs,
+        topk_ids=np.concatenate([row.topk_ids, np.take_along_axis(answer.topk_ids, added, 1)], 1),
+        topk_logprobs=np.concatenate([row.topk_logprobs, np.minimum(values, row.topk_logprobs[:, -1:])], 1),
+        lse=answer.lse if row.lse is None else row.lse,
+    )
 
 
 def _from_engine(answers: Iterator[Answer | Failure]) -> Iterator[Answer | Failure]:

@@ -256,8 +256,10 @@ class VllmEngine:
     def _answer(self, ask: Ask, response: np.ndarray, finish: str, flat, k: int) -> Answer:
         """`flat` holds rows of [sampled, top 1..k] and, with the capture, lse; only the response's rows are read."""
         width = k + 1 + self.lse
-        values = np.fromiter(flat.logprobs, np.float32, len(flat.logprobs)).reshape(-1, width)[-len(response) :]
-        ids = np.fromiter(flat.token_ids, np.int32, len(flat.token_ids)).reshape(-1, width)[-len(response) :]
+        values = np.fromiter(flat.logprobs, np.float32, len(flat.logprobs)).reshape(-1, width)
+        ids = np.fromiter(flat.token_ids, np.int32, len(flat.token_ids)).reshape(-1, width)
+        first = len(values) - len(response)  # not [-len(response) :], which is everything where the response is empty
+        values, ids = values[first:], ids[first:]
         lse = values[:, -1].copy() if self.lse else None
         normaliser = lse[:, None] if self.lse else np.float32(0)
         logprobs = values[:, : k + 1] - normaliser

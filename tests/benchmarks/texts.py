@@ -49,7 +49,7 @@ def to_draw(given: Namespace, teacher: Teacher) -> tuple[Request, list[Wanted]]:
     prompts = [Prompt(prompt_id(text), text, (), "train") for text in texts]
     return request, [
         Wanted("train", prompt, text, ids, 0, sample_key(request, ids, 0))
-        for prompt, text, ids in rendered(prompts, form, teacher.tokenizer)
+        for prompt, text, ids in rendered(prompts, form, teacher.tokenizer)[0]
     ]
 
 

@@ -1,0 +1,113 @@
+"""The files that hold a model's weights: exactly those that loading reads, whichever engine does it.
+
+transformers reads `model.safetensors`, else the files that `model.safetensors.index.json` names; vLLM reads every
+`.safetensors` file that an index, if there is one, does not rule out, and `consolidated*.safetensors` before all
+others. A folder for which the two differ is refused.
+"""
+
+import json
+from pathlib import Path
+
+from pipeline.errors import UserError, in_one_line
+
+_SINGLE, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+_SHOWN = 5  # names in a message
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a local folder, each with tensors of its own.
+
+    Raises UserError that names the file or tensor: where there are none (other formats than safetensors are not
+    loaded), where an engine would read other files than another one, where an adapter would be applied, and where the
+    index does not fit its files.
+    """
+    present = {path.name for path in folder.glob("*.safetensors")}
+    if (folder / _ADAPTER).exists():
+        raise UserError(
+            f"{folder} has an {_ADAPTER}, whose adapter transformers would apply to the weights and vLLM would not: "
+            "merge it into them (PEFT's merge_and_unload, then save_pretrained), or move the adapter's files away"
+        )
+    if not present:
+        raise UserError(f"{folder} has no .safetensors weights (other formats are not loaded)")
+    weight_map = _weight_map(folder) if (folder / _INDEX).exists() else None
+    read = {_SINGLE} if weight_map is None else set(weight_map.values())
+    if absent := read - present:
+        raise UserError(
+            f"{folder} has no {_named(absent)}, which loading reads"
+            + (f" according to {_INDEX}" if weight_map else f"; found {_named(present)}")
+        )
+    if weight_map is None and present != read:
+        raise UserError(
+            f"{folder} has {_named(present - read)} beside {_SINGLE}, which vLLM would load and transformers would "
+            "not: move it away"
+        )
+    if weight_map is not None and _SINGLE in present and read != {_SINGLE}:
+        raise UserError(
+            f"{folder} has {_SINGLE}, which transformers would load, and {_INDEX}, which names other files for vLLM: "
+            "move one of them away"
+        )
+    if preferred := {name for name in present - read if name.startswith("consolidated")}:
+        raise UserError(f"{folder} has {_named(preferred)}, which vLLM would load in place of the others: move it away")
+    files = [folder / name for name in sorted(read)]
+    _require_distinct_tensors(files, weight_map)
+    return files
+
+
+def unread_files(folder: Path) -> list[Path]:
+    """Weight files that no engine loads, because the index does not name them."""
+    return sorted(set(folder.glob("*.safetensors")) - set(weight_files(folder)))
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor -> file name, out of the index."""
+    path = folder / _INDEX
+    with in_one_line(f"cannot read {path}"):
+        index = json.loads(path.read_text(encoding="utf-8"))
+    found = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise UserError(f"{path} has no weight_map of tensors to files")
+    if outside := {name for name in found.values() if Path(name).name != name}:
+        raise UserError(f"{path} names {_named(outside)}, which is not a file beside it")
+    return found
+
+
+def _require_distinct_tensors(files: list[Path], weight_map: dict[str, str] | None) -> None:
+    """Raises UserError where a tensor is in two files, or not in the file that the index names for it."""
+    from safetensors import safe_open
+
+    place: dict[str, str] = {}
+    for path in files:
+        with in_one_line(f"cannot read {path}"), safe_open(path, "numpy") as file:
+            tensors = list(file.keys())
+        for tensor in tensors:
+            if tensor in place:
+                raise UserError(f"{path.parent} has tensor {tensor} twice, in {place[tensor]} and in {path.name}")
+            place[tensor] = path.name
+    for tensor, name in (weight_map or {}).items():
+        if place.get(tensor) != name:
+            where = f"it is in {place[tensor]}" if tensor in place else "no file has it"
+            raise UserError(f"{files[0].parent / _INDEX} puts tensor {tensor} into {name}, and {where}")
+
+
+def require_complete(info: dict, source: str | Path) -> None:
+    """Raises UserError where weights lack a tensor that the model has, which would be random, or have one more.
+
+    info: what transformers says of a loading (`output_loading_info`).
+    """
+    wrong = [
+        f"{what} {_named(info[kind])}"
+        for kind, what in (("missing_keys", "lack"), ("unexpected_keys", "have more than the model:"))
+        if info.get(kind)
+    ]
+    if wrong:
+        raise UserError(
+            f"the weights of {source} are not those of its configuration: they {' and '.join(wrong)}. A tensor that "
+            "is absent would be filled with random values: save the model again, or correct its config.json"
+        )
+
+
+def _named(names) -> str:
+    """Some names, and how many more there are."""
+    shown = sorted(map(str, names))
+    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+    return ", ".join(shown[:_SHOWN]) + more
