@@ -208,10 +208,10 @@ def fulfil(
         console.warn(f"the engine gave no answer for {lost} rows; run the same command to ask again")
     failed = {order.folder: order.skipped for order in orders if order.skipped}
     if failed and not any(order.cached for order in orders):
-        folder, reasons = next(iter(failed.items()))
+        (folder, reasons), count = next(iter(failed.items())), sum(map(len, failed.values()))
         raise UserError(
-            f"none of {sum(map(len, failed.values())):,} rows could be made; the first: {next(iter(reasons.values()))}. "
-            f"All reasons are in {folder.path / SKIPPED}; once that is mended, add --retry-skipped"
+            f"none of {count:,} rows could be made; the first: {next(iter(reasons.values()))}. All reasons are in "
+            f"{folder.path / SKIPPED}; once that is mended, add --retry-skipped"
         )
     summary = Summary(cached, made, sum(len(order.skipped) for order in orders) + lost)
     return summary, {"tokens": tokens, "seconds": asking}

@@ -146,7 +146,7 @@ def test_a_folder_that_two_engines_would_read_differently_is_refused(sharded, na
 
 
 TENSORS = {
-    "absent": (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"they lack model\.layers\.1\.mlp\.up_proj\.weight"),
+    "absent": (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"they lack model\.layers\.1\.mlp\.up_proj"),
     "more": (lambda t: t.update(extra=torch.zeros(2)), "they have more than the model: extra"),
     "another shape": (lambda t: t.update({"model.norm.weight": torch.zeros(3)}), "cannot load the model"),
 }  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from pipeline.errors import UserError
 from pipeline.shards.checking import SHARD, UNREADABLE
-from pipeline.shards.schema import read_metadata
+from pipeline.shards.schema import Malformed, read_metadata
 from pipeline.shards.storage import Found, Storage
 from pipeline.shards.store import SKIPPED
 
@@ -105,6 +105,8 @@ def _add(info: RequestInfo, storage: Storage, name: str, file: Found) -> None:
     try:
         with storage.open(name) as stream:
             metadata = read_metadata(stream)
+        if {"rows", "tokens"} - metadata.keys():
+            raise Malformed("the footer counts no rows and tokens")
         shard = ShardInfo(
             name.rpartition("/")[2],
             file.size,

@@ -14,10 +14,15 @@ import pyarrow.parquet as pq
 from pipeline.errors import UserError
 from pipeline.shards.files import digest, sha256_file
 from pipeline.shards.identity import key_of_sample, score_key
-from pipeline.shards.schema import SCHEMA, Columns, Row, checked_metadata, read_metadata
+from pipeline.shards.schema import SCHEMA, Columns, Malformed, Row, checked_metadata, read_metadata
 
 SHARD = re.compile(r"part-([0-9a-f]{16})\.parquet")
-UNREADABLE = (pa.ArrowException, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
+# What the bytes of a file can make a reader raise, beside OSError. Anything else is an error of our own code, or too
+# little memory, and must never set a shard aside.
+UNREADABLE = (
+    Malformed, pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, pa.ArrowKeyError, pa.ArrowIndexError,
+    pa.ArrowSerializationError, pa.ArrowCapacityError, UnicodeDecodeError,
+)  # fmt: skip
 _NOT_A_FILE = (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
 _ROWS_AT_ONCE = 512
 _ORIGINS, _FINISHES = {"teacher", "reference", "student", "corrupted"}, {"stop", "length"}
@@ -133,7 +138,7 @@ class RowCheck:
         ids = np.concatenate([row.topk_ids.ravel(), row.response_ids, row.prompt_ids])
         if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.vocabulary:
             return f"has token ids outside the vocabulary of {self.vocabulary}"
-        if row.topk_ids.shape != (steps, self.k) or row.topk_logprobs.shape != (steps, self.k):
+        if steps and (row.topk_ids.shape != (steps, self.k) or row.topk_logprobs.shape != (steps, self.k)):
             return f"has not {self.k} tokens at each of its {steps} positions"
         return self._value_fault(row, steps) if self.k and steps else None
 

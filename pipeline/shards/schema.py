@@ -30,12 +30,17 @@ SCHEMA = pa.schema(
         ("lse", pa.list_(pa.float32())),
     ]
 )
+_SAMPLING = {"temperature": (int, float), "top_p": (int, float), "max_tokens": (int,), "stop_token_ids": (list,)}
 TEXT, TOPK = ("prompt", "response"), ("topk_ids", "topk_logprobs")  # what readers may do without
 # The high bytes of ids are predictable and the low ones are not: split, they take a fifth less (docs/store-cost.md).
 # DuckDB 2.0 cannot read byte-split float16, so `topk_logprobs` stays plain (about 22 bytes a token more at k = 50).
 _BYTE_SPLIT = ("prompt_ids", "response_ids", "topk_ids", "logprobs", "lse")
 ROW_GROUP_VALUES = 2**19  # top-k entries of a row group: what a reader must have in memory, about 3 MB
 _DICTIONARY = ["origin", "prompt_id", "prompt", "finish"]
+
+
+class Malformed(ValueError):
+    """A file that is not what this version writes: its bytes, and no error of ours, are the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +117,10 @@ def _list_array(values: list[np.ndarray | None], type_: pa.ListType) -> pa.ListA
 
 
 class Columns(Sequence[Row]):
-    """The rows of a table, made when they are asked for; its arrays are views of Arrow memory, the top k as [T, k]."""
+    """The rows of a table, made when they are asked for; its arrays are views of Arrow memory, the top k as [T, k].
+
+    Raises Malformed, there and then, for a row whose top k does not fit its response.
+    """
 
     def __init__(self, table: pa.Table):
         self._length = len(table)
@@ -136,7 +144,15 @@ class Columns(Sequence[Row]):
         value = self._columns[name][index]
         if value is None or name not in TOPK:
             return value
-        return value.reshape(max(len(self._columns["response_ids"][index]), 1), -1)
+        response = self._columns["response_ids"][index]
+        steps = 0 if response is None else len(response)
+        if value.size % steps if steps else value.size:
+            raise Malformed(f"row {index} has {value.size} entries in {name} for {steps} tokens")
+        return value.reshape(steps, -1) if steps else value.reshape(0, self._k(name))
+
+    def _k(self, name: str) -> int:
+        """Tokens a position, which a row without any position does not show; 0 where no row has one."""
+        return len(self._columns[name].flat) // max(len(self._columns["response_ids"].flat), 1)
 
 
 class _Lists:
@@ -208,7 +224,7 @@ def group_ends(found: pq.FileMetaData) -> np.ndarray:
 
 
 def read_metadata(source: Path | BinaryIO) -> dict:
-    """The footer's JSON. Raises ValueError where it is none of this schema version, or lacks what `footer` writes."""
+    """The footer's JSON. Raises Malformed where it is none of this schema version, or lacks what `footer` writes."""
     return checked_metadata(pq.read_schema(source))
 
 
@@ -216,21 +232,36 @@ def checked_metadata(schema: pa.Schema) -> dict:
     """The same of a schema that was read."""
     metadata = schema.metadata or {}
     if METADATA_KEY not in metadata:
-        raise ValueError("the footer has no xkd metadata")
-    found = json.loads(metadata[METADATA_KEY])
+        raise Malformed("the footer has no xkd metadata")
+    try:
+        found = json.loads(metadata[METADATA_KEY])
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"the footer's xkd metadata is no JSON: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError("the footer's xkd metadata is no JSON object")
+        raise Malformed("the footer's xkd metadata is no JSON object")
     if found.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(f"schema version {found.get('schema_version')}, expected {SCHEMA_VERSION}")
+        raise Malformed(f"schema version {found.get('schema_version')}, expected {SCHEMA_VERSION}")
     teacher = found.get("teacher")
     wrong = [name for name in ("k", "vocab_size") if type(found.get(name)) is not int or found[name] < 0]
     wrong += [name for name in ("rows", "tokens") if type(found.get(name, 0)) is not int or found.get(name, 0) < 0]
-    wrong += [name for name in ("request", "engine") if not isinstance(found.get(name, {}), dict)]
+    wrong += [name for name in ("engine",) if not isinstance(found.get(name, {}), dict)]
     if not isinstance(teacher, dict) or not isinstance(teacher.get("identity"), str):
         wrong.append("teacher")
-    if wrong or "request" not in found:
-        raise ValueError(f"the footer's xkd metadata has no {' and '.join(wrong) or 'request'} as it must be")
+    if not _is_request(found.get("request")):
+        wrong.append("request")
+    if wrong:
+        raise Malformed(f"the footer's xkd metadata has no {' and '.join(wrong)} as it must be")
     return found
+
+
+def _is_request(request: object) -> bool:
+    """Whether it is of the form that `Request.describe` writes."""
+    if not isinstance(request, dict) or request.get("kind") not in ("sample", "score"):
+        return False
+    if request["kind"] == "score":
+        return request.get("sampling") is None
+    sampling = request.get("sampling")
+    return isinstance(sampling, dict) and all(type(sampling.get(name)) in types for name, types in _SAMPLING.items())
 
 
 def response_lengths(path: Path) -> dict[str, int]:

@@ -1,0 +1,213 @@
+"""What holds for single rows: one that is wrong fails alone, none is stored that a teacher cannot have said."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.errors import UserError
+from pipeline.models import load_config, load_lm
+from pipeline.prompts import Prompt, write_prompts
+from pipeline.shards.checking import RowCheck
+from pipeline.shards.identity import score_key
+from pipeline.shards.schema import Row, from_table, to_table
+from pipeline.shards.selection import Selection
+from pipeline.shards.store import RequestFolder
+from pipeline.teachers import Ask, Failure
+from pipeline.teachers.hf import HfEngine
+from pipeline.teachers.stub import StubEngine
+from stages.generate import generate
+from stages.score import score
+from tests.conftest import make_params, make_prompts
+from tests.test_engines import DRAWN, by_key, make_asks
+from tests.test_generate import contents, stub_params
+
+
+def skipped(store) -> list[dict]:
+    return [json.loads(line) for path in store.rglob("skipped.jsonl") for line in path.read_text().splitlines()]
+
+
+def shards(store) -> list:
+    return sorted(store.glob("*/*/part-*.parquet"))
+
+
+# Values that are no numbers
+
+
+@pytest.fixture
+def broken(teacher, tmp_path):
+    """A teacher whose weights have become NaN, as a failed training leaves them."""
+    folder = shutil.copytree(teacher, tmp_path / "broken")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"].fill_(torch.nan)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_teacher_that_says_nan_is_an_error_and_stores_nothing(broken, student, tmp_path, own_store, capsys):
+    prompts = make_prompts(tmp_path / "prompts.parquet", train=20, validation=2)
+    with pytest.raises(UserError, match=r"none of 48 rows could be made; the first: it has .* not finite"):
+        generate(make_params(broken), prompts, tmp_path / "out")
+    assert len(skipped(own_store)) == 48 and not shards(own_store) and not (tmp_path / "out" / "manifest.json").exists()
+    assert capsys.readouterr().err.count("left out") <= 2 * (5 + 1)  # of each request: some, and where the others are
+    with pytest.raises(UserError, match=r"none of .* rows could be made"):
+        score(
+            make_params(broken, "score.samples=0", "score.validation_samples=0"), prompts, student, tmp_path / "scored"
+        )
+    assert not shards(own_store)
+
+
+WRONG = {
+    "log-probabilities of its tokens": {"logprobs": np.nan},
+    "normalisers": {"lse": np.inf},
+    "a top k whose": {"topk_logprobs": np.nan},
+}
+
+
+class Spoilt(StubEngine):
+    """A stub that spoils one value of one answer."""
+
+    def __init__(self, folder, number: int, **values: float):
+        super().__init__(load_config(folder).vocab_size)
+        self.number, self.values = number, values
+
+    def sample(self, asks, sampling, k):
+        for number, answer in enumerate(super().sample(asks, sampling, k)):
+            if number == self.number:
+                (name, value), *_ = self.values.items()
+                values = getattr(answer, name).copy()
+                values.flat[-1] = value
+                answer = replace(answer, **{name: values})
+            yield answer
+
+
+@pytest.mark.parametrize("reason", WRONG)
+def test_a_row_with_a_value_that_is_not_finite_fails_alone(teacher, tmp_path, own_store, reason):
+    prompts = make_prompts(tmp_path / "prompts.parquet", train=20)
+    summary = generate(stub_params(teacher), prompts, tmp_path / "out", engine=Spoilt(teacher, 17, **WRONG[reason]))
+    assert (summary.made, summary.skipped) == (39, 1)
+    (entry,) = skipped(own_store)
+    assert reason in entry["reason"] and len(list(Selection(tmp_path / "out").rows("train"))) == 39
+
+
+def test_a_token_that_cannot_be_said_may_be_in_the_top_k(teacher, tmp_path, own_store):
+    """Masked logits: with a k near the size of the vocabulary some entries are -inf."""
+    prompts, engine = make_prompts(tmp_path / "prompts.parquet", train=5), Spoilt(teacher, 3, topk_logprobs=-np.inf)
+    assert generate(stub_params(teacher), prompts, tmp_path / "out", engine=engine).skipped == 0
+
+
+# Tokens and prompts
+
+
+def test_a_token_beyond_the_embedding_fails_alone(teacher):
+    asks = make_asks(20)
+    beyond = replace(asks[3], key="beyond", prompt_ids=np.array([5, 44, 6], np.int32))
+    engine = HfEngine(load_lm(teacher))
+    found = {answer.key: answer for answer in engine.sample([*asks, beyond], DRAWN, 5)}
+    assert "token 44, and the teacher has 44 embeddings" in found.pop("beyond").reason
+    assert not any(isinstance(answer, Failure) for answer in found.values()) and len(found) == 20
+    given = Ask("given", asks[0].prompt_ids, response_ids=np.array([50], np.int32))
+    (answer,) = engine.score([given], 5, (2,))
+    assert "token 50" in answer.reason
+
+
+def write_texts(path, **splits) -> None:
+    prompts = [(split, text) for split, texts in splits.items() for text in texts]
+    write_prompts(path, [Prompt(text.replace(" ", "-"), text, ("w1 w2",), split) for split, text in prompts])
+
+
+def test_training_prompts_with_the_tokens_of_held_out_ones_are_left_out(teacher, student, tmp_path, own_store, capsys):
+    """Words that the tokenizer does not know are one token, so that these prompts read the same."""
+    train = ["w1 aaa", "w1 w2", "w3 ccc", "w5"]
+    write_texts(tmp_path / "p.parquet", train=train, validation=["w1 bbb", "w7"], test=["w3 ddd"])
+    results = tmp_path / "results.json"
+    params = stub_params(teacher)
+    generate(params, tmp_path / "p.parquet", tmp_path / "out", results=results)
+    assert "2 training prompts have the token ids of held-out prompts" in " ".join(capsys.readouterr().err.split())
+    assert json.loads(results.read_text())["cost"]["prompts_overlapping"] == 2
+    selection = Selection(tmp_path / "out")
+    rows = {part: list(selection.rows(part)) for part in selection.parts}
+    assert {row.prompt_id for row in rows["train"]} == {"w1-w2", "w5"}
+    assert {row.prompt_id for row in rows["validation"]} == {"w1-bbb", "w7"}
+    score(params, tmp_path / "p.parquet", student, tmp_path / "scored")
+    references = Selection(tmp_path / "scored").rows("references")
+    assert {row.prompt_id for row in references} == {"w1-w2", "w5"}
+
+
+# Rows that are read a second time
+
+
+def test_a_selection_is_the_same_before_and_after_its_rows_were_widened(teacher, tmp_path, own_store):
+    """The second reading differs in its last bits, and what was stored first may be gone by then."""
+    prompts = make_prompts(tmp_path / "prompts.parquet", train=30, validation=3)
+    narrow, wide = make_params(teacher, "generate.k=4"), make_params(teacher, "generate.k=12")
+    generate(narrow, prompts, tmp_path / "before")
+    stored = set(shards(own_store))
+    generate(wide, prompts, tmp_path / "wide")
+    for shard in stored:
+        shard.unlink()
+    assert generate(narrow, prompts, tmp_path / "after").made == 0
+    assert contents(tmp_path / "after") == contents(tmp_path / "before")
+    check = {}
+    for row in Selection(tmp_path / "wide").rows("train"):
+        part = Selection(tmp_path / "wide").part("train")
+        check = check or RowCheck(part["request"], part["request_identity"], 12, 44)
+        assert check.fault(row) is None
+
+
+def test_a_row_without_a_token_keeps_its_k():
+    """An empty response that was scored: [0, k], also where no other row of the file has a token."""
+
+    def row(response: list[int], k: int) -> Row:
+        ids = np.array(response, np.int32)
+        values = np.zeros(len(ids), np.float32)
+        topk = np.tile(np.arange(k, dtype=np.int32), (len(ids), 1))
+        key = score_key(np.ones(1, np.int32), ids)
+        return Row(key, "reference", "p", 0, "", "", np.ones(1, np.int32), ids, "length", values, topk,
+                   np.full(topk.shape, -1, np.float16), values)  # fmt: skip
+
+    empty, other = from_table(to_table([row([], 3), row([1, 2], 3)]))
+    assert empty.topk_ids.shape == empty.topk_logprobs.shape == (0, 3) and other.topk_ids.shape == (2, 3)
+    (alone,) = from_table(to_table([row([], 3)]))
+    assert len(alone.topk_ids) == 0
+    assert RowCheck({"kind": "score"}, "", 3, 44).fault(alone) is None
+
+
+def test_an_empty_response_is_scored_as_such(teacher):
+    ask = Ask("empty", np.array([1, 5], np.int32), response_ids=np.empty(0, np.int32))
+    answer = by_key(
+        HfEngine(load_lm(teacher)).score([ask, *[replace(ask, key="other", response_ids=np.array([4]))]], 3, (2,))
+    )
+    assert len(answer["empty"].logprobs) == len(answer["empty"].topk_ids) == 0 and len(answer["other"].logprobs) == 1
+
+
+# What counts as damage
+
+
+@pytest.mark.parametrize("error", [TypeError, AttributeError, KeyError, IndexError, ValueError, MemoryError])
+def test_an_error_of_our_own_code_sets_no_shard_aside(teacher, tmp_path, own_store, monkeypatch, error):
+    prompts = make_prompts(tmp_path / "prompts.parquet", train=5)
+    generate(stub_params(teacher), prompts, tmp_path / "out")
+    before = shards(own_store)
+
+    def fail(*_):
+        raise error("a slip of ours")
+
+    monkeypatch.setattr("pipeline.shards.checking._count_fault", fail)
+    with pytest.raises(error, match="a slip of ours"):
+        generate(stub_params(teacher), prompts, tmp_path / "out")
+    assert shards(own_store) == before and not list(own_store.rglob("damaged"))
+
+
+def test_an_error_of_our_own_code_while_rows_are_read_is_not_hidden(teacher, tmp_path, own_store, monkeypatch):
+    prompts = make_prompts(tmp_path / "prompts.parquet", train=5)
+    generate(stub_params(teacher), prompts, tmp_path / "out")
+    folder = RequestFolder(own_store, *shards(own_store)[0].relative_to(own_store).parts[:2])
+    locations = [location for found in folder.index().values() for location in found]
+    monkeypatch.setattr("pipeline.shards.store._rows_of", lambda *_: {}["a slip of ours"])
+    with pytest.raises(KeyError, match="a slip of ours"):
+        folder.read(locations)
