@@ -65,11 +65,23 @@ def test_vllm_scores_as_hf_does(vllm, hf):
 
 
 def test_a_row_that_vllm_refuses_does_not_end_the_run(vllm):
-    long = Ask("f" * 32, np.full(60, 5, np.int32), 1)
-    found = list(vllm.sample([long, *make_asks(3)], DRAWN, 5))
-    failures = [answer for answer in found if isinstance(answer, Failure)]
-    assert len(found) == 4 and [failure.key for failure in failures] == [long.key]
-    assert "60" in failures[0].reason
+    long, beyond = Ask("f" * 32, np.full(60, 5, np.int32), 1), Ask("e" * 32, np.array([5, 44], np.int32), 1)
+    found = list(vllm.sample([long, beyond, *make_asks(3)], DRAWN, 5))
+    reasons = {answer.key: answer.reason for answer in found if isinstance(answer, Failure)}
+    assert len(found) == 5 and reasons.keys() == {long.key, beyond.key}
+    assert "60" in reasons[long.key] and "44" in reasons[beyond.key]
+
+
+def test_vllm_scores_an_empty_response_with_no_rows(vllm):
+    asks = [
+        Ask(name * 32, np.arange(4, 10, dtype=np.int32), 0, np.array(ids, np.int32))
+        for name, ids in (("a", []), ("b", [5]))
+    ]
+    found = by_key(vllm.score(asks, 5, (2,)))
+    assert [len(found[ask.key].logprobs) for ask in asks] == [0, 1]
+    assert found["a" * 32].topk_ids.shape == found["a" * 32].topk_logprobs.shape == (0, 5) and not len(
+        found["a" * 32].lse
+    )
 
 
 def test_vllm_reads_a_full_context_and_keeps_the_whole_vocabulary(vllm, hf):

@@ -163,7 +163,7 @@ def test_weights_that_are_not_those_of_the_configuration_are_refused(model, name
 
 @pytest.mark.parametrize("engine", ["hf", "vllm", "ray"])
 def test_no_engine_starts_with_a_tensor_less(model, tmp_path, engine, monkeypatch):
-    monkeypatch.setattr("pipeline.teachers.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("stages.asking.choose_engine", lambda name, seq2seq: name)  # as if it were installed
     edit(model / WEIGHTS, lambda tensors: tensors.pop("model.norm.weight"))
     prompts = make_prompts(tmp_path / "prompts.parquet", train=2)
     with pytest.raises(UserError, match=r"they lack model\.norm\.weight"):
