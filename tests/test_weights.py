@@ -19,7 +19,7 @@ from pipeline.models import (
     stop_token_ids,
 )
 from stages.generate import generate
-from tests.conftest import make_params, make_prompts
+from tests.conftest import make_params, make_prompts, make_seq2seq_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -216,6 +216,19 @@ def test_odd_values_in_a_configuration_are_one_line(model, name, value):
         assert "\n" not in str(error) and str(model) in str(error)
     else:  # a value that transformers takes: then the model must be one
         assert name in ("max_position_embeddings", "eos_token_id", "num_attention_heads"), (name, value)
+
+
+def test_a_decoder_without_its_first_token_is_refused(tmp_path):
+    folder = make_seq2seq_model(tmp_path / "t5", seed=0)
+    config = json.loads((folder / "config.json").read_text())
+    del config["decoder_start_token_id"]
+    (folder / "config.json").write_text(json.dumps(config))
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(generation | {"decoder_start_token_id": 3}))
+    assert load_lm(folder).config.decoder_start_token_id == 3
+    (folder / "generation_config.json").unlink()
+    with pytest.raises(UserError, match="decoder_start_token_id None, expected a token id"):
+        load_lm(folder)
 
 
 @pytest.mark.parametrize(

@@ -96,10 +96,15 @@ def load_lm(source: str | Path, dtype: str = "float32"):
     require_complete(info, folder)
     if model.config.is_encoder_decoder:
         _require_plain_decoding(model.generation_config, source)
+        start = model.generation_config.decoder_start_token_id
+        start = getattr(model.config, "decoder_start_token_id", start)
+        if type(start) is not int:
+            raise UserError(f"the config.json of {source} has decoder_start_token_id {start!r}, expected a token id")
+        model.config.decoder_start_token_id = start
     # Nothing hidden in a model's own generation_config may change how it is sampled here.
     model.generation_config = GenerationConfig()
     if model.config.is_encoder_decoder:
-        model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id
+        model.generation_config.decoder_start_token_id = start
     return model.eval()
 
 

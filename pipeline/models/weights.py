@@ -21,7 +21,7 @@ def weight_files(folder: Path) -> list[Path]:
     loaded), where an engine would read other files than another one, where an adapter would be applied, and where the
     index does not fit its files.
     """
-    present = {path.name for path in folder.glob("*.safetensors")}
+    present = {path.name for path in folder.glob("*.safetensors") if path.is_file()}
     if (folder / _ADAPTER).exists():
         raise UserError(
             f"{folder} has an {_ADAPTER}, whose adapter transformers would apply to the weights and vLLM would not: "
