@@ -59,6 +59,8 @@ def require_plain_head(model, what: str) -> None:
         states = model.base_model(input_ids=ids).last_hidden_state
     found = model.get_output_embeddings()(states * head_scale(model))
     model.train(was_training)
+    if not logits.isfinite().any(-1).all():
+        raise UserError(f"{what} ({type(model).__name__}) has logits that are no numbers: its weights are broken")
     if not torch.allclose(logits.float(), found.float(), rtol=1e-3, atol=1e-3):
         raise UserError(
             f"{what} ({type(model).__name__}) changes its logits after its language-model head (scaling or capping, "

@@ -20,6 +20,7 @@ from pipeline.shards.store import RequestFolder
 from pipeline.teachers import Ask, Failure
 from pipeline.teachers.hf import HfEngine
 from pipeline.teachers.stub import StubEngine
+from stages.evaluate import evaluate
 from stages.generate import generate
 from stages.score import score
 from tests.conftest import make_params, make_prompts
@@ -59,6 +60,25 @@ def test_a_teacher_that_says_nan_is_an_error_and_stores_nothing(broken, student,
             make_params(broken, "score.samples=0", "score.validation_samples=0"), prompts, student, tmp_path / "scored"
         )
     assert not shards(own_store)
+
+
+def test_a_student_that_says_nan_is_an_error(broken, teacher, tmp_path):
+    """Its samples would be scored, and its answers counted, as if it had said them."""
+    prompts = make_prompts(tmp_path / "prompts.parquet", train=3, validation=2, test=2)
+    with pytest.raises(UserError, match=r"the student .*broken gave no answer: it has .* not finite"):
+        score(make_params(teacher), prompts, broken, tmp_path / "scored")
+    generate(make_params(teacher), prompts, tmp_path / "out")
+    with pytest.raises(UserError, match=r"the model .*broken .* has logits that are no numbers"):
+        evaluate(make_params(teacher), prompts, {"broken": broken}, tmp_path / "out", tmp_path / "evaluation")
+
+
+def test_every_row_that_is_left_out_is_recorded_and_some_are_named(teacher, tmp_path, own_store, capsys):
+    params = stub_params(teacher, "max_tokens=63", "generate.samples=1")  # no prompt of three words fits
+    with pytest.raises(UserError, match=r"none of 30 rows could be made; the first: a prompt of 4 tokens"):
+        generate(params, make_prompts(tmp_path / "prompts.parquet", train=30), tmp_path / "out")
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("' left out: a prompt of") == 5 and said.count("more rows are left out") == 1
+    assert len(skipped(own_store)) == 30
 
 
 WRONG = {

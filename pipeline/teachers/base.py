@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.errors import UserError
 from pipeline.models import Context
 from pipeline.shards.identity import Sampling
+from pipeline.shards.schema import value_fault
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ class Engine(Protocol):
 def needed(answers: Iterable[Answer | Failure], what: str) -> Iterator[Answer]:
     """Answers of a model of which every row is needed. Raises UserError at the first that cannot be made."""
     for answer in answers:
-        if isinstance(answer, Failure):
-            raise UserError(f"{what} gave no answer: {answer.reason}")
+        if reason := answer.reason if isinstance(answer, Failure) else value_fault(answer):
+            raise UserError(f"{what} gave no answer: {reason}")
         yield answer
 
 

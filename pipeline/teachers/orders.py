@@ -52,6 +52,7 @@ class Order:
     widen: list[Wanted] = field(default_factory=list)  # stored with fewer than k tokens a position
     skipped: dict[str, str] = field(default_factory=dict)  # key -> reason
     rejected: set[str] = field(default_factory=set)  # keys that are cached and not selected
+    warned: int = 0  # rows left out that were named on the terminal
 
     def look_up(self, retry_skipped: bool = False, set_aside: bool = True) -> None:
         """Sort the wanted rows into cached, missing, widen and skipped. Damaged shards count as absent."""
@@ -121,9 +122,10 @@ class Order:
         """Record rows that cannot be made: key -> what was wanted, and the reason."""
         for key, (wanted, reason) in rows.items():
             self.skipped[key] = reason
-            if len(self.skipped) <= _WARNINGS:
+            self.warned += 1
+            if self.warned <= _WARNINGS:
                 console.warn(f"prompt '{wanted.prompt.id}' left out: {reason}")
-            if len(self.skipped) == _WARNINGS + 1:
+            elif self.warned == _WARNINGS + 1:
                 console.warn(f"more rows are left out: {self.folder.path / SKIPPED} has them all, with the reasons")
         self.folder.skip(
             [{"key": key, "prompt_id": wanted.prompt.id, "reason": reason} for key, (wanted, reason) in rows.items()]
