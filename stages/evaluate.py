@@ -32,7 +32,7 @@ from pipeline.teachers.base import needed
 from pipeline.teachers.hf import HfEngine
 from stages.batches import per_response
 from stages.bootstrap import intervals, say_interval
-from stages.objectives.head import sparse_divergence
+from stages.objectives.sparse import sparse_divergence
 from stages.students import require_plain_head, score_tokens
 
 

@@ -14,7 +14,7 @@ from pipeline.models import load_lm
 from pipeline.params import Residual
 from stages.batches import IGNORED, States, head_scale, response_states
 from stages.objectives.head import chunk_rows
-from stages.objectives.outcomes import at_least_float32
+from stages.objectives.logprobs import at_least_float32
 
 
 class ActionHead(nn.Module):

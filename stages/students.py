@@ -15,7 +15,8 @@ from stages.objectives.avril import (
     soft_state_values,
     td_residual,
 )
-from stages.objectives.head import Head, Scores, TopK, chunked_loss, sparse_divergence, token_scores
+from stages.objectives.head import Head, Scores, TopK, chunked_loss, token_scores
+from stages.objectives.sparse import sparse_divergence
 from stages.training import Learner, Term
 
 

@@ -16,7 +16,7 @@ from stages.batches import collate, from_rows
 from stages.distill import distill
 from stages.evaluate import evaluate
 from stages.generate import generate
-from stages.objectives.head import sparse_divergence
+from stages.objectives.sparse import sparse_divergence
 from stages.reward_inputs import reward_inputs, shuffled
 from stages.reward_model import load_posterior
 from stages.students import StudentLearner, score_tokens

@@ -129,3 +129,21 @@ class Distill(Section):
                 "without bound (a token's loss goes as (lam - kl_weight) * log sigma): lower lam or raise kl_weight"
             )
         return self
+
+    @model_validator(mode="after")
+    def _draws_the_student_to_the_teacher(self):
+        name = "jsd with beta: 1" if self.objective == "jsd" and self.beta == 1 else self.objective
+        reverse = name in ("rkl", "jsd with beta: 1")
+        if self.tail == "teacher_renorm" and reverse:
+            raise ValueError(
+                f"objective {name} is infinite with tail: teacher_renorm, where the teacher gives nothing to what is "
+                "outside its top k and the student always does; its sum over the k alone pushes 63 % of the mass out "
+                "of them: use tail: bucket (or renorm)"
+            )
+        if self.tail == "truncate" and (reverse or self.objective == "skew_rkl"):
+            raise ValueError(
+                f"objective {name} with tail: truncate is not smallest where the student is the teacher: over the top "
+                "k alone the sum of S log(S / T) is smallest at S = T / e, so it pushes 63 % of the mass or more out "
+                "of them: use tail: bucket (or renorm)"
+            )
+        return self
