@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 from pipeline.params.base import Count, NonNegativeFloat, Optimisation, Positive, PositiveFloat, Section, Share
 
 TOKEN_OBJECTIVES = ("sft", "seqkd")  # losses on tokens alone, without a teacher's distribution
+# Of `distill`: how a run is watched and how fast it goes, not what comes out of it (but for the rounding of sums).
+# DVC does not follow them, and a killed run goes on with others.
+OBSERVING = frozenset({"chunk", "log_every", "report_to", "workers"})
 
 
 class Residual(Section):
@@ -96,11 +99,11 @@ class Distill(Section):
     evaluate_every: Positive = 100
     """Steps between held-out evaluations."""
     save_every: Positive = 100
-    """Steps between checkpoints that a killed run resumes from."""
+    """Steps between checkpoints that a killed run resumes from; the last step has one too."""
     seed: Count = 0
     """Added to the seed in this stage: another run on the same cached teacher and reward."""
     best: Literal["", "loss", "kd", "nll"] = ""
-    """Keep the student with the lowest held-out value of this term; empty: the last one."""
+    """Keep the student with the lowest held-out value of this term, of evaluations that are all saved; empty: the last."""
     patience: Count = 0
     """Held-out evaluations without improvement of it before training stops; 0: train to the end."""
     lora: Lora = Lora()
