@@ -51,6 +51,19 @@ def test_the_best_student_is_kept_and_training_stops_when_it_no_longer_improves(
     assert found["kd"] == pytest.approx(metrics["heldout_kd"], abs=1e-5)
 
 
+@pytest.mark.parametrize(("every", "best"), [(4, "kd"), (100, "kd"), (100, "''")])
+def test_checkpoints_need_not_fit_the_steps(cache, student, tmp_path, every, best):
+    """The last step is evaluated and saved too, so what is said of the student is true of the one that is kept."""
+    given = [f"distill.evaluate_every={every}", f"distill.save_every={every}", f"distill.best={best}"]
+    metrics, model = trained(cache, student, tmp_path, *given)
+    curve = pl.read_csv(tmp_path / "metrics" / "heldout.csv")
+    assert curve["step"].to_list() == ([4, 8, 10] if every == 4 else [10])
+    rows = list(Selection(cache / "selection").rows("validation"))
+    learner = StudentLearner(model, sparse_divergence("fkl"), nll_weight=0)
+    found = held_out(learner, [collate(from_rows(rows, topk=True))], "cpu")
+    assert found["kd"] == pytest.approx(metrics["heldout_kd"], abs=1e-5)
+
+
 def test_a_killed_run_goes_on_though_it_is_now_observed_otherwise(cache, student, tmp_path):
     """kill -9 after a checkpoint; then other points of the curve, a tracker, a process that decodes, smaller chunks."""
     command = ["distill", "--selection", cache / "selection", "--student", student, "--out", tmp_path / "student"]
@@ -132,7 +145,9 @@ def test_the_card_names_teacher_data_objective_and_metrics(cache, student, tmp_p
     ("given", "message"),
     [
         (["distill.patience=2"], "set best to"),
-        (["distill.best=loss", "distill.save_every=7"], "multiple of"),
+        (["distill.best=loss", "distill.save_every=7"], r"set save_every \(7\) to evaluate_every \(5\)"),
+        (["distill.best=loss", "distill.save_every=10"], r"set save_every \(10\) to evaluate_every \(5\)"),
+        (["distill.best=loss", "distill.save_every=100"], r"set save_every \(100\) to evaluate_every \(5\)"),
         (["distill.best=kd", "distill.objective=seqkd"], "no term kd"),
     ],
 )

@@ -115,10 +115,10 @@ class Distill(Section):
     def _best_is_watched(self):
         if self.patience and not self.best:
             raise ValueError("patience waits for the best held-out value: set best to loss, kd or nll as well")
-        if self.best and self.save_every % self.evaluate_every:
+        if self.best and self.save_every != self.evaluate_every:
             raise ValueError(
-                f"best keeps checkpoints that were evaluated: save_every ({self.save_every}) must be a multiple of "
-                f"evaluate_every ({self.evaluate_every})"
+                "best keeps one of the checkpoints, and must have one of every evaluation: set save_every "
+                f"({self.save_every}) to evaluate_every ({self.evaluate_every})"
             )
         if self.best == "kd" and self.objective in TOKEN_OBJECTIVES:
             raise ValueError(f"objective {self.objective} has no term kd: set best to loss or nll")
