@@ -65,14 +65,13 @@ def padded(
         "stop": np.array(stop),
     }
     if topk_ids is not None:
-        # An empty response's k is unknown to it.
-        k = max(ids.shape[1] for ids in topk_ids)
+        k = max(1, *(ids.shape[1] for ids in topk_ids))  # an empty response out of a store does not know it
         topk_ids, topk_logprobs = (
             [values.reshape(count, k) for values, count in zip(column, counts, strict=True)]
             for column in (topk_ids, topk_logprobs)
         )
         batch["topk_ids"] = _fill(topk_ids, said, np.arange(k), np.int64)
-        batch["topk_logprobs"] = _fill(topk_logprobs, said, -np.log(2 * max(k, 1)), np.float32)
+        batch["topk_logprobs"] = _fill(topk_logprobs, said, -np.log(2 * k), np.float32)
     batch |= {name: _fill(values, said, 0, np.float32) for name, values in extras.items()}
     return {name: torch.from_numpy(values) for name, values in batch.items()}
 

@@ -103,7 +103,7 @@ class Distill(Section):
     seed: Count = 0
     """Added to the seed in this stage: another run on the same cached teacher and reward."""
     best: Literal["", "loss", "kd", "nll"] = ""
-    """Keep the student with the lowest held-out value of this term, of evaluations that are all saved; empty: the last."""
+    """Keep the student with the lowest held-out value of this term (save_every = evaluate_every); empty: the last."""
     patience: Count = 0
     """Held-out evaluations without improvement of it before training stops; 0: train to the end."""
     lora: Lora = Lora()
