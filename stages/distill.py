@@ -23,6 +23,7 @@ from pipeline.shards.files import digest, write_json_atomically
 from pipeline.shards.reading import RowLoader, TeacherRows
 from pipeline.shards.selection import Selection
 from stages.curves import split_history, write_csv
+from stages.dropout import set_dropout
 from stages.objectives.sparse import sparse_divergence
 from stages.reward_inputs import FITTED, RewardInputs, posterior_for, reward_inputs
 from stages.reward_model import RewardPosterior
@@ -63,6 +64,7 @@ def distill(
     seed_everything(seed)
     student = load_lm(student_path).train()
     require_plain_head(student, f"the student {student_path}")
+    set_dropout(student, settings.dropout)
     adapted = _with_adapters(student, settings.lora) if settings.lora.rank else None
     _require_vocabulary(student.config.get_text_config().vocab_size, rows, student_path)
     posterior = posterior_for(params, student_path, reward_path)

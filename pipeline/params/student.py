@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.params.base import Count, NonNegativeFloat, Optimisation, Positive, PositiveFloat, Section, Share
+from pipeline.params.base import Count, Dropout, NonNegativeFloat, Optimisation, Positive, PositiveFloat, Section, Share
 
 TOKEN_OBJECTIVES = ("sft", "seqkd")  # losses on tokens alone, without a teacher's distribution
 # Of `distill`: how a run is watched and how fast it goes, not what comes out of it (but for the rounding of sums).
@@ -62,7 +62,7 @@ class Lora(Section):
     """Rank of the adapters on all linear layers of the blocks; 0: all weights are trained."""
     alpha: PositiveFloat = 16
     """Scale of the adapters, divided by the rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
     """Dropout before the adapters."""
 
 
@@ -106,6 +106,8 @@ class Distill(Section):
     """Keep the student with the lowest held-out value of this term (save_every = evaluate_every); empty: the last."""
     patience: Count = 0
     """Held-out evaluations without improvement of it before training stops; 0: train to the end."""
+    dropout: Dropout = 0.0
+    """Dropout of the student while it learns, in place of its configuration's rates, with which it is saved."""
     lora: Lora = Lora()
     """Train low-rank adapters (LoRA, arXiv 2106.09685) and merge them into the student at the end."""
     report_to: list[str] = []
