@@ -4,16 +4,13 @@ L is the longest sequence of a batch, R its longest response. Everything about t
 in the sequence the state s_t is that predicts token t, so that the head runs on those positions alone.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from pipeline.shards.reading import Rows
-from pipeline.shards.schema import TOPK, Row
 
 IGNORED = -100  # label of padding
 
@@ -29,39 +26,6 @@ class Response(NamedTuple):
     extras: dict[str, np.ndarray] | None = None
 
 
-def from_rows(
-    rows: Iterable[Row], topk: bool, extras: dict[str, dict[str, np.ndarray]] | None = None
-) -> list[Response]:
-    """Cached teacher rows as responses. `extras`: name -> key -> values [T], for instance a reward's mu."""
-    responses = []
-    for row in rows:
-        values = {name: by_key[row.key] for name, by_key in (extras or {}).items()}
-        responses.append(
-            Response(
-                row.prompt_ids,
-                row.response_ids,
-                row.finish == "stop",
-                row.topk_ids if topk else None,
-                row.topk_logprobs if topk else None,
-                values,
-            )
-        )
-    return responses
-
-
-def collate_rows(
-    rows: Sequence[Row], topk: bool, extras: dict[str, dict[str, np.ndarray]] | None = None
-) -> dict[str, Tensor]:
-    """A batch of cached rows; arguments as for `from_rows`. Rows out of a selection are not made for it."""
-    column = rows.column if isinstance(rows, Rows) else lambda name: [getattr(row, name) for row in rows]
-    return _padded(
-        *map(column, ("prompt_ids", "response_ids")),
-        [finish == "stop" for finish in column("finish")],
-        *map(column, TOPK if topk else ()),
-        extras={name: [by_key[key] for key in column("key")] for name, by_key in (extras or {}).items()},
-    )
-
-
 def from_references(prompt_ids: Sequence[np.ndarray], reference_ids: Sequence[np.ndarray]) -> list[Response]:
     """Prompts with their references, which end by themselves."""
     return [Response(prompt, reference, True) for prompt, reference in zip(prompt_ids, reference_ids, strict=True)]
@@ -75,10 +39,10 @@ def collate(responses: Sequence[Response], pad: int = 0) -> dict[str, Tensor]:
     prompt_ids, response_ids, stop, topk_ids, topk_logprobs, extras = map(list, zip(*responses, strict=True))
     topk = () if topk_ids[0] is None else (topk_ids, topk_logprobs)
     extras = {name: [each[name] for each in extras] for name in extras[0] or {}}
-    return _padded(prompt_ids, response_ids, stop, *topk, extras=extras, pad=pad)
+    return padded(prompt_ids, response_ids, stop, *topk, extras=extras, pad=pad)
 
 
-def _padded(
+def padded(
     prompt_ids: list[np.ndarray],
     response_ids: list[np.ndarray],
     stop: list[bool],
@@ -88,6 +52,7 @@ def _padded(
     extras: dict[str, list[np.ndarray]],
     pad: int = 0,
 ) -> dict[str, Tensor]:
+    """`collate` of columns: one entry a response in each."""
     starts, counts = np.array(list(map(len, prompt_ids))), np.array(list(map(len, response_ids)))
     place, step = np.arange((starts + counts).max()), np.arange(counts.max())
     read, said = place < (starts + counts)[:, None], step < counts[:, None]  # [B, L], [B, R]
@@ -100,9 +65,13 @@ def _padded(
         "stop": np.array(stop),
     }
     if topk_ids is not None:
-        k = topk_ids[0].shape[1]
+        k = max(1, *(ids.shape[1] for ids in topk_ids))  # an empty response out of a store does not know it
+        topk_ids, topk_logprobs = (
+            [values.reshape(count, k) for values, count in zip(column, counts, strict=True)]
+            for column in (topk_ids, topk_logprobs)
+        )
         batch["topk_ids"] = _fill(topk_ids, said, np.arange(k), np.int64)
-        batch["topk_logprobs"] = _fill(topk_logprobs, said, -np.log(2 * max(k, 1)), np.float32)
+        batch["topk_logprobs"] = _fill(topk_logprobs, said, -np.log(2 * k), np.float32)
     batch |= {name: _fill(values, said, 0, np.float32) for name, values in extras.items()}
     return {name: torch.from_numpy(values) for name, values in batch.items()}
 
@@ -144,10 +113,10 @@ def response_states(backbone, batch: dict[str, Tensor]) -> States:
     """
     mask, place = batch["labels"] != IGNORED, batch["positions"]
     if backbone.config.is_encoder_decoder:
-        lengths = place[:, :1] + 1  # of the prompts
+        lengths = (batch["attention_mask"].sum(1) - mask.sum(1))[:, None]  # of the prompts
         prompts = batch["input_ids"][:, : int(lengths.max())]
         read = (torch.arange(prompts.shape[1], device=prompts.device) < lengths).long()
-        start = torch.full_like(batch["labels"][:, :1], backbone.config.decoder_start_token_id)
+        start = prompts.new_full((len(prompts), 1), backbone.config.decoder_start_token_id)
         hidden = decoder_states(backbone, prompts, read, torch.cat([start, batch["labels"].clamp_min(0)], 1))
         place = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     else:
@@ -172,22 +141,3 @@ def decoder_states(model, prompts: Tensor, read: Tensor, tokens: Tensor) -> Tens
 def head_scale(model) -> float:
     """Factor of a model's last states before its head: d_model^-1/2 for T5 with tied embeddings, else 1."""
     return model.config.d_model**-0.5 if getattr(model.config, "scale_decoder_outputs", False) else 1.0
-
-
-def per_response(
-    rows: Sequence[Row],
-    function: Callable[[dict[str, Tensor]], Sequence[Tensor]],
-    device: torch.device | str = "cpu",
-    topk: bool = False,
-    batch_size: int = 128,
-) -> Iterator[tuple[Row, list[np.ndarray]]]:
-    """Each row with its share [T] of every flat [N] tensor that `function` makes of a batch, without gradients."""
-    responses = from_rows(rows, topk)
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        batch = collate(responses[start : start + batch_size])
-        with torch.no_grad():
-            values = function({name: value.to(device) for name, value in batch.items()})
-        bounds = np.cumsum([len(row.response_ids) for row in part])[:-1]
-        split = [np.split(value.float().cpu().numpy(), bounds) for value in values]
-        yield from zip(part, map(list, zip(*split, strict=True)), strict=True)

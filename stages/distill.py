@@ -17,15 +17,17 @@ from pipeline.models import (
     save_model,
     stop_token_ids,
 )
-from pipeline.params import TOKEN_OBJECTIVES, Distill, Lora, Params
+from pipeline.params import OBSERVING, TOKEN_OBJECTIVES, Distill, Lora, Params
 from pipeline.provenance import code_fingerprint, fingerprint, git_commit, seconds_since_start, versions
 from pipeline.shards.files import digest, write_json_atomically
-from pipeline.shards.reading import TeacherRows
+from pipeline.shards.reading import RowLoader, TeacherRows
 from pipeline.shards.selection import Selection
-from stages.batches import collate_rows
 from stages.curves import split_history, write_csv
+from stages.dropout import set_dropout
+from stages.objectives.sparse import sparse_divergence
 from stages.reward_inputs import FITTED, RewardInputs, posterior_for, reward_inputs
 from stages.reward_model import RewardPosterior
+from stages.rows import collate_rows
 from stages.students import StudentLearner, require_plain_head
 from stages.training import FirstStep, seed_everything, train
 
@@ -62,6 +64,7 @@ def distill(
     seed_everything(seed)
     student = load_lm(student_path).train()
     require_plain_head(student, f"the student {student_path}")
+    set_dropout(student, settings.dropout)
     adapted = _with_adapters(student, settings.lora) if settings.lora.rank else None
     _require_vocabulary(student.config.get_text_config().vocab_size, rows, student_path)
     posterior = posterior_for(params, student_path, reward_path)
@@ -74,7 +77,8 @@ def distill(
     origins["scored"] = fingerprint(scored_path) if settings.objective == "sft" else None
     origins["reward"] = fingerprint(reward_path) if settings.reward in FITTED else None
     form = params.reward.model_dump(include={"head", "encoder", "sigma_min"})
-    run_of = [params.seed, settings.model_dump(), form, inputs.scale, inputs.offset, code_fingerprint(), origins]
+    said = settings.model_dump(exclude=OBSERVING)
+    run_of = [params.seed, said, form, inputs.scale, inputs.offset, code_fingerprint(), origins]
     run = runs / "distill" / digest(run_of)[:16]
     first_step = FirstStep()
     history = train(
@@ -93,7 +97,7 @@ def distill(
         report_to=settings.report_to,
         collator=partial(collate_rows, topk=topk, extras=inputs.extras),
         workers=settings.workers,
-        window=settings.window,
+        loader=partial(RowLoader, window=settings.window),
     )
     if adapted is not None:
         student = adapted.merge_and_unload()
@@ -198,9 +202,7 @@ def _learner(settings: Distill, student, posterior: RewardPosterior | None, inpu
     on_tokens = settings.objective in TOKEN_OBJECTIVES
     return StudentLearner(
         student,
-        objective=None if on_tokens else settings.objective,
-        mixture=_mixture(settings) or 0.0,
-        tail=settings.tail,
+        None if on_tokens else sparse_divergence(settings.objective, _mixture(settings) or 0.0, settings.tail),
         nll_weight=settings.nll_weight + on_tokens,
         td=None if settings.reward == "none" else settings.td,
         reward="given" if settings.reward in ("frozen", "shuffled") else settings.reward,

@@ -30,9 +30,9 @@ from pipeline.tasks.diversity import distinct_n, self_bleu
 from pipeline.teachers import Ask
 from pipeline.teachers.base import needed
 from pipeline.teachers.hf import HfEngine
-from stages.batches import per_response
 from stages.bootstrap import intervals, say_interval
-from stages.objectives.head import sparse_divergence
+from stages.objectives.sparse import sparse_divergence
+from stages.rows import per_response
 from stages.students import require_plain_head, score_tokens
 
 
@@ -136,13 +136,13 @@ def _run(
 
 
 def _kl_to_teacher(model, rows: Sequence[Row], batch_size: int) -> np.ndarray:
-    """KL(T || S) on cached responses (top k and one tail: a lower bound), [prompts, 2] of sum and count."""
+    """KL(T || S) on cached responses (top k and one tail: a lower bound), [prompts with tokens, 2] of sum and count."""
     kl = sparse_divergence("fkl")
     sums = {row.prompt_id: np.zeros(2) for row in rows}
     found = per_response(rows, lambda b: [score_tokens(model, b, kl).divergence], model.device, True, batch_size)
     for row, (values,) in found:
         sums[row.prompt_id] += (values.sum(dtype=np.float64), len(values))
-    return np.array(list(sums.values())).reshape(-1, 2)
+    return np.array([value for value in sums.values() if value[1]]).reshape(-1, 2)
 
 
 def _scores(task_metrics, outputs: Mapping[str, Outputs], prompts, settings: Evaluate, seed: int, candidate: str):

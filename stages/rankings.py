@@ -11,8 +11,8 @@ from pipeline.prompts import Prompt
 from pipeline.shards.schema import Row
 from pipeline.tasks.base import Task
 from stages.audit import Scored, above_the_median, audit, rankable
-from stages.batches import per_response
 from stages.reward_model import RewardPosterior
+from stages.rows import per_response
 from stages.students import score_tokens
 
 Ranking = list[tuple[Row, bool]]  # responses, and whether each is right; every prompt has both kinds

@@ -18,11 +18,11 @@ from pipeline.shards.schema import Row
 from pipeline.shards.selection import Selection
 from pipeline.tasks import get_task
 from stages import rankings
-from stages.batches import per_response
 from stages.bootstrap import say_interval
 from stages.curves import write_csv
 from stages.reward_fit import POSTERIORS, Fitted, Fitting
 from stages.reward_model import RewardPosterior, save_posterior
+from stages.rows import per_response
 
 
 def reward(
@@ -59,7 +59,8 @@ def reward(
 
     paths = {"selection": selection_path, "scored": scored_path, "student": student_path, "prompts": prompts_path}
     origins = {name: fingerprint(path) for name, path in paths.items() if path is not None}
-    run = runs / "reward" / digest([params.seed, params.reward.model_dump(), origins, code_fingerprint()])[:16]
+    said = params.reward.model_dump(exclude={"bootstrap"})  # of the audit, which is made anew
+    run = runs / "reward" / digest([params.seed, said, origins, code_fingerprint()])[:16]
     fitting = Fitting(params.reward, params.seed, student_path, rows["train"], rows["validation"], run)
     prompts = read_prompts(prompts_path, ("validation",)) if prompts_path else []
     found = rankings.rankings(rows.get("scored", ()), rows.get("samples", ()), prompts, get_task(params.prepare.task))

@@ -11,11 +11,13 @@ from pipeline.models import best_device, load_lm
 from pipeline.params import Reward
 from pipeline.shards.schema import Row
 from stages.audit import calibration
-from stages.batches import IGNORED, Response, from_rows, per_response
+from stages.batches import IGNORED, Response
 from stages.curves import split_history
+from stages.dropout import set_dropout
 from stages.objectives.avril import gaussian_nll, kept_steps, kl_to_prior
 from stages.residuals import Scaled
 from stages.reward_model import RewardPosterior
+from stages.rows import from_rows, per_response
 from stages.students import StudentLearner, score_tokens
 from stages.training import Learner, Term, once, seed_everything, train
 
@@ -98,8 +100,10 @@ class Fitting:
         posterior = RewardPosterior.from_student(self.student, settings.head, settings.encoder, settings.sigma_min)
         if settings.fit == "teacher":
             return RewardLearner(posterior, phi_kl, residual.terminal)
+        policy = load_lm(self.student).train()
+        set_dropout(policy, 0.0)
         return StudentLearner(
-            load_lm(self.student).train(), td=scaled.td, reward="joint", posterior=posterior, lam=settings.lam,
+            policy, td=scaled.td, reward="joint", posterior=posterior, lam=settings.lam,
             phi_kl=phi_kl, scale=scaled.scale, offset=scaled.offset, **residual.model_dump(),
         )  # fmt: skip
 

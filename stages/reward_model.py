@@ -13,8 +13,9 @@ from pipeline.errors import UserError
 from pipeline.models import load_lm
 from pipeline.params import Residual
 from stages.batches import IGNORED, States, head_scale, response_states
+from stages.dropout import set_dropout
 from stages.objectives.head import chunk_rows
-from stages.objectives.outcomes import at_least_float32
+from stages.objectives.logprobs import at_least_float32
 
 
 class ActionHead(nn.Module):
@@ -90,6 +91,7 @@ class RewardPosterior(nn.Module):
     def __init__(self, model, head: str, encoder: str, sigma_min: float):
         """model: a language model, the student's starting point; its backbone becomes the encoder."""
         super().__init__()
+        set_dropout(model, 0.0)
         self.own_encoder = encoder == "own"
         self.encoder = model.base_model.requires_grad_(not self.own_encoder)
         config = model.config.get_text_config()

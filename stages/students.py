@@ -15,7 +15,7 @@ from stages.objectives.avril import (
     soft_state_values,
     td_residual,
 )
-from stages.objectives.head import Head, Scores, TopK, chunked_loss, sparse_divergence, token_scores
+from stages.objectives.head import Divergence, Head, Scores, TopK, chunked_loss, token_scores
 from stages.training import Learner, Term
 
 
@@ -31,7 +31,7 @@ def teacher_of(batch: dict[str, Tensor]) -> TopK | None:
     return TopK(batch["topk_ids"][mask], batch["topk_logprobs"][mask]) if "topk_ids" in batch else None
 
 
-def score_tokens(model, batch: dict[str, Tensor], divergence=None, chunk: int = 0) -> Scores:
+def score_tokens(model, batch: dict[str, Tensor], divergence: Divergence | None = None, chunk: int = 0) -> Scores:
     """Per-token scores of a language model at the response steps, flat [N] each, without gradients.
 
     The backbone runs on the whole sequence, the head on response positions only.
@@ -71,7 +71,7 @@ def require_plain_head(model, what: str) -> None:
 class StudentLearner(Learner):
     """L = L_KD + nll_weight NLL + lam mean[-log N(delta / c; mu, sigma^2)] + kl_weight mean[KL(q || prior)].
 
-    objective: a divergence's name, or None for a loss on the tokens alone (`sft`, `seqkd`); mixture is its weight.
+    divergence: of the sparse teacher and the student, or None for a loss on the tokens alone (`sft`, `seqkd`).
     The X term is present where `td` is given. `reward` then says where mu and sigma come from:
     `given` (they come with the batch), `zero` (mu = 0, sigma = 1), `scratch` (`posterior` is trained along by this one
     loss), or `joint`: the student sees the posterior detached, and the posterior minimises its own
@@ -81,9 +81,7 @@ class StudentLearner(Learner):
     def __init__(
         self,
         student,
-        objective: str | None = None,
-        mixture: float = 0.5,
-        tail: str = "bucket",
+        divergence: Divergence | None = None,
         nll_weight: float = 1.0,
         td: str | None = None,
         reward: str = "zero",
@@ -100,12 +98,12 @@ class StudentLearner(Learner):
     ):
         super().__init__()
         self.student, self.posterior = student, posterior
-        self.divergence = sparse_divergence(objective, mixture, tail) if objective else None
+        self.divergence = divergence
         self.td, self.reward = td, reward
         self.q_source, self.gamma, self.terminal = q_source, gamma, terminal
         self.scale, self.offset, self.chunk = scale, offset, chunk
         self.terms = {"nll": Term(nll_weight, "tokens")}
-        if objective:
+        if divergence is not None:
             self.terms["kd"] = Term(1.0, "tokens")
         if td:
             self.terms |= {"td_nll": Term(lam, "steps"), "precision": Term(0.0, "steps")}

@@ -29,6 +29,7 @@ from pipeline.prompts import PromptFormat, encode_response, read_prompts
 from pipeline.provenance import code_fingerprint, fingerprint
 from pipeline.shards.files import digest
 from stages.batches import from_references
+from stages.dropout import set_dropout
 from stages.students import StudentLearner, require_plain_head
 from stages.training import seed_everything, train
 
@@ -82,6 +83,7 @@ def _train(
     if not prompts:
         raise UserError(f"{prompts_path} has no prompts with references in split '{settings.split}' to teach from")
     require_plain_head(model, f"the {role}")
+    set_dropout(model, settings.dropout)
     responses = from_references(
         PromptFormat.of(params).encode(tokenizer, [prompt.prompt for prompt in prompts]),
         [encode_response(tokenizer, prompt.references[0]) for prompt in prompts],

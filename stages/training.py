@@ -23,8 +23,7 @@ from pipeline.errors import UserError
 from pipeline.params import Optimisation
 from pipeline.provenance import seconds_since_start
 from pipeline.shards.files import write_json_atomically
-from pipeline.shards.reading import RowLoader, TeacherRows
-from stages.batches import IGNORED, Response, collate
+from stages.batches import IGNORED, collate
 from stages.objectives.avril import kept_steps
 
 COUNTS = ("tokens", "steps")
@@ -64,22 +63,20 @@ def count(batch: dict[str, Tensor], terminal: str) -> Tensor:
 class TermTrainer(Trainer):
     """Trains a Learner; logs and evaluates every term by itself."""
 
-    def __init__(self, model: Learner, window: int = 1, **options):
-        """window: batches of cached rows that are sorted by length together."""
+    def __init__(self, model: Learner, loader: Callable | None = None, **options):
+        """loader: makes the batches to train on, see `train`."""
         super().__init__(model=model, **options)
-        self.window = window
+        self.loader = loader
         self.loss_is_scaled_for_ga = True  # by the counts
         self._logged: dict[str, list[Tensor]] = {}
         self._steps = 0  # optimiser steps since the last log
 
     def get_train_dataloader(self):
-        """Cached rows in batches that are decoded as they come; anything else as the Trainer does it."""
-        if not isinstance(self.train_dataset, TeacherRows):
+        if self.loader is None:
             return super().get_train_dataloader()
         parts = self.args.gradient_accumulation_steps
         size, workers = self.args.per_device_train_batch_size * parts, self.args.dataloader_num_workers
-        seed, collate = self.args.data_seed, self.data_collator
-        return RowLoader(self.train_dataset, size, seed, collate, workers, parts, self.window)
+        return self.loader(self.train_dataset, size, self.args.data_seed, self.data_collator, workers, parts)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -175,6 +172,13 @@ class _Bar(TrainerCallback):
             self.advance(0, note="  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
 
 
+class _LogEvery(TrainerCallback):
+    """Logs as often as is asked for now; the Trainer itself would go on as the checkpoint says."""
+
+    def on_train_begin(self, args, state, control, **_):
+        state.logging_steps = args.logging_steps
+
+
 class FirstStep(TrainerCallback):
     """Seconds from the start of the process to the first optimiser step: what a cached experiment waits for."""
 
@@ -188,8 +192,8 @@ class FirstStep(TrainerCallback):
 def train(
     what: str,
     learner: Learner,
-    responses: Sequence[Response] | TeacherRows,
-    validation: Sequence[Response] | TeacherRows | None,
+    responses: Sequence,
+    validation: Sequence | None,
     optimisation: Optimisation,
     run: Path,
     seed: int,
@@ -201,16 +205,17 @@ def train(
     report_to: Sequence[str] = (),
     collator: Callable[[list], dict[str, Tensor]] = collate,
     workers: int = 0,
-    window: int = 1,
+    loader: Callable | None = None,
 ) -> list[dict]:
     """Train in place and return the Trainer's log history.
 
-    collator makes a batch of what `responses` hold; `workers` processes do so. window: see RowLoader, for cached rows.
+    collator makes a batch of what `responses` hold; `workers` processes do so. loader: `(responses, batch size, seed,
+    collator, workers, micro-batches)` to an iterable of batches, in place of the Trainer's own; see RowLoader.
 
     run: folder of the checkpoints. The newest whole checkpoint that is already there is resumed from, so a killed run
-    goes on where it was; the caller removes the folder once what was trained is saved. With `best` the learner ends
-    with the weights of the best held-out value of that term. report_to: trackers of transformers, by name; what
-    TensorBoard reads is written to `logs` beside the stages' folders of checkpoints.
+    goes on where it was; the caller removes the folder once what was trained is saved. With `best`, and save_every as
+    evaluate_every, the learner ends with the weights of the best held-out value of that term. report_to: trackers of
+    transformers, by name; what TensorBoard reads is written to `logs` beside the stages' folders of checkpoints.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("training runs in one process: start it without torchrun or accelerate launch")
@@ -253,8 +258,8 @@ def train(
         train_dataset=responses,
         eval_dataset=validation or None,
         data_collator=collator,
-        callbacks=list(callbacks),
-        window=window,
+        callbacks=[_LogEvery(), *callbacks],
+        loader=loader,
     )
     trainer.remove_callback(PrinterCallback)
     checkpoint = _whole_checkpoint(run)

@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor
 
-from stages.objectives.outcomes import SparseLogprobs, at_least_float32
+from stages.objectives.divergences import DIVERGENCES
+from stages.objectives.logprobs import SparseLogprobs, at_least_float32
+from stages.objectives.outcomes import TAILS
+
+# Reverse KL to a teacher that gives nothing to the tail is infinite: the configuration refuses it.
+FINITE = [(name, tail) for name in DIVERGENCES for tail in TAILS if (name, tail) != ("rkl", "teacher_renorm")]
 
 
 def random_logits(seed: int, n: int = 4, v: int = 12, scale: float = 3.0) -> Tensor:
@@ -62,8 +67,6 @@ def sparse_divergence(
 ) -> Tensor:
     """Of a top-k teacher, from the whole distributions [N, V] of both."""
     t, s = sparse_measures(tail, ids, teacher, student, floor)
-    if tail == "teacher_renorm" and name == "rkl":
-        s = torch.where(t > 0, s, 0)  # elsewhere it would be infinite
     return divergence(name, t, s, w)
 
 

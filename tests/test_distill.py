@@ -12,13 +12,14 @@ from pipeline.errors import UserError
 from pipeline.models import load_lm, load_tokenizer
 from pipeline.shards.reading import TeacherRows
 from pipeline.shards.selection import Selection
-from stages.batches import collate, from_rows
+from stages.batches import collate
 from stages.distill import distill
 from stages.evaluate import evaluate
 from stages.generate import generate
-from stages.objectives.head import sparse_divergence
+from stages.objectives.sparse import sparse_divergence
 from stages.reward_inputs import reward_inputs, shuffled
 from stages.reward_model import load_posterior
+from stages.rows import from_rows
 from stages.students import StudentLearner, score_tokens
 from tests.conftest import WORDS, make_model, make_params, make_prompts
 
@@ -113,8 +114,8 @@ def test_joint_keeps_student_and_reward_apart_and_scratch_does_not(cache, fitted
         posterior = load_posterior(fitted / "sarsa", student)
         posterior.own_encoder = encoder == "own"
         learner = StudentLearner(
-            load_lm(student), "fkl", nll_weight=0, td="sarsa", reward=kind, posterior=posterior, lam=lam,
-            kl_weight=1.0, phi_kl=phi_kl,
+            load_lm(student), sparse_divergence("fkl"), nll_weight=0, td="sarsa", reward=kind, posterior=posterior,
+            lam=lam, kl_weight=1.0, phi_kl=phi_kl,
         )  # fmt: skip
         learner(counts, **batch)[0].backward()
         return learner.student.model.embed_tokens.weight.grad, posterior.head.actions.weight.grad

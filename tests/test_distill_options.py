@@ -1,17 +1,23 @@
 """What holds for how a student is trained: seeds, the best checkpoint, early stopping, adapters, trackers, the card."""
 
+import signal
+
 import polars as pl
 import pytest
 import torch
 
 from pipeline.errors import UserError
 from pipeline.models import load_lm
+from pipeline.params import OBSERVING
 from pipeline.shards.selection import Selection
-from stages.batches import collate, from_rows
+from stages.batches import collate
 from stages.distill import distill
+from stages.objectives.sparse import sparse_divergence
+from stages.rows import from_rows
 from stages.students import StudentLearner
 from stages.training import held_out
-from tests.conftest import make_params
+from tests.conftest import ROOT, make_params
+from tests.processes import start
 
 
 def trained(cache, student, tmp_path, *overrides):
@@ -40,9 +46,50 @@ def test_the_best_student_is_kept_and_training_stops_when_it_no_longer_improves(
     assert metrics["heldout_kd"] == pytest.approx(curve["kd"].min())
     assert metrics["best_step"] == curve["step"][curve["kd"].arg_min()] == curve["step"].max() - 3
     rows = list(Selection(cache / "selection").rows("validation"))
-    learner = StudentLearner(model, objective="fkl", nll_weight=0)
+    learner = StudentLearner(model, sparse_divergence("fkl"), nll_weight=0)
     found = held_out(learner, [collate(from_rows(rows, topk=True))], "cpu")
     assert found["kd"] == pytest.approx(metrics["heldout_kd"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("every", "best"), [(4, "kd"), (100, "kd"), (100, "''")])
+def test_checkpoints_need_not_fit_the_steps(cache, student, tmp_path, every, best):
+    """The last step is evaluated and saved too, so what is said of the student is true of the one that is kept."""
+    given = [f"distill.evaluate_every={every}", f"distill.save_every={every}", f"distill.best={best}"]
+    metrics, model = trained(cache, student, tmp_path, *given)
+    curve = pl.read_csv(tmp_path / "metrics" / "heldout.csv")
+    assert curve["step"].to_list() == ([4, 8, 10] if every == 4 else [10])
+    rows = list(Selection(cache / "selection").rows("validation"))
+    learner = StudentLearner(model, sparse_divergence("fkl"), nll_weight=0)
+    found = held_out(learner, [collate(from_rows(rows, topk=True))], "cpu")
+    assert found["kd"] == pytest.approx(metrics["heldout_kd"], abs=1e-5)
+
+
+def test_a_killed_run_goes_on_though_it_is_now_observed_otherwise(cache, student, tmp_path):
+    """kill -9 after a checkpoint; then other points of the curve, a tracker, a process that decodes, smaller chunks."""
+    command = ["distill", "--selection", cache / "selection", "--student", student, "--out", tmp_path / "student"]
+    command += [
+        "--metrics",
+        tmp_path / "metrics",
+        "--runs",
+        tmp_path / "runs",
+        "--params",
+        ROOT / "tests" / "smoke.yaml",
+    ]
+    for setting in ("reward=none", "optimisation.steps=300", "evaluate_every=100", "save_every=10"):
+        command += ["--set", f"distill.{setting}"]
+    run = start(*command, "--set", "distill.log_every=100", log=tmp_path / "log")
+    run.wait_for(lambda: list(tmp_path.glob("runs/distill/*/checkpoint-*/trainer_state.json")))
+    run.send(signal.SIGKILL)
+    run.wait()
+    observed = {"log_every": 7, "report_to": "[tensorboard]", "workers": 1, "chunk": 16}
+    assert observed.keys() == OBSERVING
+    for name, value in observed.items():
+        command += ["--set", f"distill.{name}={value}"]
+    again = start(*command, log=tmp_path / "again")
+    assert again.wait() == 0, again.output
+    assert "resuming from" in again.output
+    steps = pl.read_csv(tmp_path / "metrics" / "training.csv")["step"].to_list()
+    assert len(steps) > 10 and all(step % 7 == 0 for step in steps if step % 100)
 
 
 def test_adapters_are_trained_alone_and_merged_into_a_plain_model(cache, student, tmp_path):
@@ -98,7 +145,9 @@ def test_the_card_names_teacher_data_objective_and_metrics(cache, student, tmp_p
     ("given", "message"),
     [
         (["distill.patience=2"], "set best to"),
-        (["distill.best=loss", "distill.save_every=7"], "multiple of"),
+        (["distill.best=loss", "distill.save_every=7"], r"set save_every \(7\) to evaluate_every \(5\)"),
+        (["distill.best=loss", "distill.save_every=10"], r"set save_every \(10\) to evaluate_every \(5\)"),
+        (["distill.best=loss", "distill.save_every=100"], r"set save_every \(100\) to evaluate_every \(5\)"),
         (["distill.best=kd", "distill.objective=seqkd"], "no term kd"),
     ],
 )

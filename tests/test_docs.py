@@ -12,7 +12,9 @@ from pipeline.cli import app
 from pipeline.cost import GIB, Need, bytes_per_token
 from pipeline.params import Params
 from pipeline.shards.selection import Selection
-from stages.batches import collate, from_rows
+from stages.batches import collate
+from stages.objectives.sparse import sparse_divergence
+from stages.rows import from_rows
 from stages.students import StudentLearner
 from stages.training import held_out
 from tests.conftest import ROOT, run_cli
@@ -34,7 +36,8 @@ def test_the_loop_for_your_own_trainer_learns_from_the_cache(cache, student, tmp
     batch = collate(from_rows(rows, topk=True))
 
     def kl(model) -> float:
-        return held_out(StudentLearner(model, objective="fkl", nll_weight=0), [batch], torch.device("cpu"))["kd"]
+        learner = StudentLearner(model, sparse_divergence("fkl"), nll_weight=0)
+        return held_out(learner, [batch], torch.device("cpu"))["kd"]
 
     assert kl(names["student"]) < 0.8 * kl(AutoModelForCausalLM.from_pretrained(student))
 

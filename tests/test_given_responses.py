@@ -10,10 +10,11 @@ from pipeline.errors import UserError
 from pipeline.models import load_lm, load_tokenizer
 from pipeline.prompts import Prompt, encode_response, read_prompts, write_prompts
 from pipeline.shards.selection import Selection
-from stages.batches import collate, from_rows
+from stages.batches import collate
 from stages.distill import distill
 from stages.generate import generate
 from stages.reward import reward
+from stages.rows import from_rows
 from stages.students import score_tokens
 from tests.conftest import WORDS, make_model, make_params, make_prompts
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from stages.objectives.avril import gaussian_nll, td_residual
 from stages.objectives.divergences import DIVERGENCES
-from stages.objectives.head import Head, Scores, TopK, chunk_rows, chunked_loss, sparse_divergence, token_scores
-from stages.objectives.outcomes import TAILS
-from tests.references import random_logits, sparse_logprobs, top_k
+from stages.objectives.head import Head, Scores, TopK, chunk_rows, chunked_loss, token_scores
+from stages.objectives.sparse import sparse_divergence
+from tests.references import FINITE, random_logits, sparse_logprobs, top_k
 
 WEIGHTS = {"kd": 1.0, "nll": 0.3, "td": 0.7}
 
@@ -62,8 +62,7 @@ class Case:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 11, 100])
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize(("name", "tail"), FINITE)
 def test_chunks_do_not_change_the_loss_its_sums_or_any_gradient(name, tail, chunk):
     case = Case()
     loss, sums = case.chunked(name, tail, chunk)
@@ -110,6 +109,29 @@ def test_vocabularies_that_are_padded_to_different_sizes(teacher_v):
         torch.autograd.grad(loss, case.leaves), torch.autograd.grad(expected, case.leaves), strict=True
     ):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("weight", [0.01, 0.3, 0.99])
+@pytest.mark.parametrize(("name", "tail"), FINITE)
+def test_a_position_whose_teacher_ids_the_student_lacks_teaches_nothing(name, tail, weight, dtype):
+    """All ids beyond the student's vocabulary at positions 0, 3, ..., one of them at 1, 4, ...: finite everywhere."""
+    case = Case(dtype=dtype)
+    beyond = 12 + torch.arange(4, dtype=torch.int32)
+    ids, place = case.teacher.ids.clone(), torch.arange(11)
+    ids[place % 3 == 0] = beyond
+    ids[place % 3 == 1, 0] = beyond[0]
+    states, silent = case.states.detach().requires_grad_(), place % 3 == 0
+    divergence, teacher = sparse_divergence(name, weight, tail), TopK(ids, case.teacher.logprobs)
+    found = token_scores(Head(case.weight, case.bias), states, case.labels, teacher, divergence, 4).divergence
+    assert found.isfinite().all() and (found[silent] == 0).all() and (found[~silent] != 0).all()
+    loss, _ = chunked_loss(
+        Head(case.weight, case.bias), states, case.labels, lambda s, rows: {"kd": s.divergence}, {"kd": 1.0},
+        teacher, divergence, chunk=4,
+    )  # fmt: skip
+    gradients = torch.autograd.grad(loss, [states, case.weight, case.bias])
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert (gradients[0][silent] == 0).all() and (gradients[0][~silent].abs().amax(-1) > 0).all()
 
 
 def test_impossible_tokens_give_finite_gradients():

@@ -14,7 +14,7 @@ import pytest
 from pipeline.shards.reading import BucketedBatches, RowLoader, TeacherRows
 from pipeline.shards.selection import Part, Selection, write_selection
 from pipeline.shards.store import RequestFolder
-from stages.batches import collate_rows
+from stages.rows import collate_rows
 from tests.conftest import ROOT
 from tests.test_shards import REQUEST, TEACHER, make_row, meta
 
@@ -147,7 +147,7 @@ from functools import partial
 from itertools import islice
 from pipeline.shards.reading import RowLoader, TeacherRows
 from pipeline.shards.selection import Selection
-from stages.batches import collate_rows
+from stages.rows import collate_rows
 
 collate = partial(collate_rows, topk=True)
 dataset = TeacherRows(Selection(sys.argv[1]), "train")

@@ -10,7 +10,7 @@ from pipeline.models import load_lm, load_tokenizer
 from pipeline.prompts import encode_response, read_prompts
 from pipeline.shards.identity import score_key
 from pipeline.shards.selection import Selection
-from stages.batches import per_response
+from stages.rows import per_response
 from stages.score import score
 from stages.students import score_tokens
 from tests.conftest import make_model, make_params, make_prompts

@@ -15,11 +15,12 @@ from pipeline.shards.identity import Sampling, sample_seed
 from pipeline.shards.selection import Selection
 from pipeline.teachers import Ask, choose_engine
 from pipeline.teachers.hf import HfEngine
-from stages.batches import collate, from_rows
+from stages.batches import collate
 from stages.distill import distill
 from stages.evaluate import evaluate
 from stages.generate import generate
 from stages.reward import reward
+from stages.rows import from_rows
 from stages.students import require_plain_head, score_tokens
 from tests.conftest import WORDS, make_params, make_prompts, make_seq2seq_model
 

@@ -7,14 +7,16 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from pipeline.params import Distill
 from stages.objectives.divergences import DIVERGENCES
-from stages.objectives.head import sparse_divergence
 from stages.objectives.outcomes import TAILS, bucket, dense, tail_mass
+from stages.objectives.sparse import sparse_divergence
 from tests import references
-from tests.references import random_logits, sparse_logprobs, top_k
+from tests.references import FINITE, random_logits, sparse_logprobs, top_k
 
 every_divergence = pytest.mark.parametrize("name", DIVERGENCES)
 every_tail = pytest.mark.parametrize("tail", TAILS)
+every_finite_pair = pytest.mark.parametrize(("name", "tail"), FINITE)
 INF = math.inf
 ONE_HOT = torch.full((4, 12), -INF, dtype=torch.float64).scatter(1, torch.tensor([[0], [3], [5], [11]]), 0.0)
 
@@ -78,8 +80,7 @@ def test_sparse_divergences_are_exact(name, tail, case):
         assert (close | infinite).all(), (dtype, found, expected)
 
 
-@every_tail
-@every_divergence
+@every_finite_pair
 @pytest.mark.parametrize("case", HARD)
 def test_gradients_are_finite_and_those_of_finite_differences(name, tail, case):
     teacher, student, k = HARD[case]
@@ -96,6 +97,69 @@ def test_gradients_are_finite_and_those_of_finite_differences(name, tail, case):
     found = value(start)
     (gradient,) = torch.autograd.grad(found[found < 1e30].sum(), start)
     assert gradient.isfinite().all()
+
+
+@every_finite_pair
+def test_ids_that_the_student_lacks_are_as_if_they_were_not_among_the_k(name, tail):
+    """Half of them; and all but one."""
+    ids, logprobs = top_k(random_logits(0), 6)
+    for known in (3, 1):
+        mixed = ids.clone()
+        mixed[:, known:] = 12 + torch.arange(6 - known)
+        found = sparse(name, tail, mixed, logprobs, random_logits(1))
+        expected = sparse(name, tail, ids[:, :known], logprobs[:, :known], random_logits(1))
+        torch.testing.assert_close(found, expected)
+
+
+@every_finite_pair
+def test_all_that_the_student_has_may_be_ids_that_the_teacher_all_but_excludes(name, tail):
+    """Their probability is below float32's least, and the student has nothing outside the k."""
+    ids, logprobs = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[-200.0, -210.0, -0.7, -0.7]])
+    start = torch.tensor([[1.0, -1.0]], requires_grad=True)
+    found = sparse(name, tail, ids, logprobs, start)
+    (gradient,) = torch.autograd.grad(found.sum(), start)
+    assert found.isfinite().all() and gradient.isfinite().all()
+    if tail == "bucket":
+        expected = sparse(name, tail, ids[:, :2], torch.log_softmax(logprobs[:, :2], -1), start)
+        torch.testing.assert_close(found, expected)
+
+
+def nearest_student(name: str, weight: float, tail: str) -> tuple[float, float]:
+    """The least value over all students, and what that student puts outside the k of a teacher who has .1 there."""
+    teacher, ids = torch.tensor([[0.45, 0.25, 0.15, 0.05]]).double().log(), torch.arange(4)[None]
+    logits = torch.zeros(1, 6, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=2000, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = sparse(name, tail, ids, teacher, logits, weight).sum()
+        value.backward()
+        return value
+
+    value = step().item()
+    if math.isfinite(value):
+        value = optimizer.step(step) and sparse(name, tail, ids, teacher, logits, weight).item()
+    return value, torch.softmax(logits, -1)[0, 4:].sum().item()
+
+
+@every_tail
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [("fkl", 0), ("rkl", 0), ("tvd", 0), *(("jsd", w) for w in (0, 0.1, 0.5, 0.9, 1))]
+    + [(name, w) for name in ("skew_fkl", "skew_rkl") for w in (0.1, 0.5, 0.9)],
+)
+def test_the_configuration_refuses_what_pushes_the_mass_out_of_the_top_k_and_nothing_else(name, weight, tail):
+    value, outside = nearest_student(name, weight, tail)
+    mixture = {"beta": weight} if name == "jsd" else {"alpha": weight} if weight else {}
+    if math.isinf(value) or outside > 0.6:
+        with pytest.raises(ValueError, match=f"{tail}.*use tail: bucket"):
+            Distill(objective=name, tail=tail, **mixture)
+        return
+    assert Distill(objective=name, tail=tail, **mixture).tail == tail
+    if tail == "teacher_renorm" or (tail == "truncate" and name != "tvd" and not (name == "jsd" and weight)):
+        assert outside < 0.05
+    elif tail != "renorm":  # which does not see it
+        assert 0.05 < outside < 0.15
 
 
 def test_values_that_were_rounded_to_half_precision_and_sum_above_one_still_give_a_divergence():

@@ -18,6 +18,7 @@ from pipeline.models import load_lm
 from pipeline.params import Optimisation
 from stages.batches import IGNORED, Response, collate, response_states
 from stages.curves import split_history, write_csv
+from stages.objectives.sparse import sparse_divergence
 from stages.students import StudentLearner, score_tokens
 from stages.training import count, held_out, train
 from tests.conftest import ROOT, make_params, make_prompts
@@ -66,8 +67,9 @@ def test_scores_are_those_of_the_whole_model_one_response_at_a_time(teacher):
 
 
 def make_learner(student, reward: str = "given") -> StudentLearner:
+    divergence = sparse_divergence("jsd", 0.3)
     return StudentLearner(
-        load_lm(student), "jsd", 0.3, nll_weight=0.5, td="sarsa", reward=reward, lam=0.1, scale=1.7, chunk=5
+        load_lm(student), divergence, nll_weight=0.5, td="sarsa", reward=reward, lam=0.1, scale=1.7, chunk=5
     )
 
 

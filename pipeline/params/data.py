@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from pipeline.params.base import Count, Optimisation, Positive, Section
+from pipeline.params.base import Count, Dropout, Optimisation, Positive, Section
 
 Role = Literal["teacher", "student"]
 
@@ -113,6 +113,8 @@ class Teach(Section):
     """Split whose references are learned."""
     pairs: Positive
     """How many of its pairs, from the first."""
+    dropout: Dropout = 0.0
+    """Dropout while it learns, in place of its configuration's rates, with which it is saved."""
     optimisation: TeachOptimisation
 
     @model_validator(mode="after")

@@ -4,9 +4,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.params.base import Count, NonNegativeFloat, Optimisation, Positive, PositiveFloat, Section, Share
+from pipeline.params.base import Count, Dropout, NonNegativeFloat, Optimisation, Positive, PositiveFloat, Section, Share
 
 TOKEN_OBJECTIVES = ("sft", "seqkd")  # losses on tokens alone, without a teacher's distribution
+# Of `distill`: how a run is watched and how fast it goes, not what comes out of it (but for the rounding of sums).
+# DVC does not follow them, and a killed run goes on with others.
+OBSERVING = frozenset({"chunk", "log_every", "report_to", "workers"})
 
 
 class Residual(Section):
@@ -59,7 +62,7 @@ class Lora(Section):
     """Rank of the adapters on all linear layers of the blocks; 0: all weights are trained."""
     alpha: PositiveFloat = 16
     """Scale of the adapters, divided by the rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
     """Dropout before the adapters."""
 
 
@@ -96,13 +99,15 @@ class Distill(Section):
     evaluate_every: Positive = 100
     """Steps between held-out evaluations."""
     save_every: Positive = 100
-    """Steps between checkpoints that a killed run resumes from."""
+    """Steps between checkpoints that a killed run resumes from; the last step has one too."""
     seed: Count = 0
     """Added to the seed in this stage: another run on the same cached teacher and reward."""
     best: Literal["", "loss", "kd", "nll"] = ""
-    """Keep the student with the lowest held-out value of this term; empty: the last one."""
+    """Keep the student with the lowest held-out value of this term (save_every = evaluate_every); empty: the last."""
     patience: Count = 0
     """Held-out evaluations without improvement of it before training stops; 0: train to the end."""
+    dropout: Dropout = 0.0
+    """Dropout of the student while it learns, in place of its configuration's rates, with which it is saved."""
     lora: Lora = Lora()
     """Train low-rank adapters (LoRA, arXiv 2106.09685) and merge them into the student at the end."""
     report_to: list[str] = []
@@ -112,10 +117,10 @@ class Distill(Section):
     def _best_is_watched(self):
         if self.patience and not self.best:
             raise ValueError("patience waits for the best held-out value: set best to loss, kd or nll as well")
-        if self.best and self.save_every % self.evaluate_every:
+        if self.best and self.save_every != self.evaluate_every:
             raise ValueError(
-                f"best keeps checkpoints that were evaluated: save_every ({self.save_every}) must be a multiple of "
-                f"evaluate_every ({self.evaluate_every})"
+                "best keeps one of the checkpoints, and must have one of every evaluation: set save_every "
+                f"({self.save_every}) to evaluate_every ({self.evaluate_every})"
             )
         if self.best == "kd" and self.objective in TOKEN_OBJECTIVES:
             raise ValueError(f"objective {self.objective} has no term kd: set best to loss or nll")
@@ -127,5 +132,23 @@ class Distill(Section):
             raise ValueError(
                 f"lam ({self.lam}) above kl_weight ({self.kl_weight}) with reward: scratch rewards a vanishing sigma "
                 "without bound (a token's loss goes as (lam - kl_weight) * log sigma): lower lam or raise kl_weight"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _draws_the_student_to_the_teacher(self):
+        name = "jsd with beta: 1" if self.objective == "jsd" and self.beta == 1 else self.objective
+        reverse = name in ("rkl", "jsd with beta: 1")
+        if self.tail == "teacher_renorm" and reverse:
+            raise ValueError(
+                f"objective {name} is infinite with tail: teacher_renorm, where the teacher gives nothing to what is "
+                "outside its top k and the student always does; its sum over the k alone pushes 63 % of the mass out "
+                "of them: use tail: bucket (or renorm)"
+            )
+        if self.tail == "truncate" and (reverse or self.objective == "skew_rkl"):
+            raise ValueError(
+                f"objective {name} with tail: truncate is not smallest where the student is the teacher: over the top "
+                "k alone the sum of S log(S / T) is smallest at S = T / e, so it pushes 63 % of the mass or more out "
+                "of them: use tail: bucket (or renorm)"
             )
         return self

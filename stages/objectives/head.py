@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stages.objectives.divergences import DIVERGENCES
-from stages.objectives.outcomes import TAILS, SparseLogprobs, at_least_float32
+from stages.objectives.logprobs import SparseLogprobs, at_least_float32
 
 _CHUNK_BYTES = 64 * 2**20  # of logits
 _CHUNK_ROWS = 64, 320  # fewer do not use the processor, more only take memory
@@ -41,28 +40,10 @@ class Scores(NamedTuple):
     divergence: Tensor | None  # [n] between teacher and student
 
 
+# log-probabilities [N, k] of a sparse teacher, -inf at ids that the student does not have; the student -> [N]
+Divergence = Callable[[Tensor, SparseLogprobs], Tensor]
 # (scores of n consecutive positions, where they are among the N, further inputs there) -> {term: [n]}
 Terms = Callable[..., Mapping[str, Tensor]]
-
-
-def sparse_divergence(
-    name: str, weight: float = 0.5, tail: str = "bucket"
-) -> Callable[[Tensor, SparseLogprobs], Tensor]:
-    """A divergence of DIVERGENCES between teacher log-probabilities [N, k] and a student's SparseLogprobs -> [N].
-
-    weight: of its mixture, where it has one; tail: what is made of the mass outside the teacher's top k, of TAILS.
-    Reverse KL to a teacher that excludes everything else is infinite; there it is the sum over the teacher's k.
-    """
-    divergence, outcomes = DIVERGENCES[name], TAILS[tail]
-    reverse = name == "rkl" or (name == "jsd" and weight == 1)
-
-    def of(teacher: Tensor, student: SparseLogprobs) -> Tensor:
-        sides = outcomes(at_least_float32(teacher).to(student.inside.dtype), student)
-        if tail == "teacher_renorm" and reverse:
-            sides = tuple(side[:, :-1] for side in sides)
-        return divergence(*sides, weight)
-
-    return of
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -78,7 +59,7 @@ def chunked_loss(
     terms: Terms,
     weights: Mapping[str, float | Tensor],
     teacher: TopK | None = None,
-    divergence: Callable[[Tensor, SparseLogprobs], Tensor] | None = None,
+    divergence: Divergence | None = None,
     inputs: Sequence[Tensor] = (),
     chunk: int = 0,
     neighbours: bool = False,
@@ -101,7 +82,7 @@ def token_scores(
     states: Tensor,
     labels: Tensor,
     teacher: TopK | None = None,
-    divergence: Callable[[Tensor, SparseLogprobs], Tensor] | None = None,
+    divergence: Divergence | None = None,
     chunk: int = 0,
 ) -> Scores:
     """Scores of all N positions, without gradients."""
@@ -119,7 +100,7 @@ def token_scores(
 class _Call:
     """The arguments of a `chunked_loss` that are no tensors; `names` of the terms are filled in."""
 
-    def __init__(self, terms: Terms, weights: dict, divergence: Callable | None, chunk: int, neighbours: bool):
+    def __init__(self, terms: Terms, weights: dict, divergence: Divergence | None, chunk: int, neighbours: bool):
         self.terms, self.weights, self.divergence = terms, weights, divergence
         self.chunk, self.neighbours, self.learning = chunk, neighbours, torch.is_grad_enabled()
         self.names: list[str] = []

@@ -4,34 +4,11 @@ A sparse teacher sees the student through k + 1 numbers a position: its log-prob
 that of all others together. Every way to treat the tail, the mass outside the k, is a function of these.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half types promoted, float32 and float64 kept."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-class SparseLogprobs(NamedTuple):
-    """A student at N positions, as far as a sparse loss depends on it; at least float32."""
-
-    outcomes: Tensor  # [N, k + 1] log-probabilities at the teacher's ids, and of all others together; -inf for none
-    label: Tensor  # [N] of the token that followed
-    lse: Tensor  # [N] log-sum-exp of the raw logits
-
-    @property
-    def inside(self) -> Tensor:
-        """[N, k] at the teacher's ids; -inf where the student has no such id."""
-        return self.outcomes[:, :-1]
-
-    @property
-    def outside(self) -> Tensor:
-        """[N] of all other ids together; -inf where there are none."""
-        return self.outcomes[:, -1]
+from stages.objectives.logprobs import SparseLogprobs, at_least_float32
 
 
 def dense(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -57,10 +34,9 @@ def bucket(teacher: Tensor, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
     student and teacher agree. The student's tail is a logsumexp over the other ids: 1 - p errs by 3e-2 at a tail of
     4e-5 in float32. Where the student has nothing outside the k, the teacher's tail is dropped too.
     """
-    mass = teacher.exp().sum(-1)
-    tail = tail_mass(mass).masked_fill(torch.isneginf(student.outside), 0)
-    both = torch.cat([teacher, tail.log()[:, None]], -1).sub_((mass + tail).log()[:, None])
-    return both, student.outcomes
+    tail = tail_mass(teacher.exp().sum(-1)).masked_fill(torch.isneginf(student.outside), 0)
+    both = torch.cat([teacher, tail.log()[:, None]], -1)
+    return both.sub_(_log_total(both)), student.outcomes
 
 
 def tail_mass(mass: Tensor) -> Tensor:
@@ -73,16 +49,16 @@ def renorm(teacher: Tensor, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
     impossible = torch.isneginf(student.inside)
     # The softmax of nothing but -inf has no gradient.
     inside = torch.log_softmax(student.inside.clamp_min(torch.finfo(student.inside.dtype).min), -1)
-    return _normalised(teacher), inside.masked_fill(impossible, -torch.inf)
+    return teacher - _log_total(teacher), inside.masked_fill(impossible, -torch.inf)
 
 
 def teacher_renorm(teacher: Tensor, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
     """The teacher renormalised on the k ids, zero elsewhere; the student over its whole vocabulary, [N, k + 1].
 
     The last outcome, the student's tail, is one that the teacher excludes. Not zero at equality: it pushes the
-    student's tail to nothing.
+    student's tail to nothing. Reverse KL is infinite.
     """
-    return pad(_normalised(teacher), (0, 1), value=-torch.inf), student.outcomes
+    return pad(teacher - _log_total(teacher), (0, 1), value=-torch.inf), student.outcomes
 
 
 def truncate(teacher: Tensor, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
@@ -90,10 +66,13 @@ def truncate(teacher: Tensor, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
     return teacher, student.inside
 
 
-def _normalised(teacher: Tensor) -> Tensor:
-    """The teacher's log-probabilities [N, k] as they are among the k; a row without any mass stays as it is."""
-    mass = teacher.exp().sum(-1, keepdim=True)
-    return teacher - mass.clamp_min(torch.finfo(mass.dtype).tiny).log()
+def _log_total(teacher: Tensor) -> Tensor:
+    """Logarithm of the mass of log-probabilities [N, M], [N, 1]; 0 where there is none.
+
+    In log space: all that the student has of the teacher may be ids that are less likely than the type can say.
+    """
+    total = torch.logsumexp(teacher, -1, keepdim=True)
+    return total.masked_fill_(torch.isneginf(total), 0)
 
 
 TAILS = {"bucket": bucket, "renorm": renorm, "teacher_renorm": teacher_renorm, "truncate": truncate}

@@ -18,7 +18,8 @@ import torch
 from pipeline.models import load_lm
 from pipeline.shards.reading import RowLoader, TeacherRows
 from pipeline.shards.selection import Selection
-from stages.batches import collate_rows
+from stages.objectives.sparse import sparse_divergence
+from stages.rows import collate_rows
 from stages.students import StudentLearner
 from stages.training import count
 
@@ -29,7 +30,7 @@ def main(selection: Path, student: Path) -> dict:
     """Seconds a batch and a step, and their ratio; the first epoch's start-up is in the mean, not in the median."""
     rows = TeacherRows(Selection(selection), "train", text=False)
     loader = RowLoader(rows, BATCH, EPOCH_SEED, partial(collate_rows, topk=True))
-    learner = StudentLearner(load_lm(student).train(), objective="fkl", nll_weight=0)
+    learner = StudentLearner(load_lm(student).train(), sparse_divergence("fkl"), nll_weight=0)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-3)
     reading, training = [], []
     while len(training) < STEPS:

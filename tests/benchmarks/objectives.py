@@ -19,8 +19,9 @@ import torch
 
 from stages.objectives.avril import gaussian_nll, td_residual
 from stages.objectives.divergences import DIVERGENCES
-from stages.objectives.head import Head, Scores, TopK, chunked_loss, sparse_divergence
+from stages.objectives.head import Head, Scores, TopK, chunked_loss
 from stages.objectives.outcomes import TAILS, dense
+from stages.objectives.sparse import sparse_divergence
 
 HIDDEN, POSITIONS, REPETITIONS = 512, 1024, 5
 TIME_BAR, MEMORY_BAR, DENSE_TIME_BAR, DENSE_MEMORY_BAR = 1.15, 1.2, 2.0, 3.0

@@ -1,0 +1,63 @@
+"""Cached rows as training batches, and what a function makes of them row by row."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.shards.reading import Rows
+from pipeline.shards.schema import TOPK, Row
+from stages.batches import Response, collate, padded
+
+
+def from_rows(
+    rows: Iterable[Row], topk: bool, extras: dict[str, dict[str, np.ndarray]] | None = None
+) -> list[Response]:
+    """Cached teacher rows as responses. `extras`: name -> key -> values [T], for instance a reward's mu."""
+    responses = []
+    for row in rows:
+        values = {name: by_key[row.key] for name, by_key in (extras or {}).items()}
+        responses.append(
+            Response(
+                row.prompt_ids,
+                row.response_ids,
+                row.finish == "stop",
+                row.topk_ids if topk else None,
+                row.topk_logprobs if topk else None,
+                values,
+            )
+        )
+    return responses
+
+
+def collate_rows(
+    rows: Sequence[Row], topk: bool, extras: dict[str, dict[str, np.ndarray]] | None = None
+) -> dict[str, Tensor]:
+    """A batch of cached rows; arguments as for `from_rows`. Rows out of a selection are not made for it."""
+    column = rows.column if isinstance(rows, Rows) else lambda name: [getattr(row, name) for row in rows]
+    return padded(
+        *map(column, ("prompt_ids", "response_ids")),
+        [finish == "stop" for finish in column("finish")],
+        *map(column, TOPK if topk else ()),
+        extras={name: [by_key[key] for key in column("key")] for name, by_key in (extras or {}).items()},
+    )
+
+
+def per_response(
+    rows: Sequence[Row],
+    function: Callable[[dict[str, Tensor]], Sequence[Tensor]],
+    device: torch.device | str = "cpu",
+    topk: bool = False,
+    batch_size: int = 128,
+) -> Iterator[tuple[Row, list[np.ndarray]]]:
+    """Each row with its share [T] of every flat [N] tensor that `function` makes of a batch, without gradients."""
+    responses = from_rows(rows, topk)
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        batch = collate(responses[start : start + batch_size])
+        with torch.no_grad():
+            values = function({name: value.to(device) for name, value in batch.items()})
+        bounds = np.cumsum([len(row.response_ids) for row in part])[:-1]
+        split = [np.split(value.float().cpu().numpy(), bounds) for value in values]
+        yield from zip(part, map(list, zip(*split, strict=True)), strict=True)

@@ -1,0 +1,122 @@
+"""What holds for responses of no tokens: they teach nothing and break nothing, alone in a batch or among others."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.models import load_lm
+from pipeline.shards.schema import from_table, to_table
+from pipeline.shards.selection import Selection
+from stages.batches import Response, collate
+from stages.evaluate import _kl_to_teacher
+from stages.objectives.sparse import sparse_divergence
+from stages.reward_fit import RewardLearner
+from stages.reward_model import RewardPosterior
+from stages.rows import collate_rows, from_rows, per_response
+from stages.students import StudentLearner, score_tokens
+from stages.training import count, held_out
+from tests.conftest import make_seq2seq_model
+
+POSTERIORS = ("action", "separate"), ("state", "own")
+
+
+@pytest.fixture(scope="module", params=["causal", "t5"])
+def model_path(request, student, tmp_path_factory):
+    if request.param == "causal":
+        return student
+    return make_seq2seq_model(tmp_path_factory.mktemp("t5") / "model", seed=0)
+
+
+@pytest.fixture(scope="module")
+def rows(cache):
+    """Cached rows, every other one with an empty response, as a store would give them."""
+    nothing = {
+        "response_ids": np.empty(0, np.int32),
+        "logprobs": np.empty(0, np.float32),
+        "lse": np.empty(0, np.float32),
+    }
+    nothing |= {"topk_ids": np.empty((0, 8), np.int32), "topk_logprobs": np.empty((0, 8), np.float16), "response": ""}
+    found = list(Selection(cache / "selection").rows("validation"))
+    mixed = [replace(row, **nothing) if number % 2 else row for number, row in enumerate(found)]
+    return from_table(to_table(mixed))
+
+
+def learners(model_path):
+    """Every source of a reward, and the reward alone."""
+    for kind in ("none", "given", "zero", "scratch", "joint"):
+        for head, encoder in (
+            (("action", "separate"), ("state", "own")) if kind in ("scratch", "joint") else ((None,) * 2,)
+        ):
+            posterior = RewardPosterior.from_student(model_path, head, encoder, 0.3) if head else None
+            yield StudentLearner(
+                load_lm(model_path), sparse_divergence("fkl"), td=None if kind == "none" else "sarsa",
+                reward=kind, posterior=posterior, lam=0.1, kl_weight=1.0, phi_kl=0.1, terminal="zero",
+            )  # fmt: skip
+    for head, encoder in POSTERIORS:
+        yield RewardLearner(RewardPosterior.from_student(model_path, head, encoder, 0.3), 0.1, "zero")
+
+
+def batch_of(rows):
+    extras = {
+        name: {row.key: np.ones(len(row.response_ids), np.float32) for row in rows} for name in ("mu", "log_sigma")
+    }
+    return collate_rows(rows, True, extras | {"delta": extras["mu"]})
+
+
+def loss_and_gradients(learner, batch):
+    learner.zero_grad()
+    loss, sums = learner(count(batch, learner.terminal), **batch)
+    loss.backward()
+    gradients = {name: p.grad for name, p in learner.named_parameters() if p.grad is not None}
+    return loss.detach(), sums, gradients
+
+
+def test_a_batch_of_nothing_but_empty_responses_has_no_loss_and_no_gradient(model_path, rows):
+    batch = batch_of([row for row in rows if not len(row.response_ids)])
+    assert batch["labels"].shape == (4, 0) and count(batch, "zero").tolist() == [0, 0]
+    for learner in learners(model_path):
+        loss, sums, gradients = loss_and_gradients(learner, batch)
+        assert loss == 0 and all(value == 0 for value in sums.values())
+        assert all((gradient == 0).all() for gradient in gradients.values())
+        assert set(held_out(learner, [batch], "cpu").values()) == {0.0}
+
+
+def test_an_empty_response_among_others_changes_nothing(model_path, rows):
+    both, alone = batch_of(rows), batch_of([row for row in rows if len(row.response_ids)])
+    assert len(both["labels"]) == 2 * len(alone["labels"])
+    for learner in learners(model_path):
+        loss, sums, gradients = loss_and_gradients(learner, both)
+        expected, expected_sums, expected_gradients = loss_and_gradients(learner, alone)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(sums, expected_sums)
+        torch.testing.assert_close(gradients, expected_gradients, atol=1e-6, rtol=1e-4)
+        assert held_out(learner, [both], "cpu")["loss"] == pytest.approx(held_out(learner, [alone], "cpu")["loss"])
+
+
+def test_references_may_be_empty_too(model_path):
+    """What `teach` learns: batches without a teacher's top k."""
+    empty = Response(np.array([5, 6, 7]), np.empty(0, np.int32), True)
+    loss, _, gradients = loss_and_gradients(StudentLearner(load_lm(model_path)), collate([empty, empty]))
+    assert loss == 0 and all((gradient == 0).all() for gradient in gradients.values())
+
+
+def test_each_row_gets_its_own_share_of_what_is_scored(model_path, rows):
+    model, kl = load_lm(model_path), sparse_divergence("fkl")
+    for size in (1, 2, 128):  # an empty one alone, beside another, all together
+        found = list(per_response(rows, lambda b: [score_tokens(model, b, kl).divergence], topk=True, batch_size=size))
+        assert [len(values) for _, (values,) in found] == [len(row.response_ids) for row in rows]
+        assert all(np.isfinite(values).all() for _, (values,) in found)
+
+
+def test_a_prompt_whose_answers_are_all_empty_does_not_count_for_the_divergence(model_path, rows):
+    model = load_lm(model_path)
+    found = _kl_to_teacher(model, rows, 3)
+    assert np.isfinite(found).all() and (found[:, 1] > 0).all() and len(found) == len(rows) // 2
+    assert _kl_to_teacher(model, [row for row in rows if not len(row.response_ids)], 3).shape == (0, 2)
+
+
+def test_rows_are_batched_alike_however_they_come(rows):
+    one, other = collate_rows(rows, True), collate(from_rows(rows, True))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

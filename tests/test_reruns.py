@@ -1,0 +1,99 @@
+"""What holds for what DVC runs again: to observe a run is not to redo it, and a stage follows only code that it runs.
+
+No stage runs here: DVC is told that stand-ins for their outputs are the results of the files as they are.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.params import OBSERVING, Distill
+from tests.conftest import ROOT, run_cli
+from tests.test_layering import definition
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """The project's code and parameters in a repository of their own, every stage done."""
+    folder = tmp_path_factory.mktemp("project") / "clone"
+    for name in ("pipeline", "stages", "dvc.yaml", "params.yaml"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        folder.mkdir(exist_ok=True)
+        copy(ROOT / name, folder / name)
+    for stage in yaml.safe_load((folder / "dvc.yaml").read_text())["stages"]:
+        for out in [*definition(stage)["outs"], *definition(stage).get("metrics", ())]:
+            for item in ("teacher", "student"):
+                path = folder / out.replace("${item}", item)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("{}")
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    dvc(folder, "init", "-q")
+    dvc(folder, "commit", "-f", "-q")
+    return folder
+
+
+def dvc(folder: Path, *arguments: str) -> str:
+    found = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=folder, capture_output=True, text=True, env=os.environ | {"DVC_NO_ANALYTICS": "1"},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def changed(project: Path) -> set[str]:
+    """Stages whose own inputs are not those they last ran with."""
+    return {stage.removeprefix("dvc.yaml:") for stage in json.loads(dvc(project, "status", "--json"))}
+
+
+@contextmanager
+def edited(path: Path, text: str) -> Iterator[None]:
+    original = path.read_text()
+    path.write_text(text)
+    yield
+    path.write_text(original)
+
+
+def changed_by_comment(project: Path, file: str) -> set[str]:
+    with edited(project / file, (project / file).read_text() + "\n# A remark.\n"):
+        return changed(project)
+
+
+def changed_by_parameters(project: Path, *settings: str) -> set[str]:
+    options = [option for setting in settings for option in ("--set", setting)]
+    with edited(project / "params.yaml", run_cli("params", "--params", project / "params.yaml", *options).stdout):
+        return changed(project)
+
+
+def test_a_remark_in_the_mathematics_of_distillation_reruns_distillation_and_its_evaluation(project):
+    assert changed(project) == set()
+    for name in ("divergences", "outcomes", "sparse"):
+        assert changed_by_comment(project, f"stages/objectives/{name}.py") == {"distill", "evaluate"}
+
+
+def test_a_remark_in_the_store_does_not_train_the_teacher_or_the_starting_point_again(project):
+    for name in ("store", "reading", "exporting"):
+        stages = changed_by_comment(project, f"pipeline/shards/{name}.py")
+        assert not {"prepare", "teach@teacher", "teach@student"} & stages
+        assert ("distill" in stages) == (name != "exporting")
+
+
+def test_to_observe_a_run_is_not_to_redo_it(project):
+    values = {"log_every": 7, "report_to": "[tensorboard]", "workers": 2, "chunk": 64}
+    assert values.keys() == OBSERVING
+    assert changed_by_parameters(project, *(f"distill.{name}={value}" for name, value in values.items())) == set()
+
+
+def test_every_other_parameter_of_distillation_redoes_it(project):
+    listed = [name.removeprefix("distill.") for name in definition("distill")["params"] if name.startswith("distill.")]
+    assert sorted(listed) == sorted(Distill.model_fields.keys() - OBSERVING)
+    for setting in ("distill.lora.rank=2", "distill.residual.gamma=0.9", "distill.window=4"):
+        assert changed_by_parameters(project, setting) == {"distill"}
