@@ -1,6 +1,8 @@
 """What holds for outputs: only what the pipeline made is replaced, and what cannot be written is known at once."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -8,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.cli import app
 from pipeline.errors import UserError
 from pipeline.models import describe_model, link_model, load_lm, load_tokenizer, weights_digest
+from pipeline.options import AUDIT, CURVES, EVALUATION, PROMPTS, REWARD, SCORED, SELECTION, START, STUDENT, TOKENIZER
 from pipeline.outputs import MARK, begin_results, replacing
 from stages.distill import distill
 from stages.evaluate import evaluate
@@ -19,7 +23,7 @@ from stages.report import report
 from stages.reward import reward
 from stages.score import score
 from stages.teach import teach
-from tests.conftest import make_params
+from tests.conftest import ROOT, make_params
 from tests.processes import run
 from tests.test_faults import needs_mount, small_disk
 
@@ -259,6 +263,63 @@ def test_a_base_does_not_become_a_link_to_itself(teacher, tmp_path):
     assert snapshot(tmp_path / "model") == before
 
 
+# Default places
+
+
+DEFAULTS = [
+    (("prepare", "--set", "seed=3"), PROMPTS, "--out"),
+    (("prepare", "--params", "/dev/null"), TOKENIZER, "--tokenizer"),
+    (("teach", "student", "--set", "teach.student.pairs=20"), START, "--out"),
+    (("teach", "student", "--tokenizer", "absent"), START, "--out"),
+    (("generate", "--responses", "answers.jsonl"), SELECTION, "--out"),
+    (("generate", "--topk", "4"), SELECTION, "--out"),
+    (("generate", "--teacher", "absent"), Path("data/generate/results.json"), "--out"),
+    (("score", "--student", "absent"), SCORED, "--out"),
+    (("reward", "--selection", "absent"), REWARD, "--out"),
+    (("reward", "--set", "reward.sigma_min=0.5"), AUDIT, "--out"),
+    (("distill", "--set", "distill.objective=jsd", "--set", "seed=3"), STUDENT, "--out"),
+    (("distill", "--params", "/dev/null"), CURVES, "--out"),
+    (("evaluate", "--model", "m=absent"), EVALUATION, "--out"),
+    (("report", "--data", "absent"), Path("data/report.html"), "--out"),
+]
+
+
+def at_default(path: Path) -> Path:
+    """Something where an output goes by default."""
+    place = path if path.suffix else path / "something"
+    place.parent.mkdir(parents=True)
+    place.write_text("an earlier result")
+    return place
+
+
+@pytest.mark.parametrize(("command", "path", "option"), DEFAULTS, ids=lambda value: str(value))
+def test_a_command_with_other_inputs_does_not_write_over_a_default_output(tmp_path, command, path, option):
+    place = at_default(tmp_path / path)
+    said = refused(*command, cwd=tmp_path)
+    assert f"{path} holds an earlier result" in said and f"add {option} F" in said, said
+    given = shlex.join(command[2:] if command[0] == "teach" else command[1:]).replace(" --", ", --")
+    assert f"other inputs ({given})" in said and place.read_text() == "an earlier result", said
+
+
+def test_it_does_where_it_is_told_to_and_where_the_inputs_are_the_defaults(tmp_path):
+    (tmp_path / "data" / "student").mkdir(parents=True)
+    (tmp_path / "data" / "distill").mkdir()
+    (tmp_path / "data" / "distill" / ".gitignore").write_text("/results.json\n")  # as DVC does
+    with_input = ("distill", "--set", "distill.seed=3")
+    assert "no cached teacher at" in refused(*with_input, cwd=tmp_path)  # there is nothing
+    with replacing(tmp_path / "data" / "student", "a model") as made:
+        (made / "config.json").write_text("{}")
+    begin_results(tmp_path / "data" / "distill", "distill")
+    assert "data/student holds an earlier result" in refused(*with_input, cwd=tmp_path)
+    for command in (
+        ("distill",),
+        ("distill", "--store", "store", "--runs", "elsewhere", "--metrics", "curves"),
+        (*with_input, "--out", "data/student"),
+        (*with_input, "--out", "other"),
+    ):
+        assert "no cached teacher at" in refused(*command, cwd=tmp_path)
+
+
 # What cannot be written
 
 
@@ -295,3 +356,24 @@ def test_a_mounted_disk_is_not_replaced_by_a_model(tmp_path):
         for output in (("teach", "--out"), ("distill", "--out"), ("reward", "--out"), ("prepare", "--tokenizer")):
             said = refused(*command_writing_to(tmp_path / "disk", *output), cwd=tmp_path)
             assert "where a disk is mounted" in said and f"give {output[1]} a folder in it" in said
+
+
+# What is written about it
+
+
+def shown_commands() -> list[str]:
+    """Every command that the docs, the presets and the help show."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "presets").glob("*.yaml")]
+    text = "\n".join(page.read_text(encoding="utf-8").replace("\\\n", " ") for page in pages)
+    helps = "\n".join(command.epilog or "" for command in app.registered_commands)
+    return re.findall(
+        r"xkd-pipeline ((?:prepare|teach|generate|score|reward|distill|evaluate|report) [^`\n#\[]*)", text + helps
+    )
+
+
+def test_commands_that_are_shown_do_not_write_over_the_pipelines_own_results():
+    commands = [shlex.split(command) for command in shown_commands()]
+    with_inputs = [command for command in commands if {part for part in command if part.startswith("-")}]
+    assert len(with_inputs) >= 12
+    harmless = {"--out", "--dry-run", "--help", "STAGE"}
+    assert [command for command in with_inputs if not harmless & set(command)] == []
