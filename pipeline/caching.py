@@ -211,10 +211,11 @@ def export(
     """Write a plain folder that `datasets.load_dataset` reads, with a card, ready for a hub."""
     from pipeline.shards.catalogue import find_request
     from pipeline.shards.exporting import export as run
-    from pipeline.shards.exporting import splits_of_request, splits_of_selection
+    from pipeline.shards.exporting import require_new, splits_of_request, splits_of_selection
     from pipeline.shards.selection import Selection
     from pipeline.shards.store import open_store
 
+    require_new(out)
     if request:
         storage = open_store(store)
         teacher, splits = splits_of_request(storage, find_request(storage, request))

@@ -40,6 +40,7 @@ from pipeline.options import (
     StudentOption,
     TokensOption,
     example,
+    keep_default,
     load,
 )  # fmt: skip
 from pipeline.params import Role
@@ -70,21 +71,33 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     console.quiet_libraries()
 
 
-@app.command(epilog=example("xkd-pipeline prepare", "xkd-pipeline prepare --set prepare.task=summarisation"))
+@app.command(
+    epilog=example(
+        "xkd-pipeline prepare",
+        "xkd-pipeline prepare --set prepare.task=summarisation --out other/prompts.parquet --tokenizer other/tokenizer",
+    )
+)
 def prepare(
+    ctx: typer.Context,
     params: ParamsOption = None,
     set: SetOption = None,
     out: Annotated[Path, typer.Option("--out", help="Prompt file to write.")] = PROMPTS,
-    tokenizer: Annotated[Path, typer.Option("--tokenizer", help="Tokenizer folder to write.")] = TOKENIZER,
+    tokenizer_out: Annotated[Path, typer.Option("--tokenizer", help="Tokenizer folder to write.")] = TOKENIZER,
 ) -> None:
     """Draw prompts with references in disjoint splits, from a built-in task or a data set, and their tokenizer."""
+    loaded = load(params, set)
+    keep_default(ctx, "out", out)
+    keep_default(ctx, "tokenizer_out", tokenizer_out)
     from stages.prepare import prepare as run
 
-    run(load(params, set), out, tokenizer)
+    run(loaded, out, tokenizer_out)
 
 
-@app.command(epilog=example("xkd-pipeline teach teacher", "xkd-pipeline teach student --set teach.student.pairs=200"))
+@app.command(
+    epilog=example("xkd-pipeline teach teacher", "xkd-pipeline teach student --set teach.student.pairs=200 --out start")
+)
 def teach(
+    ctx: typer.Context,
     role: Annotated[Role, typer.Argument(help="Which model to make.")],
     params: ParamsOption = None,
     set: SetOption = None,
@@ -96,21 +109,24 @@ def teach(
     runs: RunsOption = RUNS,
 ) -> None:
     """Make the teacher, or the student's starting point: new, or from a base, cut to fewer layers, fine-tuned."""
+    loaded, out = load(params, set), out or DATA / "models" / role
+    keep_default(ctx, "out", out)
     from stages.teach import teach as run
 
-    run(load(params, set), role, prompts, tokenizer, out or DATA / "models" / role, runs)
+    run(loaded, role, prompts, tokenizer, out, runs)
 
 
 @app.command(
     epilog=example(
         "xkd-pipeline generate",
         "xkd-pipeline generate --teacher path/to/model --prompts questions.jsonl --samples 4 -k 32 --out cache",
-        "xkd-pipeline generate --responses answers.jsonl --engine text",
+        "xkd-pipeline generate --responses answers.jsonl --engine text --out answers",
         "xkd-pipeline generate --dry-run",
         "xkd-pipeline generate --dry-run --teacher folder/with/config --tokens 1e9 -k 32 --rate 2500 --gpus 64",
     )
 )
 def generate(
+    ctx: typer.Context,
     params: ParamsOption = None,
     set: SetOption = None,
     teacher: Annotated[str | None, typer.Option("--teacher", metavar="PATH_OR_HUB_NAME", help="The teacher.")] = None,
@@ -163,6 +179,9 @@ def generate(
     assumed = {name: value for name, value in assumed.items() if value is not None}
     if assumed and not dry_run:
         raise UserError("--tokens, --rate, --gpus and --gpu-memory are for planning: add --dry-run")
+    default = DATA / "generate" / "results.json" if results is None and out == SELECTION else None
+    if not dry_run:
+        keep_default(ctx, "out", out, default)
     _limit_threads(loaded.generate.teacher)
     if dry_run:
         from stages.dry_run import Plan
@@ -172,14 +191,13 @@ def generate(
         return _require_few_skipped(summary.skipped, loaded.generate.max_skipped)
     from stages.generate import generate as run
 
-    if results is None and out == SELECTION:
-        results = DATA / "generate" / "results.json"
-    summary = run(loaded, prompts, out, store, retry_skipped, results=results)
+    summary = run(loaded, prompts, out, store, retry_skipped, results=results or default)
     _require_few_skipped(summary.skipped, loaded.generate.max_skipped)
 
 
-@app.command(epilog=example("xkd-pipeline score", "xkd-pipeline score --set score.validation_samples=16"))
+@app.command(epilog=example("xkd-pipeline score", "xkd-pipeline score --set score.validation_samples=16 --out scored"))
 def score(
+    ctx: typer.Context,
     params: ParamsOption = None,
     set: SetOption = None,
     prompts: PromptsOption = PROMPTS,
@@ -193,10 +211,11 @@ def score(
     References are what the objective sft learns, the others are negatives for the reward's fit and for its audit.
     """
     loaded = load(params, set)
+    results = DATA / "score" / "results.json" if out == SCORED else None
+    keep_default(ctx, "out", out, results)
     _limit_threads(loaded.generate.teacher)
     from stages.score import score as run
 
-    results = DATA / "score" / "results.json" if out == SCORED else None
     summary = run(loaded, prompts, student, out, store, retry_skipped, results=results)
     _require_few_skipped(summary.skipped, loaded.generate.max_skipped)
 
@@ -232,24 +251,32 @@ def _limit_threads(teacher: str) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@app.command(epilog=example("xkd-pipeline reward", "xkd-pipeline reward --set reward.sigma_min=0.5"))
+@app.command(epilog=example("xkd-pipeline reward", "xkd-pipeline reward --set reward.sigma_min=0.5 --out floor"))
 def reward(
+    ctx: typer.Context,
     params: ParamsOption = None,
     set: SetOption = None,
     selection: SelectionOption = SELECTION,
     student: StudentOption = START,
     out: Annotated[Path, typer.Option("--out", help="Folder for the fitted reward.")] = REWARD,
-    audit: Annotated[Path, typer.Option("--audit", help="Folder for its audit.")] = AUDIT,
+    audit: Annotated[
+        Path | None,
+        typer.Option("--audit", help="Folder for its audit.  [dim]default: data/audit, else OUT-audit[/dim]"),
+    ] = None,
     store: StoreOption = None,
     runs: RunsOption = RUNS,
     scored: ScoredOption = None,
     prompts: PromptsOption = PROMPTS,
 ) -> None:
     """Fit the reward that explains the cached teacher, and audit it on held-out prompts."""
+    loaded = load(params, set)
+    # a reward of its own does not write over the pipeline's audit
+    default = AUDIT if out == REWARD else out.with_name(f"{out.name}-audit")
+    keep_default(ctx, "out", out, None if audit else default)
     from stages.reward import reward as run
 
     scored = _scored(scored, selection, student)
-    run(load(params, set), selection, student, out, audit, runs, store, scored, prompts if scored else None)
+    run(loaded, selection, student, out, audit or default, runs, store, scored, prompts if scored else None)
 
 
 @app.command(
@@ -259,6 +286,7 @@ def reward(
     )
 )
 def distill(
+    ctx: typer.Context,
     params: ParamsOption = None,
     set: SetOption = None,
     selection: SelectionOption = SELECTION,
@@ -278,11 +306,14 @@ def distill(
     scored: ScoredOption = None,
 ) -> None:
     """Train the student on the cached teacher. Killed and started again, it goes on from its last checkpoint."""
+    loaded = load(params, set)
+    # a student of its own does not write over the pipeline's metrics
+    default = CURVES if out == STUDENT else out.with_name(f"{out.name}-metrics")
+    keep_default(ctx, "out", out, None if metrics else default)
     from stages.distill import distill as run
 
-    if metrics is None:  # a student of its own does not write over the pipeline's metrics
-        metrics = CURVES if out == STUDENT else out.with_name(f"{out.name}-metrics")
-    run(load(params, set), selection, student, reward, out, metrics, runs, store, _scored(scored, selection, student))
+    scored = _scored(scored, selection, student)
+    run(loaded, selection, student, reward, out, metrics or default, runs, store, scored)
 
 
 @app.command(
@@ -292,6 +323,7 @@ def distill(
     )
 )
 def evaluate(
+    ctx: typer.Context,
     params: ParamsOption = None,
     set: SetOption = None,
     prompts: PromptsOption = PROMPTS,
@@ -317,6 +349,7 @@ def evaluate(
             if not (name and mark and folder):
                 raise UserError(f"--model {entry}: expected NAME=FOLDER")
             models[name] = Path(folder)
+    keep_default(ctx, "out", out)
     from stages.evaluate import evaluate as run
 
     run(loaded, prompts, models, selection, out, store)
@@ -324,6 +357,7 @@ def evaluate(
 
 @app.command(epilog=example("xkd-pipeline report", "xkd-pipeline report --set report.samples=20 --out report.html"))
 def report(
+    ctx: typer.Context,
     params: ParamsOption = None,
     set: SetOption = None,
     data: Annotated[Path, typer.Option("--data", help="Folder that the stages filled.")] = DATA,
@@ -331,9 +365,11 @@ def report(
     store: StoreOption = None,
 ) -> None:
     """Write one self-contained HTML page about an experiment: tables, curves, rewarded tokens, samples, costs."""
+    loaded = load(params, set)
+    keep_default(ctx, "out", out)
     from stages.report import report as run
 
-    run(load(params, set).report, data, out, store)
+    run(loaded.report, data, out, store)
 
 
 for _command, _examples in COMMANDS.items():

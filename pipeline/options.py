@@ -1,11 +1,13 @@
 """Where the pipeline keeps its files, and the options that several commands share."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
+from pipeline.errors import UserError
 from pipeline.params import Params
 from pipeline.params_file import load_params
 
@@ -16,6 +18,9 @@ START, STUDENT = DATA / "models" / "student", DATA / "student"
 SELECTION, SCORED = DATA / "teacher", DATA / "scored"
 REWARD, AUDIT = DATA / "reward", DATA / "audit"
 CURVES, EVALUATION = DATA / "distill", DATA / "evaluation"
+
+# Options that change nothing of what is made, or say where it goes.
+_NO_INPUTS = {"store", "runs", "retry_skipped", "out", "tokenizer_out", "metrics", "audit", "results"}
 
 ParamsOption = Annotated[
     Path | None,
@@ -70,6 +75,41 @@ def load(params: Path | None, overrides: list[str] | None) -> Params:
     if params is None and PARAMS_FILE.exists():
         params = PARAMS_FILE
     return load_params(params, overrides or [])
+
+
+def keep_default(ctx: typer.Context, output: str, path: Path, beside: Path | None = None) -> None:
+    """Raises UserError where a command that was given inputs would replace what is at an output's default place.
+
+    Whoever names the output may. output: its parameter, and `path` its value; beside: another default that follows it.
+    """
+    options = {parameter.name: parameter for parameter in ctx.command.params if parameter.param_type_name == "option"}
+    given = [name for name in options if _is_given(ctx, name)]
+    if output in given:
+        return
+    changed = [each for name in given if name not in _NO_INPUTS for each in _as_typed(options[name], ctx.params[name])]
+    there = next((place for place in (path, beside) if place and _holds_something(place)), None)
+    if changed and there is not None:
+        option, kind = options[output].opts[0], "FILE" if path.suffix else "FOLDER"
+        raise UserError(
+            f"{there} holds an earlier result, and this command was given other inputs ({', '.join(changed)}): add "
+            f"{option} {kind}, or {option} {path} to replace it"
+        )
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+
+def _as_typed(parameter, value) -> list[str]:
+    """An option with each of its values, as on the command line."""
+    return [f"{parameter.opts[0]} {each}" for each in (value if isinstance(value, list | tuple) else [value])]
+
+
+def _holds_something(path: Path) -> bool:
+    if not path.is_dir():
+        return path.exists()
+    return any(name != ".gitignore" for name in os.listdir(path))
 
 
 def example(*lines: str) -> str:

@@ -10,9 +10,10 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.params import Params
-from pipeline.shards.files import digest
+from pipeline.shards.files import digest, write_atomically
 
 TEMPLATE_VERSION = 1  # changes whenever the same template would render other text
+_MADE_BY = {b"made_by": b"xkd-pipeline"}  # in the footer of our prompt files
 SPLITS = ("teach", "train", "validation", "test")
 
 
@@ -82,10 +83,22 @@ def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
 
     rows = [{"id": p.id, "prompt": p.prompt, "references": list(p.references), "split": p.split} for p in prompts]
     schema = pa.schema(
-        {"id": pa.string(), "prompt": pa.string(), "references": pa.list_(pa.string()), "split": pa.string()}
+        {"id": pa.string(), "prompt": pa.string(), "references": pa.list_(pa.string()), "split": pa.string()},
+        metadata=_MADE_BY,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema), path, compression="zstd")
+    table = pa.Table.from_pylist(rows, schema)
+    write_atomically(path.parent, lambda temporary: pq.write_table(table, temporary, compression="zstd"), path.name)
+
+
+def is_prompt_file(path: Path) -> bool:
+    """Whether `write_prompts` wrote it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return _MADE_BY.items() <= (pq.read_schema(path).metadata or {}).items()
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def read_prompts(path: Path, splits: Sequence[str] | None = None) -> list[Prompt]:

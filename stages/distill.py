@@ -12,11 +12,12 @@ from pipeline.models import (
     load_lm,
     load_tokenizer,
     require_context,
-    require_replaceable,
+    require_own_model,
     require_same_tokenizer,
     save_model,
     stop_token_ids,
 )
+from pipeline.outputs import begin_results, require_can_write, require_own_results
 from pipeline.params import OBSERVING, TOKEN_OBJECTIVES, Distill, Lora, Params
 from pipeline.provenance import code_fingerprint, fingerprint, git_commit, seconds_since_start, versions
 from pipeline.shards.files import digest, write_json_atomically
@@ -52,7 +53,9 @@ def distill(
     or residuals do not match.
     """
     settings = params.distill
-    require_replaceable(out)
+    require_own_model(out)
+    require_own_results(metrics_out, "distill", "--metrics")
+    require_can_write(runs)
     selection = Selection(selection_path, store)
     if settings.objective not in TOKEN_OBJECTIVES or settings.reward != "none":
         selection.require_teacher(name_of(settings))
@@ -101,9 +104,11 @@ def distill(
     )
     if adapted is not None:
         student = adapted.merge_and_unload()
+    begin_results(metrics_out, "distill", "--metrics")
     metrics = _write_curves(settings, history, inputs.scale, metrics_out)
     metrics |= {"objective": name_of(settings), "samples": len(rows["train"]), "parameters": student.num_parameters()}
     provenance = {
+        "stage": "distill",
         "seed": params.seed,
         "parameters": settings.model_dump(),
         "teacher": selection.teacher["identity"],

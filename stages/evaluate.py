@@ -18,6 +18,7 @@ from pipeline.models import (
     require_same_tokenizer,
     stop_token_ids,
 )
+from pipeline.outputs import begin_results, require_own_results
 from pipeline.params import Evaluate, Params
 from pipeline.prompts import Prompt, PromptFormat, read_prompts
 from pipeline.provenance import fingerprint, git_commit, seconds_since_start, versions
@@ -57,6 +58,7 @@ def evaluate(
 
     models: name -> folder; the last one is compared with each of the others.
     """
+    require_own_results(out, "evaluate")
     settings, task = params.evaluate, get_task(params.prepare.task)
     prompts = [prompt for prompt in read_prompts(prompts_path, ("test",)) if prompt.references]
     if not prompts:
@@ -71,6 +73,7 @@ def evaluate(
     candidate = list(models)[-1]
     metrics, differences = _scores(task.metrics, outputs, prompts, settings, params.seed, candidate)
     provenance = {
+        "stage": "evaluate",
         "task": {"name": task.name, "version": task.version},
         "seed": params.seed,
         "evaluate": settings.model_dump(),
@@ -89,7 +92,7 @@ def evaluate(
         "cost": {"seconds": seconds_since_start()},
         "provenance": provenance,
     }
-    out.mkdir(parents=True, exist_ok=True)
+    begin_results(out, "evaluate")
     write_json_atomically(out / "metrics.json", _headline(metrics, task.metrics[0].name))
     write_json_atomically(out / "results.json", results)
     _write_quality(out / "quality.csv", metrics)

@@ -1,15 +1,18 @@
 """Run the teacher once: ask for what the store does not hold, keep it, and write the selection of this experiment."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from pipeline import console
 from pipeline.errors import UserError
+from pipeline.outputs import is_results, require_own_file
 from pipeline.params import Params
 from pipeline.prompts import Prompt, PromptFormat, encode_response, read_prompts, read_responses
 from pipeline.provenance import git_commit, versions
 from pipeline.shards.files import write_json_atomically
 from pipeline.shards.identity import sample_key
+from pipeline.shards.replaceable import require_own_selection
 from pipeline.shards.selection import write_selection
 from pipeline.shards.storage import Storage
 from pipeline.shards.store import open_store
@@ -34,6 +37,9 @@ def generate(
     results: file for what the run found, made and took; apart from `out`, whose bytes do not depend on that.
     `engine` replaces the one that the parameters name. Raises UserError on bad input; what was stored stays.
     """
+    require_own_selection(out)
+    if results is not None:
+        require_own_file(results, partial(is_results, stage="generate"), "--results")
     settings, storage = params.generate, open_store(store)
     prompts = prompts_to_ask(params, prompts_path)
     teacher = Teacher.of(settings)
@@ -53,7 +59,13 @@ def generate(
     asking.leave_word(orders, out, complete=True)
     cost = asking.cost_of(summary, manifest, orders, took) | {"prompts_overlapping": overlapping}
     if results is not None:
-        provenance = {"engine": teacher.engine, "teacher": teacher.description, "k": teacher.k, "versions": versions()}
+        provenance = {
+            "stage": "generate",
+            "engine": teacher.engine,
+            "teacher": teacher.description,
+            "k": teacher.k,
+            "versions": versions(),
+        }
         write_json_atomically(results, {"cost": cost, "provenance": provenance | {"git_commit": git_commit()}})
     asking.report("teacher cached", summary, parts, orders, out, cost)
     return summary

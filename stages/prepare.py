@@ -1,16 +1,19 @@
 """Prompts with references in four disjoint splits, drawn from a built-in task or a data set, and their tokenizer."""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
 from pipeline import console
 from pipeline.errors import UserError
 from pipeline.models import load_tokenizer, word_tokenizer
+from pipeline.outputs import replacing, require_own_file, require_own_folder
 from pipeline.params import Params, Prepare
-from pipeline.prompts import SPLITS, Prompt, PromptFormat, prompt_id, write_prompts
+from pipeline.prompts import SPLITS, Prompt, PromptFormat, is_prompt_file, prompt_id, write_prompts
 from pipeline.records import load_records
 from pipeline.shards.files import write_json_atomically
 from pipeline.tasks import Task, get_task
@@ -18,6 +21,7 @@ from stages.data_sets import draw_records
 
 # A prompt's split is a function of its text, so no prompt can be in two splits, whatever the sizes and seeds.
 _SHARES = {"teach": 0.8, "train": 0.1, "validation": 0.03, "test": 0.07}
+_COUNTS, _TOKENIZER = "counts.json", "a tokenizer"
 _PATIENCE = 20_000  # draws without a prompt that is needed before a task counts as exhausted
 
 
@@ -62,6 +66,9 @@ def check_disjoint(prompts: list[Prompt]) -> None:
 
 def prepare(params: Params, prompts_path: Path, tokenizer_path: Path) -> None:
     """Write the prompt file, beside it `counts.json` (kept and left out, by reason), and the tokenizer folder."""
+    require_own_file(prompts_path, is_prompt_file)
+    require_own_file(prompts_path.with_name(_COUNTS), _are_counts)
+    require_own_folder(tokenizer_path, _TOKENIZER, "--tokenizer")
     settings: Prepare = params.prepare
     task = get_task(settings.task)
     sizes = {split: getattr(settings, split) for split in SPLITS}
@@ -75,8 +82,9 @@ def prepare(params: Params, prompts_path: Path, tokenizer_path: Path) -> None:
         counts = {split: Counter(kept=size) for split, size in sizes.items()}
     check_disjoint(prompts)
     write_prompts(prompts_path, prompts)
-    write_json_atomically(prompts_path.with_name("counts.json"), counts)
-    tokenizer.save_pretrained(tokenizer_path)
+    write_json_atomically(prompts_path.with_name(_COUNTS), counts)
+    with replacing(tokenizer_path, _TOKENIZER, "--tokenizer") as made:
+        tokenizer.save_pretrained(made)
     console.facts(
         f"task {task.name} (version {task.version})",
         [
@@ -85,6 +93,15 @@ def prepare(params: Params, prompts_path: Path, tokenizer_path: Path) -> None:
             ("tokenizer", tokenizer_path),
         ],
     )
+
+
+def _are_counts(path: Path) -> bool:
+    """Whether a file holds a count for each reason in each split."""
+    with suppress(ValueError, AttributeError):
+        counts = json.loads(path.read_text(encoding="utf-8"))
+        numbers = [number for reasons in counts.values() for number in reasons.values()]
+        return set(counts) == set(SPLITS) and all(isinstance(number, int) for number in numbers)
+    return False
 
 
 def _word_tokenizer(task: Task, template: str):

@@ -7,12 +7,13 @@ import polars as pl
 
 from pipeline import console
 from pipeline.errors import UserError
+from pipeline.outputs import require_own_file
 from pipeline.params import Report
 from pipeline.shards.files import write_atomically
 from stages.bootstrap import say_interval
 from stages.reporting import figures
 from stages.reporting.curves import curve_of
-from stages.reporting.page import Block, Card, Figure, Sample, Section, Table, render_page
+from stages.reporting.page import GENERATOR, Block, Card, Figure, Sample, Section, Table, render_page
 from stages.reporting.reward import reward_section
 
 _KL = "KL(teacher ‖ model) on held-out teacher samples, nats a token, over the top k and the rest (a lower bound)"
@@ -23,6 +24,7 @@ def report(settings: Report, data: Path, out: Path, store: str | Path | None = N
 
     What a stage has not written is left out and named. Raises UserError where not even an evaluation is there.
     """
+    require_own_file(out, _is_report)
     if not (data / "evaluation" / "results.json").is_file():
         raise UserError(f"no evaluation at {data / 'evaluation'}: run `xkd-pipeline evaluate` (or `dvc repro`) first")
     found = {
@@ -50,6 +52,11 @@ def report(settings: Report, data: Path, out: Path, store: str | Path | None = N
     )
     write_atomically(out.parent, lambda path: path.write_text(page, encoding="utf-8"), out.name)
     console.facts("report written", [("page", out), ("size", f"{out.stat().st_size / 1024:,.0f} KiB")])
+
+
+def _is_report(path: Path) -> bool:
+    with path.open("rb") as file:
+        return GENERATOR.encode() in file.read(4096)
 
 
 def _read(path: Path) -> dict:

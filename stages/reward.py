@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from pipeline import console
 from pipeline.errors import UserError
 from pipeline.models import Context, load_config, load_tokenizer, require_context, require_same_tokenizer
+from pipeline.outputs import begin_results, replacing, require_can_write, require_own_folder, require_own_results
 from pipeline.params import Params
 from pipeline.prompts import read_prompts
 from pipeline.provenance import code_fingerprint, fingerprint, git_commit, seconds_since_start, versions
@@ -23,6 +24,8 @@ from stages.curves import write_csv
 from stages.reward_fit import POSTERIORS, Fitted, Fitting
 from stages.reward_model import RewardPosterior, save_posterior
 from stages.rows import per_response
+
+_REWARD = "a reward"
 
 
 def reward(
@@ -42,6 +45,9 @@ def reward(
     needs the prompts and their references. Returns the metrics. Raises UserError where the selection holds nothing to
     fit or to validate.
     """
+    require_own_folder(out, _REWARD)
+    require_own_results(audit_out, "reward", "--audit")
+    require_can_write(runs)
     selection = Selection(selection_path, store)
     selection.require_teacher("a reward")
     require_same_tokenizer(selection.teacher["tokenizer"], load_tokenizer(student_path), student_path)
@@ -67,11 +73,13 @@ def reward(
     fits = {"sarsa": fitting.fit("sarsa")}
     fits["soft"], judges, audited, choice = _soft(fitting, rows.get("negatives", ()), found)
     metrics: dict = {td: fit.metrics for td, fit in fits.items()}
-    for td, fit in fits.items():
-        save_posterior(out / td, fit.posterior, fit.description | {"teacher": selection.teacher["identity"]})
-        read = [row for name, part in rows.items() if name not in ("negatives", "samples") for row in part]
-        _write_rewards(out / td / "rewards.parquet", read, fit.posterior)
-        write_csv(audit_out / f"{td}.csv", fit.curve)
+    begin_results(audit_out, "reward", "--audit")
+    with replacing(out, _REWARD) as made:
+        for td, fit in fits.items():
+            save_posterior(made / td, fit.posterior, fit.description | {"teacher": selection.teacher["identity"]})
+            read = [row for name, part in rows.items() if name not in ("negatives", "samples") for row in part]
+            _write_rewards(made / td / "rewards.parquet", read, fit.posterior)
+            write_csv(audit_out / f"{td}.csv", fit.curve)
     if audited:
         ranked = rankings.rows_of(audited)
         judges |= {
@@ -88,6 +96,7 @@ def reward(
         )
     metrics["negatives"] = choice
     provenance = {
+        "stage": "reward",
         "seed": params.seed,
         "parameters": params.reward.model_dump(),
         "teacher": selection.teacher["identity"],

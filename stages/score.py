@@ -5,17 +5,20 @@ reward's fit; student samples on held-out prompts, which the task says are right
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from pipeline import console
 from pipeline.models import best_device, load_lm, load_tokenizer, require_context, require_same_tokenizer
+from pipeline.outputs import is_results, require_own_file
 from pipeline.params import Params
 from pipeline.prompts import PromptFormat, read_prompts
 from pipeline.provenance import fingerprint, git_commit, versions
 from pipeline.shards.files import digest, write_json_atomically
 from pipeline.shards.identity import Sampling, sample_seed
+from pipeline.shards.replaceable import require_own_selection
 from pipeline.shards.selection import write_selection
 from pipeline.shards.store import open_store
 from pipeline.teachers import Ask, Engine
@@ -41,6 +44,9 @@ def score(
     Where no teacher is run (generate.engine: text) only references are kept, as text. `engine` replaces the one that
     the parameters name. Raises UserError on bad input; what was stored stays.
     """
+    require_own_selection(out)
+    if results is not None:
+        require_own_file(results, partial(is_results, stage="score"))
     settings, storage = params.generate, open_store(store)
     prompts = read_prompts(prompts_path, ("train", "validation", "test"))
     teacher = Teacher.of(settings)
@@ -69,7 +75,12 @@ def score(
     asking.leave_word(orders, out, complete=True)
     cost = asking.cost_of(summary, manifest, orders, took) | {"prompts_overlapping": overlapping}
     if results is not None:
-        provenance = {"parameters": params.score.model_dump(), "student": student, "versions": versions()}
+        provenance = {
+            "stage": "score",
+            "parameters": params.score.model_dump(),
+            "student": student,
+            "versions": versions(),
+        }
         write_json_atomically(results, {"cost": cost, "provenance": provenance | {"git_commit": git_commit()}})
     asking.report("scored by the teacher", summary, parts, orders, out, cost)
     return summary

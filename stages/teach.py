@@ -18,12 +18,13 @@ from pipeline.models import (
     load_tokenizer,
     local_folder,
     require_context,
-    require_replaceable,
+    require_own_model,
     save_model,
     stop_token_ids,
     tokenizer_identity,
     weights_digest,
 )
+from pipeline.outputs import require_can_write
 from pipeline.params import Params, Role, Teach
 from pipeline.prompts import PromptFormat, encode_response, read_prompts
 from pipeline.provenance import code_fingerprint, fingerprint
@@ -43,7 +44,8 @@ def teach(params: Params, role: Role, prompts_path: Path, tokenizer_path: Path, 
     A base that is neither cut nor trained is not copied: `out` becomes a link to it.
     """
     settings: Teach = getattr(params.teach, role)
-    require_replaceable(out)
+    require_own_model(out)
+    require_can_write(runs)
     if settings.base and not settings.layers and not settings.optimisation.steps and has_weights(settings.base):
         link_model(out, settings.base, weights_digest(local_folder(settings.base)))
         console.facts(f"{role} taken as it is", [("model", settings.base), ("link", out)])

@@ -71,13 +71,15 @@ def test_bad_prompts_are_refused_by_file_and_row(teacher, tmp_path):
 @pytest.mark.slow
 def test_paths_that_do_not_exist_are_refused(tmp_path, teacher):
     absent = tmp_path / "absent"
-    assert f"no prompt file at {absent}" in refused("generate", "--teacher", teacher, "--prompts", absent)
+    assert f"no prompt file at {absent}" in refused("generate", "--teacher", teacher, "--prompts", absent, cwd=tmp_path)
     prompts = make_prompts(tmp_path / "p.parquet", train=1)
-    assert f"no model at {absent}" in refused("generate", "--teacher", absent, "--prompts", prompts)
-    assert "no cached teacher at" in refused("distill", "--selection", absent)
-    assert "no cached teacher at" in refused("reward", "--selection", absent)
+    assert f"no model at {absent}" in refused("generate", "--teacher", absent, "--prompts", prompts, cwd=tmp_path)
+    assert "no cached teacher at" in refused("distill", "--selection", absent, cwd=tmp_path)
+    assert "no cached teacher at" in refused("reward", "--selection", absent, cwd=tmp_path)
     assert "no parameter file at" in refused("params", "--params", absent)
-    assert f"no prompt file at {absent}" in refused("teach", "teacher", "--prompts", absent, "--tokenizer", teacher)
+    assert f"no prompt file at {absent}" in refused(
+        "teach", "teacher", "--prompts", absent, "--tokenizer", teacher, cwd=tmp_path
+    )
     assert "no tokenizer at data/tokenizer" in refused("teach", "teacher", "--prompts", prompts, cwd=tmp_path)
 
 
@@ -99,7 +101,8 @@ def test_a_student_with_another_tokenizer_is_refused(teacher, tmp_path):
     )
     assert made.returncode == 0, made.stderr
     stranger = make_model(tmp_path / "stranger", seed=0, words=WORDS[::-1])
-    assert "is not the teacher's" in refused("distill", "--selection", tmp_path / "out", "--student", stranger)
+    paths = ("--selection", tmp_path / "out", "--student", stranger)
+    assert "is not the teacher's" in refused("distill", *paths, cwd=tmp_path)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """What holds for distillation: every objective with every reward by configuration alone, and what is refused."""
 
+import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -205,11 +207,20 @@ def test_a_student_that_cannot_read_the_longest_response_is_refused(cache, teach
 
 
 def test_a_student_that_cannot_be_saved_keeps_its_checkpoints(cache, teacher, student, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write to"):
-        distill(make_params(teacher, "distill.reward=none"), cache / "selection", student, None,
-                tmp_path / "file" / "student", tmp_path / "metrics", tmp_path / "runs")  # fmt: skip
+    """Its place is free when the training begins, and has somebody's notes in it when the training is over."""
+
+    def occupy() -> None:
+        while not list(tmp_path.glob("runs/distill/*/checkpoint-*")):
+            time.sleep(0.001)
+        (tmp_path / "student").mkdir()
+        (tmp_path / "student" / "notes.txt").write_text("mine")
+
+    occupant = threading.Thread(target=occupy, daemon=True)
+    occupant.start()
+    with pytest.raises(UserError, match=rf"{tmp_path / 'student'} was not made by xkd-pipeline"):
+        run_distill(cache, teacher, student, tmp_path, "distill.reward=none", "distill.optimisation.steps=40")
     assert list(tmp_path.glob("runs/distill/*/checkpoint-*"))
+    assert [path.name for path in (tmp_path / "student").iterdir()] == ["notes.txt"]
 
 
 def test_a_student_with_another_tokenizer_is_refused(cache, teacher, tmp_path):

@@ -15,7 +15,7 @@ from pipeline.models.loading import (
     resolve,
     stop_token_ids,
 )
-from pipeline.models.saving import require_replaceable, save_model
+from pipeline.models.saving import require_own_model, save_model
 from pipeline.models.tokenizers import load_tokenizer, require_same_tokenizer, tokenizer_identity, word_tokenizer
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
     "number_type",
     "require_context",
     "require_loadable",
-    "require_replaceable",
+    "require_own_model",
     "require_same_tokenizer",
     "resolve",
     "save_model",

@@ -5,14 +5,14 @@ model of gigabytes is used where it lies, and DVC still tracks which one it is.
 """
 
 import json
-import shutil
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError, in_one_line
-from pipeline.models.saving import require_replaceable
+from pipeline.models.saving import replacing_model
 from pipeline.models.weights import require_complete, weight_files
 from pipeline.shards.files import write_json_atomically
 
@@ -21,11 +21,11 @@ _LINK = "link.json"
 
 def link_model(folder: Path, source: str | Path, weights: str) -> None:
     """Make `folder` stand for the model `source` (folder or hub name), whose weights have the digest `weights`."""
-    require_replaceable(folder)
-    if folder.exists():
-        shutil.rmtree(folder)
     where = str(Path(source).resolve()) if Path(source).is_dir() else str(source)
-    write_json_atomically(folder / _LINK, {"source": where, "weights": weights})
+    if where == os.path.realpath(folder):
+        raise UserError(f"{folder} is the base itself, which would be replaced by a link: choose another --out")
+    with replacing_model(folder) as made:
+        write_json_atomically(made / _LINK, {"source": where, "weights": weights})
 
 
 def read_link(source: str | Path) -> dict:

@@ -1,28 +1,20 @@
 """Model folders: whole or absent, and never in the place of other things."""
 
-import shutil
-import tempfile
 from pathlib import Path
 
-from pipeline.errors import UserError
-from pipeline.shards.files import writing_to
+from pipeline.outputs import replacing, require_own_folder
 
-_MODEL_FILES = (".safetensors", ".json", ".md", ".jinja", ".txt", ".model")
+_MODEL = "a model"
 
 
-def require_replaceable(folder: Path) -> None:
-    """Raises UserError unless `folder` is missing, empty, or holds a model and nothing else: it will be replaced."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file, expected a folder for a model: choose another --out")
-    names = sorted(path.name for path in folder.iterdir())
-    others = [name for name in names if (folder / name).is_dir() or not name.endswith(_MODEL_FILES)]
-    if names and (others or not {"config.json", "link.json"} & set(names)):
-        raise UserError(
-            f"{folder} holds other things than a model ({', '.join((others or names)[:3])}, ...), which would go: "
-            "choose another --out"
-        )
+def require_own_model(folder: Path) -> None:
+    """Raises UserError unless a model may be saved there: `folder` is missing, empty or holds one that we saved."""
+    require_own_folder(folder, _MODEL)
+
+
+def replacing_model(folder: Path):
+    """A new folder to fill, which then takes the place of `folder`."""
+    return replacing(folder, _MODEL)
 
 
 def save_model(folder: Path, model, tokenizer, card: str, stops: tuple[int, ...] | None = None) -> None:
@@ -30,20 +22,9 @@ def save_model(folder: Path, model, tokenizer, card: str, stops: tuple[int, ...]
 
     stops: tokens that end a response, by default the tokenizer's EOS.
     """
-    require_replaceable(folder)
-    model.generation_config.eos_token_id = list(stops or (tokenizer.eos_token_id,))
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    with writing_to(folder.parent):
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            (temporary / "README.md").write_text(card, encoding="utf-8")
-            temporary.chmod(0o755)
-            for file in temporary.iterdir():  # safetensors makes its files private
-                file.chmod(0o644)
-            if folder.exists():
-                shutil.rmtree(folder)
-            temporary.replace(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with replacing_model(folder) as made:
+        model.generation_config.eos_token_id = list(stops or (tokenizer.eos_token_id,))
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        (made / "README.md").write_text(card, encoding="utf-8")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.outputs import entries, require_can_write
 from pipeline.shards.catalogue import describe_request
 from pipeline.shards.files import require_writable, write_atomically
 from pipeline.shards.schema import SCHEMA, Row, footer, row_groups, write_row_groups
@@ -75,13 +76,19 @@ def splits_of_request(storage: Storage, name: str) -> tuple[dict, list[Split]]:
     return headers[0]["teacher"], splits
 
 
+def require_new(out: Path) -> None:
+    """Raises UserError unless `out` is missing or empty, and can be written."""
+    if entries(out, "folder", besides=()):
+        raise UserError(f"{out} is not empty: export to a new folder")
+    require_can_write(out)
+
+
 def export(teacher: dict, splits: Iterable[Split], out: Path) -> dict[str, int]:
     """Write `out/data/<split>-00000.parquet` and `out/README.md`; returns the rows of each split.
 
     Raises UserError where `out` already holds something.
     """
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty: export to a new folder")
+    require_new(out)
     require_writable(out)
     staged = out / f".tmp-{uuid.uuid4().hex}"
     try:

@@ -32,9 +32,11 @@ def run(task: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [o for setting in (f"prepare.task={task}", *TASKS[task]) for o in ("--set", setting)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XKD_STORE": str(folder.resolve() / "store")}
+    command = [sys.executable, "-m", "pipeline.cli"]
+    with (folder / "params.yaml").open("w") as file:
+        subprocess.run([*command, "params", "--params", os.devnull, *chosen], env=environment, check=True, stdout=file)
     for stage in STAGES:
-        command = [sys.executable, "-m", "pipeline.cli", *stage, *chosen]
-        subprocess.run(command, cwd=folder, env=environment, check=True)
+        subprocess.run([*command, *stage], cwd=folder, env=environment, check=True)
 
 
 def lucky(data: Path) -> str:

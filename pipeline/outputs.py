@@ -1,0 +1,172 @@
+"""Where results go: into what is missing, empty or our own, which is checked before any work, and again before writing.
+
+A folder that is replaced as a whole (a model, a tokenizer, a reward) carries a mark: what it holds, and its files. A
+folder that results are written into file by file is known by the same mark, or by the `results.json` in it, since DVC
+keeps files and not their folder. What a mark says depends on nothing but the files' names.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.shards.files import write_json_atomically, writing_to
+
+MARK = ".xkd-pipeline"
+RESULTS = "results.json"
+_MADE_BY = "xkd-pipeline"
+_OF_DVC = {".gitignore"}  # DVC writes it beside files that are its outputs
+
+
+def require_own_folder(folder: Path, holds: str, option: str = "--out") -> None:
+    """Raises UserError unless `folder` can be replaced: it is missing, empty, or what `replacing` made and no more.
+
+    holds: what it is to hold (`a model`); a folder of ours that holds something else is not replaced either.
+    """
+    place = Path(os.path.realpath(folder))
+    names = entries(place, option, besides=())
+    if names:
+        mark = _require_mark(folder, holds, names, option)
+        added = sorted(set(_files(place)) - {*mark.get("files", ()), MARK})
+        if added:
+            raise UserError(
+                f"{folder} holds files that xkd-pipeline did not write ({_some(added)}), and would be replaced as a "
+                f"whole: nothing was changed. Move them away, or choose another {option}"
+            )
+    if os.path.ismount(place):
+        raise UserError(f"{folder} is where a disk is mounted, and cannot be replaced: give {option} a folder in it")
+    require_can_write(place.parent)
+
+
+@contextmanager
+def replacing(folder: Path, holds: str, option: str = "--out") -> Iterator[Path]:
+    """A new folder to fill; at the end of the block it is marked and takes the place of `folder`: whole or absent.
+
+    Raises UserError as `require_own_folder` does, also where that became so inside the block.
+    """
+    require_own_folder(folder, holds, option)
+    place = Path(os.path.realpath(folder))  # what a link points to is replaced, and not the link
+    with writing_to(place.parent):
+        made = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+        try:
+            yield made
+            _write_mark(made, holds, _files(made))
+            made.chmod(0o755)
+            for name in _files(made):  # safetensors makes its files private
+                (made / name).chmod(0o644)
+            require_own_folder(folder, holds, option)
+            earlier = made.with_name(f"{made.name}-earlier")
+            if place.exists():  # moved first: a kill must not leave half of it
+                place.rename(earlier)
+            made.rename(place)
+            shutil.rmtree(earlier, ignore_errors=True)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def require_own_results(folder: Path, stage: str, option: str = "--out") -> None:
+    """Raises UserError unless `stage` may write into `folder`: it is missing, empty, or has its earlier results."""
+    names = entries(folder, option)
+    if RESULTS in names:
+        if not is_results(folder / RESULTS, stage):
+            raise not_ours(folder / RESULTS, option)
+    elif names:
+        _require_mark(folder, _results_of(stage), names, option)
+    require_can_write(folder)
+
+
+def begin_results(folder: Path, stage: str, option: str = "--out") -> None:
+    """Make the folder and mark it, before the first of its files is written."""
+    require_own_results(folder, stage, option)
+    _write_mark(folder, _results_of(stage), [])
+
+
+def is_results(path: Path, stage: str) -> bool:
+    """Whether a file is the results.json of a stage."""
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        provenance = json.loads(path.read_text(encoding="utf-8"))["provenance"]
+        return provenance["stage"] == stage and _MADE_BY in provenance["versions"]
+    return False
+
+
+def require_own_file(path: Path, is_ours: Callable[[Path], bool], option: str = "--out") -> None:
+    """Raises UserError unless `path` can be written and is missing, or a file that `is_ours` knows."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, expected a file: choose another {option}")
+    if path.exists() and not is_ours(path):
+        raise not_ours(path, option)
+    require_can_write(path.parent)
+
+
+def require_can_write(folder: Path) -> None:
+    """Raises UserError where nothing can be written into `folder`, or it cannot be made; makes nothing itself."""
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    with writing_to(there):
+        probe = there / f".tmp-{uuid.uuid4().hex}"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+
+
+def entries(folder: Path, option: str, besides=_OF_DVC) -> list[str]:
+    """Names in a folder `besides` some, sorted; none where it is missing. Raises UserError where it is a file."""
+    try:
+        return sorted({*os.listdir(folder)} - {*besides})
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError:
+        raise UserError(f"{folder} is, or is in, a file, expected a folder: choose another {option}") from None
+
+
+def not_ours(path: Path, option: str) -> UserError:
+    """The error about a file in the way."""
+    return UserError(
+        f"{path} is not what xkd-pipeline writes under that name, or it is damaged: nothing was changed. Move it away, "
+        f"or choose another {option}"
+    )
+
+
+def foreign(folder: Path, names: list[str], option: str) -> UserError:
+    """The error about a folder that is none of ours."""
+    return UserError(
+        f"{folder} was not made by xkd-pipeline (it holds {_some(names)}): nothing was changed. Move it away, or "
+        f"choose another {option}"
+    )
+
+
+def _require_mark(folder: Path, holds: str, names: list[str], option: str) -> dict:
+    mark = _read_mark(folder)
+    if not mark:
+        raise foreign(folder, names, option)
+    if mark.get("holds") != holds:
+        raise UserError(f"{folder} holds {mark.get('holds')}, and {holds} would be written: choose another {option}")
+    return mark
+
+
+def _results_of(stage: str) -> str:
+    return f"results of {stage}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
+def _read_mark(folder: Path) -> dict:
+    """What the mark in a folder says; empty where there is none of ours."""
+    with suppress(OSError, ValueError, RecursionError):
+        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        if isinstance(mark, dict) and mark.get("made_by") == _MADE_BY:
+            return mark
+    return {}
+
+
+def _write_mark(folder: Path, holds: str, files: list[str]) -> None:
+    write_json_atomically(folder / MARK, {"made_by": _MADE_BY, "holds": holds, "files": files})
