@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.params.base import Count, NonNegativeFloat, Optimisation, Positive, PositiveFloat, Section, Share
+from pipeline.params.base import Count, Float, NonNegativeFloat, Optimisation, Positive, PositiveFloat, Section, Share
 
 TOKEN_OBJECTIVES = ("sft", "seqkd")  # losses on tokens alone, without a teacher's distribution
 
@@ -12,7 +12,7 @@ TOKEN_OBJECTIVES = ("sft", "seqkd")  # losses on tokens alone, without a teacher
 class Residual(Section):
     q_source: Literal["logits", "logprobs"]
     """Q-values: the raw logits (need the cache's lse) or their log-softmax."""
-    gamma: Annotated[float, Field(gt=0, le=1)]
+    gamma: Annotated[Float, Field(gt=0, le=1)]
     """Discount."""
     terminal: Literal["drop", "zero"]
     """The last step: left out, or with a next value of zero."""
@@ -59,7 +59,7 @@ class Lora(Section):
     """Rank of the adapters on all linear layers of the blocks; 0: all weights are trained."""
     alpha: PositiveFloat = 16
     """Scale of the adapters, divided by the rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
     """Dropout before the adapters."""
 
 
@@ -68,7 +68,7 @@ class Distill(Section):
     """Distillation loss; sft learns the training prompts' references, all others the teacher's samples."""
     beta: Share = 0.5
     """Mixture weight of jsd (0 is fkl, 1 is rkl)."""
-    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    alpha: Annotated[Float, Field(gt=0, lt=1)] = 0.1
     """Mixture weight of skew_fkl and skew_rkl: that of the first-named distribution (DistiLLM)."""
     tail: Literal["bucket", "renorm", "teacher_renorm", "truncate"] = "bucket"
     """Mass outside the teacher's top k: one more outcome, renormalised on both sides or the teacher's, left out."""
