@@ -132,7 +132,7 @@ def scoring_request(params: Params, teacher: Teacher) -> Request:
 
 def rendered(prompts: list[Prompt], form: PromptFormat, tokenizer) -> list[tuple[Prompt, str, np.ndarray]]:
     """Prompts with the text and the token ids that the teacher reads."""
-    texts = [form.text(tokenizer, prompt.prompt) for prompt in prompts]
+    texts = form.texts(tokenizer, prompts)
     return list(zip(prompts, texts, form.encode_texts(tokenizer, texts), strict=True))
 
 
