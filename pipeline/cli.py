@@ -42,6 +42,7 @@ from pipeline.options import (
     example,
     keep_default,
     load,
+    require_unicode,
 )  # fmt: skip
 from pipeline.params import Role
 from pipeline.tools import COMMANDS
@@ -68,6 +69,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         print(__version__)
         raise typer.Exit()
+    require_unicode(sys.argv[1:])
     console.quiet_libraries()
 
 

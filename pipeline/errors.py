@@ -14,8 +14,22 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def is_printable(text: str) -> bool:
+    """Whether it is valid Unicode: without lone surrogates, which no file can hold."""
+    return printable(text) == text
+
+
+def shown(value: object) -> str:
+    """A value of the user's in a message: one line of at most 80 characters."""
+    text = " ".join(str(value).split())
+    return printable(text if len(text) <= 80 else text[:77] + "...")
+
+
 class UserError(Exception):
     """A slip of the user's or a fault of the environment; the command line prints its message without a traceback."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 @contextmanager

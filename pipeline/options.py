@@ -1,13 +1,15 @@
 """Where the pipeline keeps its files, and the options that several commands share."""
 
+import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, is_printable, shown
 from pipeline.params import Params
 from pipeline.params_file import load_params
 
@@ -21,6 +23,13 @@ CURVES, EVALUATION = DATA / "distill", DATA / "evaluation"
 
 # Options that change nothing of what is made, or say where it goes.
 _NO_INPUTS = {"store", "runs", "retry_skipped", "out", "tokenizer_out", "metrics", "audit", "results"}
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter("must be a finite number")
+    return value
+
 
 ParamsOption = Annotated[
     Path | None,
@@ -55,19 +64,34 @@ StudentOption = Annotated[Path, typer.Option("--student", help="The student's st
 RetryOption = Annotated[bool, typer.Option("--retry-skipped", help="Try rows again that were left out before.")]
 TokensOption = Annotated[
     float | None,
-    typer.Option("--tokens", min=1, help="With --dry-run: response tokens to plan for, in place of a prompt file."),
+    typer.Option(
+        "--tokens",
+        callback=_finite,
+        min=1,
+        help="With --dry-run: response tokens to plan for, in place of a prompt file.",
+    ),
 ]
 RateOption = Annotated[
     float | None,
-    typer.Option("--rate", min=0.01, help="With --dry-run: response tokens a second and GPU, for GPU-hours."),
+    typer.Option(
+        "--rate", callback=_finite, min=0.01, help="With --dry-run: response tokens a second and GPU, for GPU-hours."
+    ),
 ]
 GpusOption = Annotated[
     int | None,
     typer.Option("--gpus", min=1, help="With --dry-run: number of GPUs.  [dim]default: those of one teacher[/dim]"),
 ]
 GpuMemoryOption = Annotated[
-    float | None, typer.Option("--gpu-memory", min=1, help="With --dry-run: GiB a GPU.  [dim]default: 80[/dim]")
+    float | None,
+    typer.Option("--gpu-memory", callback=_finite, min=1, help="With --dry-run: GiB a GPU.  [dim]default: 80[/dim]"),
 ]
+
+
+def require_unicode(arguments: Iterable[str]) -> None:
+    """Raises UserError for an argument or a folder whose bytes are not UTF-8: no file of ours could hold it."""
+    places = [*arguments, os.environ.get("XKD_STORE", ""), os.getcwd()]
+    if bad := next((text for text in places if not is_printable(text)), None):
+        raise UserError(f"{shown(bad)} is not valid UTF-8: give it another name, or write it in UTF-8")
 
 
 def load(params: Path | None, overrides: list[str] | None) -> Params:

@@ -4,14 +4,17 @@
 """
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, in_one_line, is_printable, shown
 from pipeline.params import Params, Section
+
+_DEEPEST, _DIGITS, _LONGEST = 10, 100, 2**20  # of a parameter file: levels, digits of a number, bytes
 
 
 def load_params(path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Params:
@@ -19,35 +22,78 @@ def load_params(path: Path | None = None, overrides: list[str] | tuple[str, ...]
 
     Raises UserError that names the file or option, the key and the values allowed.
     """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            tree = yaml.safe_load(Path(path).read_text()) or {}
-        except OSError as error:
-            raise UserError(f"no parameter file at {path}: {error.strerror}") from None
-        except yaml.YAMLError as error:
-            raise UserError(f"{path} is not valid YAML: {error}") from None
-        if not isinstance(tree, dict):
-            raise UserError(f"{path} must hold a mapping of parameters, found a {type(tree).__name__}")
+    tree: dict[str, Any] = {} if path is None else _read(Path(path))
     for override in overrides:
         _apply(tree, override)
-    source = ", ".join([str(path)] * (path is not None) + [f"--set {o}" for o in overrides])
+    source = ", ".join([str(path)] * (path is not None) + [f"--set {shown(o)}" for o in overrides])
     return _validate(_merge(Params().model_dump(), tree), source)
+
+
+def _read(path: Path) -> dict:
+    """The mapping in a parameter file. Pipes and devices other than /dev/null, which may never end, are not read."""
+    if not path.is_file() and str(path) != os.devnull:
+        raise UserError(f"no parameter file at {path}: {'not a file' if path.exists() else 'nothing is there'}")
+    with in_one_line(f"{path} cannot be read"):
+        if path.stat().st_size > _LONGEST:
+            raise UserError(f"{path} has more than {_LONGEST:,} bytes: that is no parameter file")
+        text = path.read_text(encoding="utf-8")
+    tree = _parse(text, f"{path} is not valid YAML")
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping of parameters, found a {type(tree).__name__}")
+    return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as far as parameters need it, which is bounded: no aliases (a few can stand for billions of values), no
+    depth, no numbers that take long to read, no text that cannot be written."""
+
+    depth = 0
+
+    def compose_node(self, parent, index):
+        here = self.peek_event().start_mark
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not read", problem_mark=here)
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise yaml.MarkedYAMLError(problem=f"more than {_DEEPEST} levels", problem_mark=here)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def compose_scalar_node(self, anchor):
+        node = super().compose_scalar_node(anchor)
+        if not is_printable(node.value) or "\0" in node.value:
+            problem = "a text with half a surrogate pair or a null character"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return node
+
+    def construct_yaml_int(self, node):
+        if len(node.value) > _DIGITS:
+            raise yaml.MarkedYAMLError(problem=f"a number of over {_DIGITS} digits", problem_mark=node.start_mark)
+        return super().construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _parse(text: str, what: str) -> Any:
+    """The value of a YAML text. Raises UserError that begins with `what`."""
+    with in_one_line(what):
+        return yaml.load(text, _Loader)
 
 
 def _apply(tree: dict, override: str) -> None:
     key, mark, value = override.partition("=")
     if not mark:
-        raise UserError(f"--set {override}: expected key=value, for instance distill.objective=rkl")
+        raise UserError(f"--set {shown(override)}: expected key=value, for instance distill.objective=rkl")
     *parents, last = key.strip().split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
-            raise UserError(f"--set {override}: '{parent}' is a value, not a section")
-    try:
-        tree[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not valid YAML") from None
+            raise UserError(f"--set {shown(override)}: '{shown(parent)}' is a value, not a section")
+    tree[last] = _parse(value, f"--set {shown(override)}: the value is not valid YAML")
 
 
 def _merge(default: Any, given: Any) -> Any:
@@ -74,7 +120,7 @@ def _explain(problem: dict, tree: dict) -> str:
     key = ".".join(str(part) for part in problem["loc"]) or "(file)"
     if problem["type"] != "extra_forbidden":
         return f"  {key}: {problem['msg']}" + (
-            "" if isinstance(problem["input"], dict) else f", found {problem['input']!r}"
+            "" if isinstance(problem["input"], dict) else f", found {shown(repr(problem['input']))}"
         )
     schema: Any = Params().model_dump()
     for part in problem["loc"][:-1]:

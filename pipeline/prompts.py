@@ -1,16 +1,16 @@
 """Prompt files: what the models are asked, with references. One way in, one way out."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline.chat import render_chats
+from pipeline.errors import UserError, in_one_line, is_printable, printable, shown
 from pipeline.params import Params
-from pipeline.shards.files import digest, write_atomically
+from pipeline.shards.files import digest, parse_json, write_atomically
 
 TEMPLATE_VERSION = 1  # changes whenever the same template would render other text
 _MADE_BY = {b"made_by": b"xkd-pipeline"}  # in the footer of our prompt files
@@ -49,31 +49,45 @@ class PromptFormat:
     def of(cls, params: Params) -> "PromptFormat":
         return cls(params.template, params.chat, params.system)
 
-    def text(self, tokenizer, prompt: str) -> str:
-        """The text that the model reads. Raises UserError where a chat template is wanted and there is none."""
-        text = render(self.template, prompt)
+    def texts(self, tokenizer, prompts: Sequence[Prompt]) -> list[str]:
+        """The texts that the model reads. Raises UserError where a chat template is wanted and none works."""
+        texts = [render(self.template, prompt.prompt) for prompt in prompts]
         if not self.chat:
-            return text
-        if not tokenizer.chat_template:
-            raise UserError("chat is true, but the tokenizer has no chat template: set chat to false")
-        messages = [{"role": "user", "content": text}]
-        if self.system:
-            messages.insert(0, {"role": "system", "content": self.system})
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return texts
+        self._require_template(tokenizer)
+        lead = [{"role": "system", "content": self.system}] if self.system else []
+        chats = [[*lead, {"role": "user", "content": text}] for text in texts]
+        return render_chats(tokenizer, chats, [prompt.id for prompt in prompts])
 
-    def encode(self, tokenizer, prompts: Sequence[str]) -> list[np.ndarray]:
+    def encode(self, tokenizer, prompts: Sequence[Prompt]) -> list[np.ndarray]:
         """Token ids, int32 each; special tokens are the tokenizer's own, or those of the chat template."""
-        return self.encode_texts(tokenizer, [self.text(tokenizer, prompt) for prompt in prompts])
+        return self.encode_texts(tokenizer, self.texts(tokenizer, prompts))
 
     def encode_texts(self, tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-        """The same for texts that `text` made."""
+        """The same for texts that `texts` made."""
         if not texts:
             return []
         return [np.asarray(ids, np.int32) for ids in tokenizer(texts, add_special_tokens=not self.chat)["input_ids"]]
 
     def chat_identity(self, tokenizer) -> str | None:
         """Digest of chat template and system message; None without."""
-        return digest([tokenizer.chat_template, self.system])[:16] if self.chat else None
+        if not self.chat:
+            return None
+        self._require_template(tokenizer)
+        return digest([tokenizer.chat_template, self.system])[:16]
+
+    @staticmethod
+    def _require_template(tokenizer) -> None:
+        """Raises UserError where there is no chat template, or none that can be read: text, or texts by name."""
+        template = tokenizer.chat_template
+        if not template:
+            raise UserError("chat is true, but the tokenizer has no chat template: set chat to false")
+        texts = [*template, *template.values()] if isinstance(template, dict) else [template]
+        if not all(isinstance(text, str) and is_printable(text) for text in texts):
+            raise UserError(
+                f"the chat template of {tokenizer.name_or_path} is not a text of valid Unicode: mend it, or set chat "
+                "to false"
+            )
 
 
 def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
@@ -119,7 +133,9 @@ def read_prompts(path: Path, splits: Sequence[str] | None = None) -> list[Prompt
     for number, row in enumerate(rows, start=1):
         prompt = _parse(row, path, number)
         if prompt.id in ids:
-            raise UserError(f"{path}: row {number} repeats id '{prompt.id}' of row {ids[prompt.id]}: ids must differ")
+            raise UserError(
+                f"{path}: row {number} repeats id '{shown(prompt.id)}' of row {ids[prompt.id]}: ids must differ"
+            )
         if prompt.prompt in texts:
             raise UserError(
                 f"{path}: row {number} repeats the prompt of row {texts[prompt.prompt]}: its samples would be the same "
@@ -153,9 +169,10 @@ def read_responses(path: Path) -> dict[str, list[GivenResponse]]:
         for column in ("prompt", "response"):
             if not isinstance(row.get(column), str) or not row[column].strip():
                 raise UserError(f"{path}: row {number} has no text in column '{column}'")
+            _require_unicode(row[column], path, number, column)
         finish = row.get("finish") or "stop"
         if finish not in ("stop", "length"):
-            raise UserError(f"{path}: row {number} has finish '{finish}'; known: stop, length")
+            raise UserError(f"{path}: row {number} has finish '{shown(finish)}'; known: stop, length")
         given = GivenResponse(row["response"], finish == "stop")
         if given not in found.setdefault(row["prompt"], []):
             found[row["prompt"]].append(given)
@@ -163,46 +180,53 @@ def read_responses(path: Path) -> dict[str, list[GivenResponse]]:
 
 
 def _read_rows(path: Path) -> list[dict]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     if path.suffix == ".parquet":
-        try:
-            return pq.read_table(path).to_pylist()
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{path} is not a Parquet file: {error}") from None
+        with in_one_line(f"{path} is not a Parquet file, or a damaged one"):
+            table = pq.read_table(path)
+            table.validate(full=True)  # names the column of text that is not UTF-8
+            return table.to_pylist()
     if path.suffix not in (".jsonl", ".json"):
         raise UserError(f"{path}: prompts are read from .parquet or .jsonl files")
-    rows = []
-    try:
+    with in_one_line(f"{path} cannot be read as UTF-8 text"):
         lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    rows = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}: row {number} is not JSON: {error}") from None
+            row = parse_json(line, f"{path}: row {number}")
             if not isinstance(row, dict):
                 raise UserError(f"{path}: row {number} is not a JSON object")
             rows.append(row)
     return rows
 
 
+def _require_unicode(text: str, path: Path, number: int, column: str) -> None:
+    """Raises UserError for text that no file can hold and no tokenizer read."""
+    if not is_printable(text):
+        raise UserError(
+            f"{path}: row {number} has half a surrogate pair in '{column}': {shown(text)}. It is not valid Unicode: "
+            "write the whole character, or leave it out"
+        )
+
+
 def _parse(row: dict, path: Path, number: int) -> Prompt:
     if "prompt" not in row:
-        raise UserError(f"{path}: row {number} has no column 'prompt'; found {', '.join(map(str, row)) or 'nothing'}")
+        raise UserError(f"{path}: row {number} has no column 'prompt'; found {shown(', '.join(row)) or 'nothing'}")
     text = row["prompt"]
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{path}: row {number} has an empty prompt: remove the row or fill it in")
+    _require_unicode(text, path, number, "prompt")
     references = row.get("references") or []
     if not isinstance(references, list) or not all(isinstance(reference, str) for reference in references):
         raise UserError(f"{path}: row {number}: 'references' must be a list of strings")
+    for reference in references:
+        _require_unicode(reference, path, number, "references")
     split = row.get("split") or "train"
     if split not in SPLITS:
-        raise UserError(f"{path}: row {number} has split '{split}'; known: {', '.join(SPLITS)}")
-    identity = prompt_id(text) if row.get("id") is None else str(row["id"])
+        raise UserError(f"{path}: row {number} has split '{shown(split)}'; known: {', '.join(SPLITS)}")
+    # An id is only a name: one that is not valid Unicode is kept as escapes, and its row is not lost.
+    identity = prompt_id(text) if row.get("id") is None else printable(str(row["id"]))
     return Prompt(identity, text, tuple(references), split)
 
 

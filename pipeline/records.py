@@ -29,6 +29,8 @@ def load_records(path: str, config: str = "") -> dict[str, Any]:
             found = datasets.load_from_disk(str(local))
         elif local.is_dir():  # a hub data set's configuration means nothing here
             found = datasets.load_dataset(str(local))
+        elif local.exists():
+            raise UserError(f"{path} is neither a file nor a folder: data sets are read from these")
         elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
             found = datasets.load_dataset(path, config or None)
         else:

@@ -137,7 +137,7 @@ def rendered(prompts: Sequence[Prompt], form: PromptFormat, tokenizer) -> tuple[
     A training prompt whose token ids are those of a held-out one (of validation or test: unknown words, spaces) is left
     out, since their samples would be the same ones; second: how many were.
     """
-    texts = [form.text(tokenizer, prompt.prompt) for prompt in prompts]
+    texts = form.texts(tokenizer, prompts)
     read = list(zip(prompts, texts, form.encode_texts(tokenizer, texts), strict=True))
     held_out = {ids.tobytes() for prompt, _, ids in read if prompt.split in ("validation", "test")}
     kept = [each for each in read if each[0].split != "train" or each[2].tobytes() not in held_out]

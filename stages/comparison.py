@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from pipeline import console
 from pipeline.errors import UserError
+from pipeline.shards.files import parse_json, read_json, require_shape
 from stages.bootstrap import say_interval
+from stages.reporting.results import read_evaluation
 
 _EVALUATION = "evaluation/results.json"
 _DISTILL = "distill/results.json"
@@ -58,10 +61,10 @@ def _read(name: str, data: Path) -> tuple[dict, str]:
     path = Path(name)
     for file in (path, path / "results.json", path / _EVALUATION):
         if file.is_file():
-            evaluation = _parse(file.read_text(encoding="utf-8"), str(file))
+            evaluation = read_evaluation(file)
             beside = file.parents[1] / _DISTILL if file.parent.name == "evaluation" else None
             known = beside is not None and beside.is_file()
-            return evaluation, _objective(beside.read_text(encoding="utf-8")) if known else "-"
+            return evaluation, _objective(read_json(beside), beside) if known else "-"
     if path.exists():
         raise UserError(f"{name} holds no results of `xkd-pipeline evaluate`")
     return _read_revision(name, data)
@@ -73,24 +76,19 @@ def _read_revision(name: str, data: Path) -> tuple[dict, str]:
     from scmrepo.exceptions import SCMError
 
     try:
-        evaluation = _parse(dvc.api.read((data / _EVALUATION).as_posix(), rev=name), name)
-        return evaluation, _objective(dvc.api.read((data / _DISTILL).as_posix(), rev=name))
-    except (DvcException, SCMError, OSError) as error:
+        evaluation, distillation = (
+            dvc.api.read((data / file).as_posix(), rev=name) for file in (_EVALUATION, _DISTILL)
+        )
+    except (DvcException, SCMError, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{name} is neither a folder with results nor an experiment or revision that has them: {reason}"
         ) from error
+    beside = f"{data / _DISTILL} of {name}"
+    found = read_evaluation(f"{data / _EVALUATION} of {name}", evaluation)
+    return found, _objective(parse_json(distillation, beside), beside)
 
 
-def _objective(text: str) -> str:
-    return json.loads(text).get("objective", "-")
-
-
-def _parse(text: str, source: str) -> dict:
-    try:
-        evaluation = json.loads(text)
-        if {"metrics", "candidate", "provenance", "higher_is_better"} <= evaluation.keys():
-            return evaluation
-    except (json.JSONDecodeError, AttributeError):
-        pass
-    raise UserError(f"{source} holds no results of `xkd-pipeline evaluate`")
+def _objective(distillation: Any, source: Path | str) -> str:
+    require_shape(distillation, dict, f"{source} holds no results of `xkd-pipeline distill`")
+    return str(distillation.get("objective", "-"))

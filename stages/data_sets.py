@@ -4,15 +4,17 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
+from itertools import count, islice
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, in_one_line, is_printable, shown
 from pipeline.params import DataSet
 from pipeline.prompts import SPLITS, Prompt, PromptFormat, encode_response, prompt_id
 from pipeline.records import fill, texts_at
 
 # Held-out prompts are drawn first, so that training loses what overlaps with them and not the other way round.
 _ORDER = ("test", "validation", "train", "teach")
+_BATCH = 1024  # prompts that are measured together
 
 
 def normalised(text: str) -> str:
@@ -39,45 +41,53 @@ def draw_records(
     seen: dict[str, str] = {}  # normalised text -> where it was met first
     counts: dict[str, Counter] = {split: Counter() for split in ("shots", *SPLITS)}
 
-    def take(split: str, source: str, size: int, unfit: Callable[[Prompt], str | None]) -> list[Prompt]:
+    def take(split: str, source: str, size: int, unfit: Callable[[list[Prompt]], list[str | None]]) -> list[Prompt]:
         taken: list[Prompt] = []
-        while len(taken) < size and (prompt := next(pools[source], None)) is not None:
-            text = normalised(prompt.prompt)
-            if not text or not prompt.references:
-                reason = "without prompt or reference"
-            elif text in seen:
-                reason = "repeated" if seen[text] == split else f"overlaps with {seen[text]}"
-            else:
-                seen[text], reason = split, unfit(prompt)
-            counts[split][reason or "kept"] += 1
-            if reason is None:
-                taken.append(prompt)
+        # As many at once as are still needed: each of them is looked at, however many turn out to be unfit.
+        while batch := list(islice(pools[source], min(size - len(taken), _BATCH))):
+            reasons: list[str | None] = []
+            for prompt in batch:
+                text, reason = normalised(prompt.prompt), None
+                if not text or not prompt.references:
+                    reason = "without prompt or reference"
+                elif text in seen:
+                    reason = "repeated" if seen[text] == split else f"overlaps with {seen[text]}"
+                else:
+                    seen[text] = split
+                reasons.append(reason)
+            new = [place for place, reason in enumerate(reasons) if reason is None]
+            for place, reason in zip(new, unfit([batch[place] for place in new]), strict=True):
+                reasons[place] = reason
+            counts[split].update(reason or "kept" for reason in reasons)
+            taken += [prompt for prompt, reason in zip(batch, reasons, strict=True) if reason is None]
         return taken
 
-    shots = take("shots", settings.train_split, settings.shots, lambda prompt: None)
+    shots = take("shots", settings.train_split, settings.shots, lambda prompts: [None] * len(prompts))
     lead = "".join(
         settings.shot.replace("{prompt}", shot.prompt).replace("{reference}", shot.references[0]) for shot in shots
     )
 
-    def unfit(prompt: Prompt) -> str | None:
-        longest = settings.max_prompt_tokens
-        if longest and len(form.encode(tokenizer, [lead + prompt.prompt])[0]) > longest:
-            return f"prompt longer than {longest} tokens"
-        longest = settings.max_reference_tokens
-        if longest and len(encode_response(tokenizer, prompt.references[0])) > longest:
-            return f"reference longer than {longest} tokens"
-        return None
+    def with_shots(prompt: Prompt, split: str) -> Prompt:
+        return Prompt(prompt_id(lead + prompt.prompt), lead + prompt.prompt, prompt.references, split)
+
+    def unfit(prompts: list[Prompt]) -> list[str | None]:
+        reasons: list[str | None] = [None] * len(prompts)
+        if longest := settings.max_reference_tokens:
+            for place, prompt in enumerate(prompts):
+                if len(encode_response(tokenizer, prompt.references[0])) > longest:
+                    reasons[place] = f"reference longer than {longest} tokens"
+        if longest := settings.max_prompt_tokens:
+            read = form.encode(tokenizer, [with_shots(prompt, prompt.split) for prompt in prompts])
+            for place, ids in enumerate(read):
+                if len(ids) > longest:
+                    reasons[place] = f"prompt longer than {longest} tokens"
+        return reasons
 
     drawn = {split: take(split, sources[split], sizes[split], unfit) for split in _ORDER}
     for split in ("train", "test"):
         if not drawn[split]:
             raise UserError(f"{settings.path}: nothing is left for {split}: {dict(counts[split]) or 'no rows'}")
-    prompts = [
-        Prompt(prompt_id(lead + prompt.prompt), lead + prompt.prompt, prompt.references, split)
-        for split in SPLITS
-        for prompt in drawn[split]
-    ]
-    return prompts, counts
+    return [with_shots(prompt, split) for split in SPLITS for prompt in drawn[split]], counts
 
 
 def _sources(records: Mapping[str, Any], settings: DataSet) -> dict[str, str]:
@@ -93,15 +103,32 @@ def _sources(records: Mapping[str, Any], settings: DataSet) -> dict[str, str]:
 
 def _shuffled(rows, split: str, settings: DataSet, seed: int) -> Iterator[Prompt]:
     """All rows as prompts, in an order that is a function of seed and text."""
-    prompts = [_prompt(row, split, number, settings) for number, row in enumerate(rows, start=1)]
+    prompts = [
+        _prompt(row, f"{settings.path}, split {split}, row {number}", split, settings)
+        for number, row in _numbered(rows, f"{settings.path}, split {split}")
+    ]
     yield from sorted(prompts, key=lambda prompt: sha256(f"{seed} {prompt.prompt}".encode()).digest())
 
 
-def _prompt(row: Mapping[str, Any], split: str, number: int, settings: DataSet) -> Prompt:
+def _numbered(rows, where: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The rows with their numbers. Raises UserError for one that is damaged, which shows only now."""
+    rest = iter(rows)
+    for number in count(1):
+        with in_one_line(f"{where}, row {number} cannot be read"):
+            row = next(rest, None)
+        if row is None:
+            return
+        yield number, row
+
+
+def _prompt(row: Mapping[str, Any], where: str, split: str, settings: DataSet) -> Prompt:
     try:
         text, references = fill(settings.prompt, row).strip(), texts_at(row, settings.references)
     except KeyError as error:
-        raise UserError(f"{settings.path}, split {split}, row {number}: {error.args[0]}") from None
+        raise UserError(f"{where}: {error.args[0]}") from None
+    for each in (text, *references):
+        if not is_printable(each):
+            raise UserError(f"{where} has half a surrogate pair, which is not valid Unicode: {shown(each)}")
     if settings.remove:
         references = [re.sub(settings.remove, "", reference) for reference in references]
     return Prompt("", text, tuple(reference.strip() for reference in references if reference.strip()), split)

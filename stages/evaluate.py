@@ -113,7 +113,7 @@ def _run(
         require_plain_head(model, f"the model {path}")
     engine = HfEngine(model, settings.batch_size)
     stops = stop_token_ids(path, tokenizer)
-    ids = PromptFormat.of(params).encode(tokenizer, [prompt.prompt for prompt in prompts])
+    ids = PromptFormat.of(params).encode(tokenizer, prompts)
     lengths = [(len(prompt), params.max_tokens) for prompt in ids]
     lengths += [(len(row.prompt_ids), len(row.response_ids)) for row in rows]
     require_context(model.config, lengths, f"the model {path}")

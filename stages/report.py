@@ -6,7 +6,7 @@ from pathlib import Path
 import polars as pl
 
 from pipeline import console
-from pipeline.errors import UserError
+from pipeline.errors import UserError, in_one_line
 from pipeline.outputs import require_own_file
 from pipeline.params import Report
 from pipeline.shards.files import write_atomically
@@ -14,9 +14,15 @@ from stages.bootstrap import say_interval
 from stages.reporting import figures
 from stages.reporting.curves import curve_of
 from stages.reporting.page import GENERATOR, Block, Card, Figure, Sample, Section, Table, render_page
+from stages.reporting.results import Asking, Audit, Distill, read_evaluation, read_results
 from stages.reporting.reward import reward_section
 
 _KL = "KL(teacher ‖ model) on held-out teacher samples, nats a token, over the top k and the rest (a lower bound)"
+# What is read beside the evaluation: the results of each folder, and the stage that writes them.
+_KINDS = {
+    "distill": (Distill, "distill"), "audit": (Audit, "reward"), "generate": (Asking, "generate"),
+    "score": (Asking, "score"),
+}  # fmt: skip
 
 
 def report(settings: Report, data: Path, out: Path, store: str | Path | None = None) -> None:
@@ -27,9 +33,10 @@ def report(settings: Report, data: Path, out: Path, store: str | Path | None = N
     require_own_file(out, _is_report)
     if not (data / "evaluation" / "results.json").is_file():
         raise UserError(f"no evaluation at {data / 'evaluation'}: run `xkd-pipeline evaluate` (or `dvc repro`) first")
-    found = {
-        name: _read(data / name / "results.json") for name in ("evaluation", "distill", "audit", "generate", "score")
-    }
+    found = {"evaluation": read_evaluation(data / "evaluation" / "results.json")}
+    for name, (kind, stage) in _KINDS.items():
+        path = data / name / "results.json"
+        found[name] = read_results(path, kind, stage) if path.is_file() else {}
     sections = [
         _quality(found["evaluation"]),
         _diversity(found["evaluation"]),
@@ -57,10 +64,6 @@ def report(settings: Report, data: Path, out: Path, store: str | Path | None = N
 def _is_report(path: Path) -> bool:
     with path.open("rb") as file:
         return GENERATOR.encode() in file.read(4096)
-
-
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _headline(evaluation: dict) -> str:
@@ -95,7 +98,7 @@ def _quality(evaluation: dict) -> Section:
     title = "Scores on the test prompts, greedy unless said otherwise"
     scores = [[model, *_scores(modes, names)] for model, modes in metrics.items()]
     section.tables.append(Table(columns, scores, title))
-    if evaluation["differences"]:
+    if evaluation.get("differences"):
         title = f"{evaluation['candidate']} minus the others, paired over prompts"
         differences = [
             [f"− {model}", *_scores(modes, names, "+")] for model, modes in evaluation["differences"].items()
@@ -171,7 +174,9 @@ def _training(distill: dict, folder: Path) -> Section | None:
 def _samples(path: Path, evaluation: dict, count: int) -> Section | None:
     if not path.is_file() or not count:
         return None
-    frame = pl.read_parquet(path).filter(pl.col("mode") == "greedy")
+    with in_one_line(f"{path} holds no answers of `xkd-pipeline evaluate`"):
+        columns = ["prompt_id", "prompt", "references", "model", "response"]
+        frame = pl.read_parquet(path).filter(pl.col("mode") == "greedy").select(columns)
     section = Section("samples", "Answers side by side", [f"The first {count} test prompts, greedy."])
     for group in frame.partition_by("prompt_id", maintain_order=True)[:count]:
         rows = group.to_dicts()
@@ -214,8 +219,9 @@ def _costs(found: dict[str, dict]) -> Section | None:
 
 def _provenance(found: dict[str, dict], data: Path) -> Section:
     section = Section("provenance", "Provenance")
-    counts = _read(data / "prompts" / "counts.json")
-    if counts:
+    path = data / "prompts" / "counts.json"
+    if path.is_file():
+        counts = read_results(path, dict[str, dict[str, int]], "prepare")
         section.tables.append(
             Table(
                 ["split", "kept", "left out"],

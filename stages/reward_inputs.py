@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, in_one_line
 from pipeline.models import load_lm
 from pipeline.params import Distill, Params
 from pipeline.shards.reading import TeacherRows
@@ -63,11 +63,12 @@ def reward_inputs(
 
 def _read_rewards(folder: Path, rows: dict[str, TeacherRows]) -> dict[str, dict[str, np.ndarray]]:
     """mu and log sigma by key. Raises UserError where a row has none."""
-    table = pq.read_table(folder / "rewards.parquet")
-    keys = table.column("key").to_pylist()
+    with in_one_line(f"{folder / 'rewards.parquet'} holds no rewards"):
+        table = pq.read_table(folder / "rewards.parquet")
+        keys, *values = (table.column(name).to_pylist() for name in ("key", "mu", "log_sigma"))
     extras = {
-        name: dict(zip(keys, (np.asarray(v, np.float32) for v in table.column(name).to_pylist()), strict=True))
-        for name in ("mu", "log_sigma")
+        name: dict(zip(keys, (np.asarray(v, np.float32) for v in found), strict=True))
+        for name, found in zip(("mu", "log_sigma"), values, strict=True)
     }
     unknown = [
         key

@@ -3,15 +3,18 @@
 import json
 import math
 from pathlib import Path
+from typing import Literal
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import TypedDict
 
 from pipeline.errors import UserError
 from pipeline.models import load_lm
 from pipeline.params import Residual
+from pipeline.shards.files import read_json, require_shape
 from stages.batches import IGNORED, States, head_scale, response_states
 from stages.dropout import set_dropout
 from stages.objectives.head import chunk_rows
@@ -115,6 +118,19 @@ class RewardPosterior(nn.Module):
         return self.head(response_states(self.encoder, batch), labels)
 
 
+class Description(TypedDict):
+    """What of reward.json is read."""
+
+    residual: Residual
+    teacher: str
+    c: float
+    offset: float
+    phi_kl: float
+    head: Literal["action", "state"]
+    encoder: Literal["separate", "own"]
+    sigma_min: float
+
+
 def save_posterior(folder: Path, posterior: RewardPosterior, description: dict) -> None:
     """Weights as safetensors, `description` (head, encoder, residual, c, fit) as reward.json."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,11 +148,13 @@ def load_posterior(folder: Path, student: Path) -> RewardPosterior:
 
 
 def read_description(folder: Path) -> dict:
-    """reward.json. Raises UserError where there is none."""
+    """reward.json. Raises UserError where there is none, or not the one that was written."""
     path = folder / "reward.json"
     if not path.is_file():
         raise UserError(f"no fitted reward at {folder}: run `xkd-pipeline reward` (or `dvc repro reward`) first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    description = read_json(path)
+    require_shape(description, Description, f"{path} does not describe a reward, run `xkd-pipeline reward` again")
+    return description
 
 
 def require_same_residual(wanted: Residual, description: dict, folder: Path) -> None:

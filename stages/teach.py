@@ -87,7 +87,7 @@ def _train(
     require_plain_head(model, f"the {role}")
     set_dropout(model, settings.dropout)
     responses = from_references(
-        PromptFormat.of(params).encode(tokenizer, [prompt.prompt for prompt in prompts]),
+        PromptFormat.of(params).encode(tokenizer, prompts),
         [encode_response(tokenizer, prompt.references[0]) for prompt in prompts],
     )
     lengths = ((len(response.prompt_ids), len(response.response_ids)) for response in responses)

@@ -22,7 +22,7 @@ def write(folder: Path, distilled: float, objective: str, prompts: str = "p") ->
             "greedy": {"rouge2": interval(score)},
             "sampled": {"rouge2": interval(score / 2)},
             "heldout": {"kl_to_teacher": interval(1 / score)},
-            "diversity": {"self_bleu": 10.0},
+            "diversity": {"distinct_1": 0.5, "distinct_2": 0.7, "self_bleu": 10.0},
         }
         for model, score in (("teacher", 50.0), ("distilled", distilled))
     }

@@ -1,16 +1,15 @@
 """What identifies a teacher, and where it came from."""
 
-import json
 from pathlib import Path
 
 import yaml
 
 from pipeline import console
-from pipeline.errors import UserError, in_one_line, printable
+from pipeline.errors import UserError, printable
 from pipeline.models.loading import load_config, local_folder, read_link
 from pipeline.models.tokenizers import load_tokenizer, tokenizer_identity
 from pipeline.models.weights import unread_files, weight_files
-from pipeline.shards.files import digest, sha256_file
+from pipeline.shards.files import digest, read_json, sha256_file
 
 _NOT_IDENTITY = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "id2label", "label2id"}
 _CARD_CHARACTERS = 2**16  # of a model card that are looked at
@@ -45,9 +44,7 @@ def describe_model(source: str | Path, dtype: str, quantization: str = "") -> di
     config, tokenizer = load_config(folder), tokenizer_identity(load_tokenizer(folder))
     dtype = number_type(config, dtype)
     # The file, not the loaded object: that also holds the defaults of the installed transformers.
-    with in_one_line(f"cannot read {folder / 'config.json'}"):
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    settings = {key: value for key, value in stored.items() if key not in _NOT_IDENTITY}
+    settings = {key: value for key, value in read_json(folder / "config.json").items() if key not in _NOT_IDENTITY}
     quantized = {"quantization": quantization} if quantization else {}
 
     def identity_of(weights: str) -> str:

@@ -4,7 +4,6 @@ Weights are safetensors only, and no code that comes with a model is run. A link
 model of gigabytes is used where it lies, and DVC still tracks which one it is.
 """
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 from pipeline.errors import UserError, in_one_line
 from pipeline.models.saving import replacing_model
 from pipeline.models.weights import require_complete, weight_files
-from pipeline.shards.files import write_json_atomically
+from pipeline.shards.files import read_json, write_json_atomically
 
 _LINK = "link.json"
 
@@ -33,8 +32,7 @@ def read_link(source: str | Path) -> dict:
     link = Path(source) / _LINK
     if not link.is_file():
         return {"source": source, "weights": None}
-    with in_one_line(f"cannot read {link}"):
-        found = json.loads(link.read_text(encoding="utf-8"))
+    found = read_json(link)
     if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("source", "weights")):
         raise UserError(f"{link} does not say which model it stands for (source, weights): make the link again")
     return found
@@ -150,8 +148,7 @@ def read_generation_config(folder: Path) -> dict:
     path = folder / "generation_config.json"
     if not path.is_file():
         return {}
-    with in_one_line(f"cannot read {path}"):
-        found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path)
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a {type(found).__name__}, expected settings")
     return found

@@ -5,10 +5,10 @@ transformers reads `model.safetensors`, else the files that `model.safetensors.i
 others. A folder for which the two differ is refused.
 """
 
-import json
 from pathlib import Path
 
 from pipeline.errors import UserError, in_one_line
+from pipeline.shards.files import read_json
 
 _SINGLE, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 _SHOWN = 5  # names in a message
@@ -61,8 +61,7 @@ def unread_files(folder: Path) -> list[Path]:
 def _weight_map(folder: Path) -> dict[str, str]:
     """Tensor -> file name, out of the index."""
     path = folder / _INDEX
-    with in_one_line(f"cannot read {path}"):
-        index = json.loads(path.read_text(encoding="utf-8"))
+    index = read_json(path)
     found = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
         raise UserError(f"{path} has no weight_map of tensors to files")

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from pipeline.params.base import Count, Optimisation, Positive, PositiveFloat, Section
+from pipeline.params.base import Count, Integer, Optimisation, Positive, Section, Temperature
 from pipeline.params.data import DataSet, Model, Prepare, Role, Teach, TeachBoth, TeachOptimisation
 from pipeline.params.student import OBSERVING, TOKEN_OBJECTIVES, Distill, Lora, Residual, Reward
 from pipeline.params.teacher import Generate, Score
@@ -17,12 +17,12 @@ __all__ = [
 
 
 class Evaluate(Section):
-    samples: Annotated[int, Field(gt=1)] = 4
+    samples: Annotated[Integer, Field(gt=1)] = 4
     """Sampled responses a prompt, for quality under sampling and for diversity."""
     sampled_prompts: Positive = 200
     """Test prompts that are also sampled, from the first."""
-    temperature: PositiveFloat = 1.0
-    """Temperature of the sampled responses."""
+    temperature: Temperature = 1.0
+    """Temperature of the sampled responses, at least 0.01."""
     bootstrap: Positive = 1000
     """Resamples for the intervals."""
     batch_size: Positive = 128
@@ -37,7 +37,7 @@ class Report(Section):
 
 
 class Params(Section):
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 0
     """Seed of everything: data, initial weights, batch order, teacher samples, bootstrap."""
     template: str = "{prompt} =>"
     """What the models read, made of the task's prompt."""

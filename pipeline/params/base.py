@@ -1,15 +1,40 @@
 """Types that every section of the parameters uses."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Dropout = Annotated[float, Field(ge=0, lt=1)]
+LEAST_TEMPERATURE = 0.01  # vllm takes what is between 0 and this for this
+
+
+def _not_a_switch(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
+def _temperature(value: float) -> float:
+    if value < LEAST_TEMPERATURE:
+        raise ValueError(
+            f"must be at least {LEAST_TEMPERATURE}: smaller ones are as good as greedy, and engines do not agree on "
+            "what they mean"
+        )
+    return value
+
+
+# Numbers of every section are of these types: true is not 1, what is not finite is refused, and -0.0 is the same as 0.
+Integer = Annotated[int, BeforeValidator(_not_a_switch)]
+Float = Annotated[
+    float, BeforeValidator(_not_a_switch), Field(allow_inf_nan=False), AfterValidator(lambda value: value + 0.0)
+]
+Positive = Annotated[Integer, Field(gt=0)]
+Count = Annotated[Integer, Field(ge=0)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+NonNegativeFloat = Annotated[Float, Field(ge=0)]
+Share = Annotated[Float, Field(ge=0, le=1)]
+Temperature = Annotated[Float, AfterValidator(_temperature)]
+TemperatureOrGreedy = Annotated[Float, AfterValidator(lambda value: _temperature(value) if value else value)]
+Dropout = Annotated[Float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):

@@ -4,7 +4,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.params.base import Count, Dropout, NonNegativeFloat, Optimisation, Positive, PositiveFloat, Section, Share
+from pipeline.params.base import (
+    Count,
+    Dropout,
+    Float,
+    NonNegativeFloat,
+    Optimisation,
+    Positive,
+    PositiveFloat,
+    Section,
+    Share,
+)
 
 TOKEN_OBJECTIVES = ("sft", "seqkd")  # losses on tokens alone, without a teacher's distribution
 # Of `distill`: how a run is watched and how fast it goes, not what comes out of it (but for the rounding of sums).
@@ -15,7 +25,7 @@ OBSERVING = frozenset({"chunk", "log_every", "report_to", "workers"})
 class Residual(Section):
     q_source: Literal["logits", "logprobs"]
     """Q-values: the raw logits (need the cache's lse) or their log-softmax."""
-    gamma: Annotated[float, Field(gt=0, le=1)]
+    gamma: Annotated[Float, Field(gt=0, le=1)]
     """Discount."""
     terminal: Literal["drop", "zero"]
     """The last step: left out, or with a next value of zero."""
@@ -71,7 +81,7 @@ class Distill(Section):
     """Distillation loss; sft learns the training prompts' references, all others the teacher's samples."""
     beta: Share = 0.5
     """Mixture weight of jsd (0 is fkl, 1 is rkl)."""
-    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    alpha: Annotated[Float, Field(gt=0, lt=1)] = 0.1
     """Mixture weight of skew_fkl and skew_rkl: that of the first-named distribution (DistiLLM)."""
     tail: Literal["bucket", "renorm", "teacher_renorm", "truncate"] = "bucket"
     """Mass outside the teacher's top k: one more outcome, renormalised on both sides or the teacher's, left out."""

@@ -1,10 +1,12 @@
 """Parameters of what is asked of the teacher."""
 
-from typing import Annotated, Literal
+import math
+from contextlib import suppress
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from pipeline.params.base import Count, Positive, PositiveFloat, Section
+from pipeline.params.base import Count, Float, Integer, Positive, Section, Temperature, TemperatureOrGreedy
 
 # Arguments of vLLM's `LLM` that say how it runs and not what it answers.
 EngineOption = Literal[
@@ -12,6 +14,22 @@ EngineOption = Literal[
     "enforce_eager", "gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_batched_tokens",
     "max_num_seqs", "max_parallel_loading_workers", "num_gpu_blocks_override", "safetensors_load_strategy",
 ]  # fmt: skip
+_SWITCHES = {"disable_custom_all_reduce", "enable_expert_parallel", "enable_prefix_caching", "enforce_eager"}
+_TEXTS = {"safetensors_load_strategy"}
+
+
+def _option(name: str, value: bool | int | float | str) -> bool | int | float | str:
+    """The value of an engine option. Raises ValueError where it is of another kind than the option."""
+    if name in _SWITCHES or name in _TEXTS:
+        if not isinstance(value, bool if name in _SWITCHES else str):
+            raise ValueError(f"{name} must be {'true or false' if name in _SWITCHES else 'a text'}, not {value!r}")
+        return value
+    if isinstance(value, str):  # for YAML, 1e9 is a text
+        with suppress(ValueError):
+            value = int(float(value)) if float(value).is_integer() else float(value)
+    if isinstance(value, bool | str) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value!r}")
+    return value
 
 
 class Generate(Section):
@@ -37,17 +55,17 @@ class Generate(Section):
     """Training responses to select: all, or those that the task's checker finds correct (rejection sampling)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number type of the teacher's weights; auto is the one they are stored in."""
-    samples: Annotated[int, Field(gt=0, le=32767)] = 2
+    samples: Annotated[Integer, Field(gt=0, le=32767)] = 2
     """Responses a training prompt."""
-    validation_samples: Annotated[int, Field(gt=0, le=32767)] = 1
+    validation_samples: Annotated[Integer, Field(gt=0, le=32767)] = 1
     """Responses a held-out prompt."""
     corrupted: Count = 2
     """Corrupted copies of each held-out prompt's first reference, scored for the reward's audit."""
     k: Positive = 16
     """Most likely tokens kept at every position."""
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    """Sampling temperature; 0 is greedy."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    temperature: Annotated[TemperatureOrGreedy, Field(le=2)] = 1.0
+    """Sampling temperature, at least 0.01; 0 is greedy."""
+    top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling."""
     rows_per_shard: Positive = 256
     """Samples a stored file; a killed run loses at most as many, and what the engine is working on."""
@@ -55,6 +73,11 @@ class Generate(Section):
     """Rows that may be left out (too long, failed) before the stage counts as failed."""
     materialize: bool = True
     """Copy the selected rows into data/teacher, so that `dvc push` shares them; else read them from the store."""
+
+    @field_validator("engine_options")
+    @classmethod
+    def _options_are_of_their_kind(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return {name: _option(name, value) for name, value in options.items()}
 
     @model_validator(mode="after")
     def _text_needs_responses(self):
@@ -80,7 +103,7 @@ class Score(Section):
     """Training prompts that get negatives, from the first; 0: all."""
     validation_samples: Count = 8
     """Samples of the student a held-out prompt: the reward's audit ranks the right over the wrong ones."""
-    temperature: PositiveFloat = 1.0
-    """Temperature of the student's samples."""
+    temperature: Temperature = 1.0
+    """Temperature of the student's samples, at least 0.01."""
     batch_size: Positive = 128
     """Student samples generated together."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, in_one_line, shown
 
 ASIDE = ".aside"  # ending of what was moved out of the way and is no longer read
 
@@ -25,6 +25,31 @@ def sha256_file(path: Path) -> str:
 def canonical_json(value: Any) -> str:
     """One text for one value: sorted keys, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def parse_json(text: str, what: str) -> Any:
+    """The value of a JSON text. Raises UserError that begins with `what`, also for what Python cannot hold."""
+    with in_one_line(f"{what} is not JSON"):
+        return json.loads(text)
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises UserError that names the file where it cannot be read, or is not JSON."""
+    with in_one_line(f"{path} cannot be read"):
+        text = path.read_text(encoding="utf-8")
+    return parse_json(text, str(path))
+
+
+def require_shape(value: Any, kind: type, what: str) -> None:
+    """Raises UserError that begins with `what` where a value is not of the kind: a TypedDict, or another type."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{part}: " for part in first["loc"])
+        raise UserError(f"{what}: {where}{first['msg']}, found {shown(repr(first['input']))}") from None
 
 
 def digest(value: Any) -> str:

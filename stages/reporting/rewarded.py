@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from pipeline.errors import in_one_line
 from pipeline.shards.schema import Row
 from pipeline.shards.selection import Selection
 
@@ -40,8 +41,9 @@ def rewarded_prompts(
     selection: Selection, rewards: Path, tokenizer, prompts: int
 ) -> Iterator[tuple[str, list[Rewarded]]]:
     """The text of the first held-out prompts, each with one response of every origin that has rewards."""
-    table = pq.read_table(rewards)
-    columns = [table.column(name).to_pylist() for name in ("key", "mu", "log_sigma")]
+    with in_one_line(f"{rewards} holds no rewards"):
+        table = pq.read_table(rewards)
+        columns = [table.column(name).to_pylist() for name in ("key", "mu", "log_sigma")]
     found = {key: (np.array(mu), np.exp(log_sigma)) for key, mu, log_sigma in zip(*columns, strict=True)}
     parts = [name for name in ("validation", "scored") if name in selection.parts]
     by_prompt: dict[str, dict[str, Row]] = {}
