@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import console
+from pipeline import console, interrupts
 from pipeline.errors import UserError, reason_of
 from pipeline.models import (
     Context,
@@ -193,6 +193,7 @@ def fulfil(
                 f"engine {teacher.engine} cannot start with {teacher.source}: {reason_of(error)}. Nothing was lost; "
                 "try --engine hf"
             ) from error
+    interrupts.keeps("What was made so far is kept; run the same command to go on")
     asked = time.monotonic()
     tokens = sum(
         order.fulfil(engine, teacher.tokenizer, teacher.description, settings.rows_per_shard) for order in orders

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline import console
+from pipeline import console, interrupts
 from pipeline.errors import UserError, reason_of
 from pipeline.models import Context
 from pipeline.prompts import Prompt
@@ -120,9 +120,13 @@ class Order:
         for key, (wanted, reason) in rows.items():
             self.skipped[key] = reason
             console.warn(f"prompt '{wanted.prompt.id}' left out: {reason}")
-        self.folder.skip(
-            [{"key": key, "prompt_id": wanted.prompt.id, "reason": reason} for key, (wanted, reason) in rows.items()]
-        )
+        with interrupts.deferred():
+            self.folder.skip(
+                [
+                    {"key": key, "prompt_id": wanted.prompt.id, "reason": reason}
+                    for key, (wanted, reason) in rows.items()
+                ]
+            )
 
     def parts(self) -> dict[str, Part]:
         """The cached rows by part, in the order they were wanted; call after a last `look_up`."""
@@ -158,7 +162,8 @@ class _Writer:
         if not wanted:
             return
         waiting: list[Answer] = []
-        with console.progress(what, len(wanted)) as advance, closing(answers):
+        # A signal interrupts only the engine at its work: what it has finished is handed over, and flushed, first.
+        with console.progress(what, len(wanted)) as advance, closing(answers), interrupts.deferred():
             try:
                 for answer in _from_engine(answers):
                     if isinstance(answer, Failure):
@@ -196,6 +201,8 @@ def _from_engine(answers: Iterator[Answer | Failure]) -> Iterator[Answer | Failu
     except UserError:
         raise
     except Exception as error:
+        if interrupts.noted():  # processes of the engine's got the signal too
+            raise interrupts.interrupted() from error
         raise UserError(
             f"the teacher's engine failed: {reason_of(error)}. What was made is kept; run the same command to go on"
         ) from error
