@@ -114,6 +114,8 @@ class Teach(Section):
     pairs: Positive
     """How many of its pairs, from the first."""
     optimisation: TeachOptimisation
+    save_every: Positive = 200
+    """Steps between checkpoints that a killed run resumes from."""
 
     @model_validator(mode="after")
     def _layers_of_a_base(self):
