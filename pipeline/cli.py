@@ -1,8 +1,12 @@
 """The `xkd-pipeline` command: one thin command a stage. Heavy libraries are imported inside the commands."""
 
+from pipeline import interrupts
+
+if interrupts.is_command_line(__name__):  # before the imports below, which take longer than somebody's second thought
+    interrupts.install()
+
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +16,7 @@ from rich.markup import escape
 
 from pipeline import __version__, console
 from pipeline.caching import cache
-from pipeline.errors import Interrupted, UserError
+from pipeline.errors import Interrupted, UserError, reason_of
 from pipeline.options import (
     AUDIT,
     CURVES,
@@ -382,27 +386,58 @@ app.add_typer(cache)
 def main() -> None:
     """Run the command line; a UserError becomes a short message and exit code 2 (3 for rows left out).
 
-    Ctrl-C and SIGTERM end it in order, with exit code 130 and 143: what was made so far is written first.
+    Ctrl-C, SIGTERM and SIGHUP end it in order, with exit code 130, 143 and 129: what was made so far is written first.
     """
+    interrupts.install()
+    if console.PLAIN:
+        from typer import rich_utils
 
-    def interrupt(number: int, frame: object) -> None:
-        raise Interrupted(number)
+        rich_utils.COLOR_SYSTEM, rich_utils.FORCE_TERMINAL = None, False
+    sys.exit(_exit_code())  # after all handlers: what an error holds (loaders with processes of their own) is freed
 
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
+
+def _exit_code() -> int:
     try:
-        app()
+        return _run()
     except UserError as error:
-        console.console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
-        sys.exit(LEFT_OUT if isinstance(error, LeftOut) else 2)
+        _say_error(str(error))
+        return LEFT_OUT if isinstance(error, LeftOut) else 2
     except Interrupted as error:
-        console.warn("interrupted. What was made so far is kept; run the same command to go on")
-        sys.exit(128 + error.signal)
-    except OSError as error:
-        if error.filename is None:
+        console.warn(f"interrupted. {error.kept}")
+        return 128 + error.signal
+    except Exception as error:
+        if number := interrupts.noted():  # what the signal broke: a library's process that got it too
+            console.warn(f"interrupted ({reason_of(error)}). {interrupts.interrupted().kept}")
+            return 128 + number
+        if not isinstance(error, OSError) or error.filename is None:
             raise
-        console.console.print(f"[red]error:[/red] {escape(f'{error.filename}: {error.strerror}')}", soft_wrap=True)
-        sys.exit(2)
+        _say_error(f"{error.filename}: {error.strerror}")
+        return 2
+
+
+def _say_error(message: str) -> None:
+    console.console.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
+
+
+def _run() -> int:
+    """The exit code of the command; 1 where nobody reads what it prints any more."""
+    code = 0
+    try:
+        try:
+            interrupts.begin()
+            app()
+        finally:
+            interrupts.end()
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            raise
+        code = int(ended.code or 0)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code or 1
+    return code
 
 
 if __name__ == "__main__":

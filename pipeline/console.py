@@ -5,7 +5,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich import box
 from rich.console import Console
@@ -14,7 +14,52 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-console = Console(stderr=True, highlight=False)
+from pipeline import interrupts
+from pipeline.errors import Interrupted
+
+PLAIN = bool(os.environ.get("NO_COLOR"))  # no escape codes at all: no colours, no bold, nothing that is redrawn
+
+
+class StandardError:
+    """sys.stderr as long as somebody reads it. What is written afterwards goes nowhere: that is no error of the run."""
+
+    @property
+    def stream(self):
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # also while a progress bar stands before it
+
+    def write(self, text: str) -> int:
+        return self._unless_gone("write", text) or 0
+
+    def flush(self) -> None:
+        self._unless_gone("flush")
+
+    def isatty(self) -> bool:
+        return self.stream is not None and self.stream.isatty()
+
+    @property
+    def encoding(self) -> str | None:
+        return getattr(self.stream, "encoding", None)
+
+    def _unless_gone(self, method: str, *arguments):
+        stream = self.stream
+        if stream is None:  # the process was started without it
+            return None
+        try:
+            return getattr(stream, method)(*arguments)
+        except OSError:  # the reader of a pipe, or the terminal, is gone: libraries and the interpreter write there too
+            with suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
+
+
+def make_console(**options) -> Console:
+    """A console on stderr."""
+    plain = {"color_system": None, "force_terminal": False} if PLAIN else {}
+    return Console(file=StandardError(), stderr=True, highlight=False, **plain, **options)
+
+
+console = make_console()
 
 
 def quiet_libraries() -> None:
@@ -41,6 +86,9 @@ def muted():
         try:
             yield
             failed = False
+        except Interrupted:
+            failed = False
+            raise
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -73,6 +121,7 @@ def progress(description: str, total: int):
         task = bar.add_task(escape(description), total=total, note="")
 
         def advance(n: int = 1, note: str | None = None) -> None:
+            interrupts.check()
             bar.update(task, advance=n, **({} if note is None else {"note": escape(note)}))
 
         yield advance

@@ -49,6 +49,7 @@ def in_one_line(what: str, advice: str = "") -> Iterator[None]:
 class Interrupted(BaseException):
     """Somebody pressed Ctrl-C, or the system asked the process to end; raised where it was, so that work is kept."""
 
-    def __init__(self, signal: int):
+    def __init__(self, signal: int, kept: str):
+        """kept: a sentence on what becomes of the work so far."""
         super().__init__(signal)
-        self.signal = signal
+        self.signal, self.kept = signal, kept

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import console
+from pipeline import console, interrupts
 from pipeline.errors import UserError, in_one_line
 from pipeline.models import (
     Context,
@@ -195,6 +195,7 @@ def fulfil(
         order.describe(teacher.description)
     if lacking and engine is None:
         engine = _opened(teacher, settings, max(order.length(wanted) for order, wanted in lacking))
+    interrupts.keeps("What was made so far is kept; run the same command to go on")
     asked = time.monotonic()
     tokens = sum(
         order.fulfil(engine, teacher.tokenizer, teacher.description, settings.rows_per_shard) for order in orders

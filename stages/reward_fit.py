@@ -12,6 +12,7 @@ from pipeline.params import Reward
 from pipeline.shards.schema import Row
 from stages.audit import calibration
 from stages.batches import IGNORED, Response
+from stages.checkpoints import once
 from stages.curves import split_history
 from stages.dropout import set_dropout
 from stages.objectives.avril import gaussian_nll, kept_steps, kl_to_prior
@@ -19,7 +20,7 @@ from stages.residuals import Scaled
 from stages.reward_model import RewardPosterior
 from stages.rows import from_rows, per_response
 from stages.students import StudentLearner, score_tokens
-from stages.training import Learner, Term, once, seed_everything, train
+from stages.training import Learner, Term, seed_everything, train
 
 POSTERIORS = ("sarsa", "soft")
 

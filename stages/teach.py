@@ -53,10 +53,13 @@ def teach(params: Params, role: Role, prompts_path: Path, tokenizer_path: Path, 
     seed = params.seed + _SEED_OFFSET[role]
     seed_everything(seed)
     model, tokenizer, stops = _starting_point(settings, tokenizer_path, seed)
-    facts = [("parameters", f"{model.num_parameters():,}")]
+    facts, run = [("parameters", f"{model.num_parameters():,}")], None
     if settings.optimisation.steps:
-        facts += _train(params, role, settings, model, tokenizer, prompts_path, runs, seed)
+        told, run = _train(params, role, settings, model, tokenizer, prompts_path, runs, seed)
+        facts += told
     save_model(out, model, tokenizer, _card(role, settings), stops)
+    if run is not None:
+        shutil.rmtree(run, ignore_errors=True)
     console.facts(f"{role} made", [*facts, ("model", out)])
 
 
@@ -79,8 +82,8 @@ def _starting_point(settings: Teach, tokenizer_path: Path, seed: int):
 
 def _train(
     params: Params, role: Role, settings: Teach, model, tokenizer, prompts_path: Path, runs: Path, seed: int
-) -> list[tuple[str, str]]:
-    """Train `model` on references, in place; returns what to say of it."""
+) -> tuple[list[tuple[str, str]], Path]:
+    """Train `model` on references, in place; returns what to say of it, and the folder of its checkpoints."""
     prompts = [p for p in read_prompts(prompts_path, (settings.split,)) if p.references][: settings.pairs]
     if not prompts:
         raise UserError(f"{prompts_path} has no prompts with references in split '{settings.split}' to teach from")
@@ -97,11 +100,10 @@ def _train(
     run = runs / "teach" / digest([role, *inputs])[:16]
     history = train(
         f"teaching the {role}", StudentLearner(model.train()), responses, None, settings.optimisation, run, seed,
-        log_every=20, save_every=200,
+        log_every=20, save_every=settings.save_every,
     )  # fmt: skip
-    shutil.rmtree(run, ignore_errors=True)
     loss = next((entry["loss"] for entry in reversed(history) if "loss" in entry), float("nan"))
-    return [("pairs", f"{len(responses):,} of split {settings.split}"), ("last loss", f"{loss:.4f} nats a token")]
+    return [("pairs", f"{len(responses):,} of split {settings.split}"), ("last loss", f"{loss:.4f} nats a token")], run
 
 
 def _card(role: Role, settings: Teach) -> str:

@@ -4,7 +4,6 @@ A learner returns the sum of every term over its micro-batch; the sums are divid
 accumulation steps), so that micro-batches do not change the loss. One process, one device.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -18,15 +17,16 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from pipeline import console
+from pipeline import console, interrupts
 from pipeline.errors import UserError
 from pipeline.params import Optimisation
 from pipeline.provenance import seconds_since_start
-from pipeline.shards.files import write_json_atomically
 from stages.batches import IGNORED, collate
+from stages.checkpoints import ASIDE, StopAtSignal, finished, keeps_up_to, step_of, whole_checkpoint
 from stages.objectives.avril import kept_steps
 
 COUNTS = ("tokens", "steps")
+_SUMS = "sums.safetensors"  # in a checkpoint: what there is of the next point of the training curve
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class TermTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # by the counts
         self._logged: dict[str, list[Tensor]] = {}
         self._steps = 0  # optimiser steps since the last log
+        self._aside = False  # whether the checkpoint that is being written lies aside
 
     def get_train_dataloader(self):
         if self.loader is None:
@@ -122,10 +123,38 @@ class TermTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _save_checkpoint(self, model, trial):
+        """The Trainer's own. Of a step between two regular ones it lies aside, and never counts as the best.
+
+        So a run that goes on from it ends as if it had not been interrupted.
+        """
+        step = self.state.global_step
+        self._aside = step % self.args.save_steps != 0 and step < self.args.max_steps
+        if self._aside:
+            self.state.best_global_step = None  # best_model_checkpoint is the best of those that have a checkpoint
+        super()._save_checkpoint(model, trial)
+        if not self._aside:
+            shutil.rmtree(Path(self.args.output_dir) / ASIDE, ignore_errors=True)
+        self._aside = False
+
+    def _get_output_dir(self, trial):
+        run = super()._get_output_dir(trial)
+        return str(Path(run) / ASIDE) if self._aside else run
+
     def _save(self, output_dir=None, state_dict=None):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_model(self._learner, str(folder / "model.safetensors"))
+        sums = {f"term {name}": torch.stack(values).cpu() for name, values in self._logged.items()}
+        steps = torch.tensor([self._steps, self._globalstep_last_logged])
+        safetensors.torch.save_file(sums | {"loss": self._tr_loss.cpu(), "steps": steps}, str(folder / _SUMS))
+
+    def load_sums(self, checkpoint: str) -> None:
+        """Go on in the middle of a point of the training curve; the Trainer itself would begin a new one."""
+        sums = safetensors.torch.load_file(str(Path(checkpoint) / _SUMS), str(self.args.device))
+        self._tr_loss = sums.pop("loss")
+        self._steps, self._globalstep_last_logged = sums.pop("steps").tolist()
+        self._logged = {name.removeprefix("term "): list(values) for name, values in sums.items()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         safetensors.torch.load_model(self._learner, str(Path(resume_from_checkpoint) / "model.safetensors"))
@@ -179,6 +208,16 @@ class _LogEvery(TrainerCallback):
         state.logging_steps = args.logging_steps
 
 
+class _Sums(TrainerCallback):
+    """Loads the sums of a checkpoint after the Trainer has set its own to zero."""
+
+    def __init__(self, trainer: TermTrainer, checkpoint: str):
+        self.trainer, self.checkpoint = trainer, checkpoint
+
+    def on_train_begin(self, args, state, control, **_):
+        self.trainer.load_sums(self.checkpoint)
+
+
 class FirstStep(TrainerCallback):
     """Seconds from the start of the process to the first optimiser step: what a cached experiment waits for."""
 
@@ -216,10 +255,18 @@ def train(
     goes on where it was; the caller removes the folder once what was trained is saved. With `best`, and save_every as
     evaluate_every, the learner ends with the weights of the best held-out value of that term. report_to: trackers of
     transformers, by name; what TensorBoard reads is written to `logs` beside the stages' folders of checkpoints.
+
+    A signal ends it after the step that runs, with a checkpoint of that step: then `Interrupted` is raised.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("training runs in one process: start it without torchrun or accelerate launch")
     _require_trackers(report_to)
+    checkpoint = whole_checkpoint(run)
+    if checkpoint:
+        console.say(f"{what}: resuming from {checkpoint}")
+        keeps_up_to(step_of(checkpoint), what)
+        if (history := finished(learner, checkpoint, optimisation.steps)) is not None:
+            return history
     if "tensorboard" in report_to:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.parents[1] / "logs" / run.name))
     arguments = TrainingArguments(
@@ -262,32 +309,20 @@ def train(
         loader=loader,
     )
     trainer.remove_callback(PrinterCallback)
-    checkpoint = _whole_checkpoint(run)
     if checkpoint:
-        console.say(f"{what}: resuming from {checkpoint}")
-    with console.progress(what, optimisation.steps) as advance:
-        trainer.add_callback(_Bar(advance))
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.add_callback(_Sums(trainer, checkpoint))
+    trainer.add_callback(StopAtSignal(what))
+    stopping = f"{what}: interrupted; the step that is running is finished and kept in a checkpoint"
+    try:
+        with console.progress(what, optimisation.steps) as advance, interrupts.deferred(stopping):
+            trainer.add_callback(_Bar(advance))
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception as error:
+        if interrupts.noted():  # a process of the loader's got the signal too
+            raise interrupts.interrupted() from error
+        raise
     learner.to("cpu")
     return trainer.state.log_history
-
-
-def once(run: Path, learner: Learner, training: Callable[[], list[dict]]) -> list[dict]:
-    """The history of `training()`, which leaves its weights in the learner; it is not done again after a kill.
-
-    In place of the checkpoints in `run`, the weights and the history of what is finished are kept there.
-    """
-    weights, history = run / "finished.safetensors", run / "history.json"
-    if history.is_file():
-        safetensors.torch.load_model(learner, str(weights))
-        return json.loads(history.read_text(encoding="utf-8"))
-    found = training()
-    run.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_model(learner, str(weights))
-    write_json_atomically(history, found)
-    for checkpoint in run.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    return found
 
 
 def _require_trackers(names: Sequence[str]) -> None:
@@ -300,21 +335,6 @@ def _require_trackers(names: Sequence[str]) -> None:
             raise UserError(f"report_to: unknown tracker '{name}'; known: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
         if name not in get_available_reporting_integrations():
             raise UserError(f"report_to: {name} is not installed: pip install {name}")
-
-
-def _whole_checkpoint(run: Path) -> str | None:
-    """The newest checkpoint that was written to its end; others, left by a kill, are removed.
-
-    The Trainer writes trainer_state.json last.
-    """
-    whole = None
-    for folder in sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            whole = folder
-        except (OSError, json.JSONDecodeError):
-            shutil.rmtree(folder)
-    return None if whole is None else str(whole)
 
 
 def seed_everything(seed: int) -> None:

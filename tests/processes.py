@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["pipeline.cli", "stages.generate", "stages.distill", "pipeline.teachers.hf"])
 
 
-def _run(arguments: list[str], environment: dict[str, str], cwd: str, log: str) -> None:
+def _run(arguments: list, environment: dict[str, str], cwd: str, log: str, function: Callable | None) -> None:
     os.setsid()
     output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
@@ -26,16 +27,17 @@ def _run(arguments: list[str], environment: dict[str, str], cwd: str, log: str) 
     os.environ.clear()  # the forkserver's own, which is as old as the first test that needed it
     os.environ.update(environment)
     os.chdir(cwd)
-    sys.argv = ["xkd-pipeline", *arguments]
+    sys.argv = ["xkd-pipeline", *map(str, arguments)]
     import torch
-    from rich.console import Console
 
     from pipeline import cli, console
 
-    console.console = Console(stderr=True, highlight=False, width=200)
+    console.console = console.make_console(width=200)
     console.quiet_libraries()
     torch.set_num_threads(1)
-    cli.main()
+    for number in (signal.SIGINT, signal.SIGHUP):  # which may be ignored where the tests were started
+        signal.signal(number, signal.SIG_DFL)
+    function(*arguments) if function else cli.main()
 
 
 @dataclass
@@ -56,9 +58,17 @@ class Run:
         code = self.process.exitcode
         return 128 - code if code < 0 else code
 
-    def send(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):  # it may be over
-            os.kill(self.process.pid, number)
+    def send(self, *numbers: signal.Signals, group: bool = False) -> None:
+        """Send signals, one at once after the other. group: also to its child processes, as a terminal does."""
+        for number in numbers:
+            with suppress(ProcessLookupError):  # it may be over
+                (os.killpg if group else os.kill)(self.process.pid, number)
+
+    def storm(self, *numbers: signal.Signals) -> None:
+        """Send signals over and over until it is over."""
+        while self.process.is_alive():
+            self.send(*numbers)
+            time.sleep(0.001)
 
     def wait_for(self, happened, seconds: float = 60) -> None:
         """Return as soon as `happened()`, which must be before the command ends."""
@@ -69,10 +79,10 @@ class Run:
             time.sleep(0.002)
 
 
-def start(*arguments: object, log: Path, cwd: Path = ROOT, **environment: str) -> Run:
-    """Start `xkd-pipeline ARGUMENTS`; what it prints is appended to `log`."""
+def start(*arguments: object, log: Path, cwd: Path = ROOT, function: Callable | None = None, **environment: str) -> Run:
+    """Start `xkd-pipeline ARGUMENTS`; what it prints is appended to `log`. function: called in place of it."""
     own = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    process = _CONTEXT.Process(target=_run, args=([*map(str, arguments)], own, str(cwd), str(log)))
+    process = _CONTEXT.Process(target=_run, args=([*arguments], own, str(cwd), str(log), function))
     process.start()
     return Run(process, log)
 

@@ -7,6 +7,7 @@ the store before and are not after the repair, and rows that had to be made agai
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -199,7 +200,9 @@ def contents_of_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGHUP")]
+)
 def test_an_interrupt_keeps_also_what_was_not_yet_written(lab, note, number, name):
     """No shard is full yet when it comes, so that what is kept was written because of it."""
     for delay in (0.2, 0.5, 1, 2, 4):  # until it comes after the first answers
@@ -215,6 +218,29 @@ def test_an_interrupt_keeps_also_what_was_not_yet_written(lab, note, number, nam
     assert "Traceback" not in process.output and not list(lab.store.rglob(".tmp-*"))
     assert lab.finish() == ALL - kept
     note(f"{name} (exit {128 + number})", "unwritten rows were written, the message says what to do", written(0))
+
+
+SIGNALS_AT_ONCE = {
+    "Ctrl-C again and again until it ends (exit 130)": (signal.SIGINT,),
+    "SIGTERM together with Ctrl-C (exit 143 or 130)": (signal.SIGTERM, signal.SIGINT),
+}
+
+
+@pytest.mark.parametrize("fault", SIGNALS_AT_ONCE)
+def test_signals_that_follow_an_interrupt_cut_nothing_off(lab, note, fault):
+    """Answers come in batches of 64, so that some always wait to be written when a shard of 100 is full."""
+    numbers = SIGNALS_AT_ONCE[fault]
+    process = lab.start(rows_per_shard=100)
+    process.wait_for(lambda: shards(lab.store))
+    process.storm(*numbers)
+    assert process.wait() - 128 in numbers, process.output
+    assert "interrupted. What was made so far is kept; run the same command to go on" in process.output
+    assert "Traceback" not in process.output and not list(lab.store.rglob(".tmp-*"))
+    kept = rows_in(lab.store)
+    answered = int(re.findall(r"sampling .* (\d+)/\d+", process.output)[-1])
+    assert 100 < answered == len(set(kept)) == len(kept) < ALL
+    assert lab.finish() == ALL - len(kept)
+    note(fault, "unwritten rows were written, the message says what to do", written(answered - len(kept)))
 
 
 def test_two_processes_on_one_store(lab, note):

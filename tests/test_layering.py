@@ -12,7 +12,8 @@ from tests.conftest import ROOT
 STAGES = ("prepare", "teach", "generate", "score", "reward", "distill", "evaluate", "report")
 # What every stage runs and no result depends on: changing it reruns nothing.
 EVERYWHERE = {
-    f"pipeline/{name}.py" for name in ("__init__", "console", "errors", "outputs", "params_file", "provenance")
+    f"pipeline/{name}.py"
+    for name in ("__init__", "console", "errors", "interrupts", "outputs", "params_file", "provenance")
 }
 EVERYWHERE |= {f"pipeline/params/{name}.py" for name in ("__init__", "base", "data", "student", "teacher")}
 EVERYWHERE |= {"stages/__init__.py"}

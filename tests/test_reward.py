@@ -17,6 +17,7 @@ from pipeline.shards.selection import Selection
 from pipeline.tasks import get_task
 from stages.audit import Scored, above_the_median, auc, audit, calibration, rankable
 from stages.batches import States
+from stages.checkpoints import once
 from stages.generate import generate
 from stages.rankings import halves, rankings
 from stages.residuals import Scaled, teacher_residual
@@ -24,7 +25,6 @@ from stages.reward import reward
 from stages.reward_model import ActionHead, RewardPosterior, StateHead, load_posterior
 from stages.rows import per_response
 from stages.score import score
-from stages.training import once
 from tests.conftest import make_model, make_params, make_prompts
 
 SARSA = Residual(q_source="logits", gamma=1.0, terminal="drop")

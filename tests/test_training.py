@@ -131,18 +131,18 @@ def test_curves_are_plain_csv(tmp_path):
 
 def test_a_half_written_checkpoint_is_not_resumed_from(student, tmp_path):
     """A kill while the Trainer writes a checkpoint leaves one without its state, which it writes last."""
-    from stages.training import _whole_checkpoint
+    from stages.checkpoints import whole_checkpoint
 
     run = tmp_path / "run"
     train("t", make_learner(student), make_responses(8), None, Optimisation(steps=4, batch_size=4, learning_rate=0.01),
           run, 0, log_every=2, save_every=2)  # fmt: skip
-    assert _whole_checkpoint(run).endswith("checkpoint-4")
+    assert whole_checkpoint(run).endswith("checkpoint-4")
     for number, state in ((6, None), (10, "{")):
         (run / f"checkpoint-{number}").mkdir()
         (run / f"checkpoint-{number}" / "model.safetensors").write_bytes(b"half")
         if state:
             (run / f"checkpoint-{number}" / "trainer_state.json").write_text(state)
-    assert _whole_checkpoint(run).endswith("checkpoint-4")
+    assert whole_checkpoint(run).endswith("checkpoint-4")
     assert not (run / "checkpoint-6").exists() and not (run / "checkpoint-10").exists()
 
 

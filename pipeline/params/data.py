@@ -116,6 +116,8 @@ class Teach(Section):
     dropout: Dropout = 0.0
     """Dropout while it learns, in place of its configuration's rates, with which it is saved."""
     optimisation: TeachOptimisation
+    save_every: Positive = 200
+    """Steps between checkpoints that a killed run resumes from."""
 
     @model_validator(mode="after")
     def _layers_of_a_base(self):

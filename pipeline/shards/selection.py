@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import interrupts
 from pipeline.errors import UserError
 from pipeline.shards.files import (
     locked,
@@ -132,14 +133,15 @@ def write_selection(
                 for name, part in parts.items():
                     manifest["parts"][name] = _write_part(staged, name, part, teacher, k, materialize)
                 files = [file["name"] for part in manifest["parts"].values() for file in part["files"]]
-                for file in files:
-                    replace_file(staged / file, out / file)
-                for stale in out.iterdir():
-                    if stale.name not in files and is_left_behind(stale) and stale != staged:
-                        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+                with interrupts.deferred():  # new files with the earlier manifest would be no selection
+                    for file in files:
+                        replace_file(staged / file, out / file)
+                    for stale in out.iterdir():
+                        if stale.name not in files and is_left_behind(stale) and stale != staged:
+                            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+                    write_json_atomically(out / MANIFEST, sealed(manifest))
         finally:
             shutil.rmtree(staged, ignore_errors=True)
-        write_json_atomically(out / MANIFEST, sealed(manifest))
     return manifest
 
 

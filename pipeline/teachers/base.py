@@ -1,7 +1,8 @@
 """The interface of a teacher engine: it answers (sample) or judges given responses (score).
 
 Both return an iterator in any order, so that an engine can batch as it likes; a row that cannot be made comes back as
-a Failure and never ends the run.
+a Failure and never ends the run. Signals are held back while answers are handed over, so an engine puts its work into
+`interrupts.allowed()`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

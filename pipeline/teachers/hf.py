@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from pipeline import interrupts
 from pipeline.errors import reason_of
 from pipeline.models import Context, best_device, load_lm
 from pipeline.shards.identity import Sampling
@@ -70,7 +71,8 @@ class HfEngine:
     def _halving(self, batch: list[Ask], answer: Callable[[list[Ask]], list[Answer]]) -> Iterator[Answer | Failure]:
         """Answer a batch, in halves where it does not fit into memory, down to a single row."""
         try:
-            answers = answer(batch)
+            with interrupts.allowed():
+                answers = answer(batch)
         except torch.OutOfMemoryError as error:
             answers, reason = None, reason_of(error)  # the error itself would keep the batch's tensors alive
         except getattr(torch, "AcceleratorError", ()) as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pipeline import console
+from pipeline import console, interrupts
 from pipeline.errors import UserError, reason_of
 from pipeline.models import Context
 from pipeline.prompts import Prompt
@@ -127,9 +127,11 @@ class Order:
                 console.warn(f"prompt '{wanted.prompt.id}' left out: {reason}")
             elif self.warned == _WARNINGS + 1:
                 console.warn(f"more rows are left out: {self.folder.path / SKIPPED} has them all, with the reasons")
-        self.folder.skip(
-            [{"key": key, "prompt_id": wanted.prompt.id, "reason": reason} for key, (wanted, reason) in rows.items()]
-        )
+        entries = [
+            {"key": key, "prompt_id": wanted.prompt.id, "reason": reason} for key, (wanted, reason) in rows.items()
+        ]
+        with interrupts.deferred():
+            self.folder.skip(entries)
 
     def parts(self) -> dict[str, Part]:
         """The cached rows by part, in the order they were wanted; call after a last `look_up`."""
@@ -167,7 +169,8 @@ class _Writer:
             return
         waiting: list[Answer] = []
         failed: dict[str, tuple[Wanted, str]] = {}
-        with console.progress(what, len(wanted)) as advance, closing(answers):
+        # A signal interrupts only the engine at its work: what it has finished is handed over, and flushed, first.
+        with console.progress(what, len(wanted)) as advance, closing(answers), interrupts.deferred():
             try:
                 for answer in _from_engine(answers):
                     if reason := answer.reason if isinstance(answer, Failure) else value_fault(answer):
@@ -234,6 +237,8 @@ def _from_engine(answers: Iterator[Answer | Failure]) -> Iterator[Answer | Failu
     except UserError:
         raise
     except Exception as error:
+        if interrupts.noted():  # processes of the engine's got the signal too
+            raise interrupts.interrupted() from error
         raise UserError(
             f"the teacher's engine failed: {reason_of(error)}. What was made is kept; run the same command to go on"
         ) from error

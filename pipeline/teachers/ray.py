@@ -15,7 +15,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from pipeline import console
+from pipeline import console, interrupts
 from pipeline.errors import UserError, reason_of
 from pipeline.provenance import versions
 from pipeline.shards.identity import Sampling
@@ -135,7 +135,7 @@ class RayEngine:
                     max_task_retries=tries - 1,
                     **share,
                 )
-            for table in answers.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for table in interrupts.allowing(answers.iter_batches(batch_size=None, batch_format="pyarrow")):
                 yield from from_answers(table)
         except (ray.exceptions.RayError, RuntimeError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # the end of a remote traceback
@@ -190,6 +190,8 @@ def _cluster():
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"reach the cluster at RAY_ADDRESS={address}" if address else "start on this machine"
         raise UserError(f"engine ray cannot {where}: {reason_of(error)}") from error
+    if interrupts.begun():
+        interrupts.install()  # Ray has put a handler of its own in the place of ours
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline import interrupts
 from pipeline.shards.identity import Sampling
 from pipeline.teachers.base import Answer, Ask, Failure, finish_of
 
@@ -26,7 +27,7 @@ class StubEngine:
         return cls(load_config(folder).get_text_config().vocab_size)
 
     def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:
-        for ask in asks:
+        for ask in interrupts.allowing(asks):
             rng = np.random.default_rng(ask.seed)
             length = int(rng.integers(1, sampling.max_tokens + 1))
             response = rng.integers(0, self.vocab_size, length).astype(np.int32)
@@ -36,7 +37,7 @@ class StubEngine:
             yield self._answer(ask, response, k, sampling.stop_token_ids)
 
     def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]:
-        for ask in asks:
+        for ask in interrupts.allowing(asks):
             yield self._answer(ask, ask.response_ids, k, stop_token_ids)
 
     def _answer(self, ask: Ask, response: np.ndarray, k: int, stop_token_ids: Sequence[int]) -> Answer:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from pipeline import interrupts
 from pipeline.shards.identity import Sampling
 from pipeline.teachers.base import Answer, Ask, Failure, finish_of
 
@@ -15,11 +16,11 @@ class TextEngine:
         self.description = {"engine": "text"}
 
     def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:
-        for ask in asks:
+        for ask in interrupts.allowing(asks):
             yield Failure(ask.key, "engine text draws no samples")
 
     def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]:
-        for ask in asks:
+        for ask in interrupts.allowing(asks):
             empty = np.empty((len(ask.response_ids), 0))
             finish = finish_of(ask.response_ids, stop_token_ids)
             yield Answer(ask.key, ask.response_ids, finish, None, empty.astype(np.int32), empty, None)

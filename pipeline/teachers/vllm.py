@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline import console
+from pipeline import console, interrupts
 from pipeline.errors import reason_of
 from pipeline.models import load_config
 from pipeline.shards.identity import Sampling
@@ -249,7 +249,8 @@ class VllmEngine:
 
     def _step(self) -> list:
         try:
-            return self.llm.llm_engine.step()
+            with interrupts.allowed():
+                return self.llm.llm_engine.step()
         except Exception as error:
             raise EngineDead(f"vLLM stopped: {reason_of(error.__cause__ or error)}") from error
 

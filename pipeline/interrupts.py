@@ -1,0 +1,189 @@
+"""SIGINT, SIGTERM and SIGHUP end a command once and in order.
+
+Before `begin` a signal ends the process at once. From then on the first one raises `Interrupted` where the command is;
+those that come while that is on its way up are only noted, so that what is written because of it is not cut off.
+`deferred` holds signals back from a block, `allowed` lets them in again for a part of it.
+"""
+
+import _thread
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import ModuleType
+
+from pipeline.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+NOTHING_KEPT = "This run has left nothing to go on from; run the same command again"
+
+
+class _State:
+    """Of this process."""
+
+    phase = "starting"  # starting: nothing was done yet; running; ended: nothing is to be interrupted any more
+    noted: int | None = None  # the first signal that came
+    depth = 0  # blocks around the current one that hold signals back
+    kept = NOTHING_KEPT
+    announcement = ""  # what a signal that is held back is answered with
+    installed = False
+
+
+def is_command_line(name: str) -> bool:
+    """Whether the module of this `__name__` is, or is loaded by, the process's own command: no test, no child of it."""
+    main: ModuleType = sys.modules["__main__"]
+    return name == "__main__" or os.path.basename(getattr(main, "__file__", None) or "") == "xkd-pipeline"
+
+
+def install() -> None:
+    """Take over the signals; again where a library took them over since. A SIGHUP that is ignored (nohup) stays so."""
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _handle)
+    if not _State.installed:
+        _State.installed = True
+        os.register_at_fork(after_in_child=_leave_to_the_parent)
+        sys.unraisablehook = _raise_again
+
+
+def begin() -> None:
+    """From here on a signal raises `Interrupted`."""
+    _State.phase = "running"
+
+
+def begun() -> bool:
+    """Whether this process is a command that is running."""
+    return _State.phase == "running"
+
+
+def end() -> None:
+    """From here on nothing is interrupted: what is left is to say how it ended, and for the interpreter to tidy up.
+
+    A command that a signal has ended keeps its exit code whatever else comes.
+    """
+    _State.phase = "ended"
+    for number in SIGNALS:
+        if signal.getsignal(number) is _handle:
+            signal.signal(number, signal.SIG_DFL if _State.noted is None else signal.SIG_IGN)
+
+
+def noted() -> int | None:
+    """The first signal that came, if one did."""
+    return _State.noted
+
+
+def keeps(what: str) -> None:
+    """From here on an interrupt's message says this of what was done so far."""
+    _State.kept = what
+
+
+def interrupted() -> Interrupted:
+    """The exception for the signal that was noted."""
+    return Interrupted(_State.noted or signal.SIGINT, _State.kept)
+
+
+def check() -> None:
+    """Raise `Interrupted` if a signal waits for that: one that was held back, or that a library swallowed."""
+    if _State.noted is not None and _may_raise():
+        raise interrupted()
+
+
+@contextmanager
+def deferred(announcement: str = "") -> Iterator[None]:
+    """Let the block run to its end: a signal that comes meanwhile is raised after it.
+
+    An error of the block's own goes first. announcement: said at once when a signal comes.
+    """
+    before = _State.announcement
+    _State.depth += 1
+    _State.announcement = announcement or before
+    try:
+        yield
+    finally:
+        _State.announcement = before
+        _State.depth -= 1
+    check()
+
+
+@contextmanager
+def allowed() -> Iterator[None]:
+    """A part of a deferred block, without `yield` in it, that signals interrupt; one that waits does so at once."""
+    depth = _State.depth
+    _State.depth = 0
+    try:
+        check()
+        yield
+    finally:
+        _State.depth = depth
+
+
+def allowing(items) -> Iterator:
+    """The items; the wait for each of them may be interrupted."""
+    source, none = iter(items), object()
+    while True:
+        with allowed():
+            item = next(source, none)
+        if item is none:
+            return
+        yield item
+
+
+def _handle(number: int, frame: object) -> None:
+    if _State.phase == "starting":
+        with suppress(OSError):  # nobody may be there to read it
+            os.write(2, b"warning: interrupted before anything was done\n")
+        os._exit(128 + number)
+    first = _State.noted is None
+    if first:
+        _State.noted = int(number)
+    if _may_raise():
+        raise interrupted()
+    if first and _State.announcement:
+        # In a thread, because this one may be in the middle of printing.
+        _thread.start_new_thread(_announce, (_State.announcement,))
+
+
+def _announce(what: str) -> None:
+    from pipeline import console
+
+    console.say(what)
+
+
+def _may_raise() -> bool:
+    return _State.phase == "running" and _State.depth == 0 and not _on_its_way()
+
+
+def _on_its_way() -> bool:
+    """Whether an `Interrupted` is being handled: some block cleans up, or writes what is to be kept."""
+    error, seen = sys.exc_info()[1], set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, Interrupted):
+            return True
+        seen.add(id(error))
+        error = error.__context__
+    return False
+
+
+def _raise_again(unraisable, before=sys.unraisablehook) -> None:
+    """Where an `Interrupted` was raised in a place that nothing gets out of (`__del__`, a callback), try once more.
+
+    What else goes wrong in such places once a signal has come (a library's own tidying up) is nobody's concern.
+    """
+    if isinstance(unraisable.exc_value, Interrupted):
+        _thread.start_new_thread(_send_soon, (unraisable.exc_value.signal,))
+    elif _State.noted is None:
+        before(unraisable)
+
+
+def _send_soon(number: int) -> None:
+    time.sleep(0.02)
+    os.kill(os.getpid(), number)
+
+
+def _leave_to_the_parent() -> None:
+    """In a forked child: the terminal's signals come to the whole group, and the parent decides when children end."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
