@@ -232,8 +232,9 @@ def test_a_folder_in_a_files_place_is_moved_aside_with_all_that_is_in_it(lab, na
     assert lab.restored() or "skipped" in name  # nothing has to be written there
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "train-00000.parquet"])
-def test_a_folder_in_the_place_of_a_selections_file_is_moved_aside(lab, name):
+@pytest.mark.parametrize("pattern", ["manifest.json", "train-00000-*.parquet"])
+def test_a_folder_in_the_place_of_a_selections_file_is_moved_aside(lab, pattern):
+    (name,) = [path.name for path in lab.out.glob(pattern)]
     in_place_of(lab.out / name)
     assert lab.verify()
     shutil.rmtree(lab.out / f"{name}.aside", ignore_errors=True)
@@ -343,7 +344,7 @@ def test_a_manifest_of_another_selection_is_stale_and_its_files_are_left(lab, ot
 
 def test_the_rows_of_a_selection_are_looked_at_too(lab):
     """Its own seal and digests fit, and yet no teacher can have said that."""
-    shard, manifest = lab.out / "train-00000.parquet", json.loads((lab.out / "manifest.json").read_text())
+    shard, manifest = next(lab.out.glob("train-00000-*.parquet")), json.loads((lab.out / "manifest.json").read_text())
     rows, metadata = from_table(pq.read_table(shard)), read_metadata(shard)
     write_shard(shard, [ROWS["of probability 8"](rows[0]), *rows[1:]], metadata)
     manifest["parts"]["train"]["files"][0]["sha256"] = sha256_file(shard)
@@ -351,6 +352,15 @@ def test_the_rows_of_a_selection_are_looked_at_too(lab):
     (problem,) = lab.verify()
     assert problem.file == str(shard) and "of probability 8" in problem.what
     assert lab.restored()
+
+
+def test_what_a_killed_run_left_is_set_aside_and_the_selection_is_whole_without_it(lab):
+    left = lab.out / "train-00000-0123456789ab.parquet"
+    left.write_bytes(b"rows that were never the selection's")
+    assert len(Selection(lab.out).part("train")["keys"]) == 20 and not lab.garbage()
+    (problem,) = lab.verify()
+    assert (problem.file, problem.what, problem.aside) == (str(left), "manifest.json does not list it", True)
+    assert not lab.verify() and lab.restored()
 
 
 def test_a_selection_that_leaves_its_rows_in_the_store_is_checked_when_it_is_read(thin):

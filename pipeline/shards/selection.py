@@ -5,9 +5,11 @@ trimmed, no times, hosts or paths. So nothing reruns because of how or when rows
 """
 
 import hashlib
+import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,22 @@ from pipeline.shards.files import (
     locked,
     replace_file,
     sha256_file,
+    sync,
     write_atomically,
     write_json_atomically,
     writing_to,
 )
 from pipeline.shards.identity import Request
-from pipeline.shards.manifest import MANIFEST, WRITE_AGAIN, file_fault, is_left_behind, read_manifest, sealed
+from pipeline.shards.manifest import (
+    MANIFEST,
+    WRITE_AGAIN,
+    file_fault,
+    is_left_behind,
+    listed_files,
+    read_manifest,
+    rows_name,
+    sealed,
+)
 from pipeline.shards.schema import (
     SCHEMA,
     SCHEMA_VERSION,
@@ -131,16 +143,46 @@ def write_selection(
             with writing_to(staged):
                 for name, part in parts.items():
                     manifest["parts"][name] = _write_part(staged, name, part, teacher, k, materialize)
-                files = [file["name"] for part in manifest["parts"].values() for file in part["files"]]
-                for file in files:
-                    replace_file(staged / file, out / file)
-                for stale in out.iterdir():
-                    if stale.name not in files and is_left_behind(stale) and stale != staged:
-                        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+                write_json_atomically(staged / MANIFEST, sealed(manifest))
+                _swap(staged, out, listed_files(manifest))
         finally:
             shutil.rmtree(staged, ignore_errors=True)
-        write_json_atomically(out / MANIFEST, sealed(manifest))
     return manifest
+
+
+def _swap(staged: Path, out: Path, files: Collection[str]) -> None:
+    """Make the selection in `staged` the one in `out`: at every moment `out` has one that is whole.
+
+    New files lie beside the earlier ones until the manifest is replaced; only then the earlier ones are removed.
+    """
+    new = {file for file in files if not os.path.lexists(out / file)}
+    try:
+        for file in files:
+            replace_file(staged / file, out / file)
+        sync(out)
+        replace_file(staged / MANIFEST, out / MANIFEST)
+        sync(out)
+    except BaseException:
+        with suppress(OSError):
+            _remove(out / file for file in new - _listed(out))
+        raise
+    _remove(path for path in out.iterdir() if path.name not in {MANIFEST, *files} and is_left_behind(path))
+
+
+def _listed(out: Path) -> set[str]:
+    """Files of the selection in `out`; none where it has no readable one."""
+    try:
+        return set(listed_files(read_manifest(out)))
+    except UserError:
+        return set()
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _write_part(out: Path, name: str, part: Part, teacher: dict, k: int, materialize: bool) -> dict:
@@ -155,7 +197,7 @@ def _write_part(out: Path, name: str, part: Part, teacher: dict, k: int, materia
             path = write_atomically(
                 out,
                 lambda temporary, groups=groups: write_row_groups(temporary, groups, footing),
-                f"{name}-{number:05d}.parquet",
+                lambda temporary, number=number: rows_name(name, number, sha256_file(temporary)),
             )
             files.append({"name": path.name, "rows": len(some), "sha256": sha256_file(path)})
         return described | {"tokens": counted.tokens, "files": files}
