@@ -31,13 +31,13 @@ from pipeline.shards.identity import Request
 from pipeline.shards.manifest import (
     MANIFEST,
     WRITE_AGAIN,
-    file_fault,
     is_left_behind,
     listed_files,
     read_manifest,
     rows_name,
     sealed,
 )
+from pipeline.shards.opened import OpenFiles
 from pipeline.shards.schema import (
     SCHEMA,
     SCHEMA_VERSION,
@@ -222,8 +222,29 @@ class Counted:
             yield row
 
 
+def _checked(folder: Path) -> tuple[dict, OpenFiles]:
+    """The manifest of a selection, and its files, of which each is what the manifest says."""
+    while True:
+        manifest = read_manifest(folder)
+        files = OpenFiles("the selection was rewritten or removed while it was read. Run the same command again")
+        wrong = [path for name, file in listed_files(manifest).items() if not _add(files, path := folder / name, file)]
+        if not wrong:
+            return manifest, files
+        if read_manifest(folder)["sha256"] == manifest["sha256"]:  # else it was rewritten just now
+            raise UserError(f"{wrong[0]} is missing or not what manifest.json says: {WRITE_AGAIN}")
+
+
+def _add(files: OpenFiles, path: Path, file: dict) -> bool:
+    try:
+        return files.add(path, file["sha256"])
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return False
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 class Selection:
-    """A selection on disk, opened for reading."""
+    """A selection on disk, opened for reading: its rows stay what they are, also when `folder` gets other ones."""
 
     def __init__(self, folder: Path, store: str | Path | None = None):
         """Raises UserError where the manifest is missing or a file does not match it.
@@ -231,15 +252,9 @@ class Selection:
         `store` is where rows are read from that were not materialised.
         """
         self.folder, self.store = Path(folder), store
-        self.manifest = read_manifest(self.folder)
+        self.manifest, self.files = _checked(self.folder)
         self.teacher: dict = self.manifest["teacher"]
         self.parts: dict[str, dict] = self.manifest["parts"]
-        for part in self.parts.values():
-            for file in part["files"]:
-                if file_fault(self.folder, file):
-                    raise UserError(
-                        f"{self.folder / file['name']} is missing or not what manifest.json says: {WRITE_AGAIN}"
-                    )
 
     def require_teacher(self, what: str) -> None:
         """Raises UserError where the rows are text alone, without a teacher's log-probabilities."""
@@ -272,9 +287,13 @@ class Selection:
                 yield row if topk else row.trimmed(0)
             return
         for file in part["files"]:
-            reader = pq.ParquetFile(self.folder / file["name"])
+            yield from self.file_rows(file, () if topk else TOPK)
+
+    def file_rows(self, file: dict, without: tuple[str, ...] = ()) -> Iterator[Row]:
+        """The rows of one file that the manifest lists; `without`: columns that are left empty."""
+        with self.files.reader(self.folder / file["name"]) as reader:
             for group in range(reader.num_row_groups):
-                yield from read_group(reader, group, () if topk else TOPK)
+                yield from read_group(reader, group, without)
 
     def located(self, name: str) -> tuple[RequestFolder, list["Label"], list[Location]]:
         """Where the rows of a part are in the store, in their canonical order, and how they are labelled.
@@ -284,7 +303,9 @@ class Selection:
         part, k = self.part(name), self.manifest["k"]
         folder = RequestFolder(open_store(self.store), self.teacher["identity"], part["request_identity"])
         index, labels = folder.index(set_aside=False), labels_of(part)
-        return folder, labels, [self._locate(index, label.key, k, folder) for label in labels]
+        locations = [self._locate(index, label.key, k, folder) for label in labels]
+        folder.hold({location.shard for location in locations})
+        return folder, labels, locations
 
     def checked(self, name: str) -> tuple[RequestFolder, list["Label"], list[Location]]:
         """The same, after comparing the rows there with those that this selection was made of.

@@ -18,6 +18,7 @@ from platformdirs import user_cache_path
 from pipeline.errors import UserError
 from pipeline.shards.checking import SHARD, UNREADABLE, Damaged, Header, check_shard, text_of
 from pipeline.shards.files import canonical_json, digest, move_aside, sha256_file, write_atomically, writing_to
+from pipeline.shards.opened import OpenFiles
 from pipeline.shards.schema import Row, from_table, group_ends, read_metadata, write_shard
 from pipeline.shards.storage import Storage
 
@@ -60,6 +61,7 @@ class RequestFolder:
         self.path = self.storage.path / self.name
         self.damaged: dict[str, str] = {}  # shard -> what is wrong with it
         self._passed: dict[Path, Header] = {}
+        self.files = OpenFiles(f"it was removed from the store {self} while it was read. Run the same command again")
 
     def __str__(self) -> str:
         return f"{self.storage.name}/{self.name}"
@@ -159,6 +161,17 @@ class RequestFolder:
             if not describes(name, self.storage.read_text(name)):
                 self.storage.write_json(name, value)
 
+    def hold(self, shards: Iterable[Path]) -> None:
+        """Read shards that passed a check from now on as they are now, also when somebody removes them.
+
+        Raises UserError where one is gone already.
+        """
+        for shard in sorted(shards):
+            try:
+                self.files.add(shard, shard.stem.removeprefix("part-"), check=False)
+            except OSError as error:
+                raise _unreadable(shard, error) from error
+
     def read(self, locations: Iterable[Location]) -> list[Row]:
         """The rows at `locations`, in their order; only the row groups that hold them are decoded, each once.
 
@@ -171,12 +184,10 @@ class RequestFolder:
         rows: dict[int, Row] = {}
         for shard, numbers in by_shard.items():
             try:
-                found = _rows_of(shard, [locations[number].row for number in numbers])
+                with self.files.reader(shard) as file:
+                    found = _rows_of(file, [locations[number].row for number in numbers])
             except (OSError, *UNREADABLE) as error:
-                raise UserError(
-                    f"{shard} cannot be read ({text_of(error)}): run `xkd-pipeline cache verify`, which "
-                    "sets aside what is damaged, and the same command again"
-                ) from error
+                raise _unreadable(shard, error) from error
             rows.update(zip(numbers, found, strict=True))
         return [rows[number] for number in range(len(locations))]
 
@@ -212,13 +223,19 @@ class RequestFolder:
             self.storage.put(path, f"{self.name}/{SKIPPED}")
 
 
-def _rows_of(shard: Path, places: Sequence[int]) -> list[Row]:
+def _unreadable(shard: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{shard} cannot be read ({text_of(error)}): run `xkd-pipeline cache verify`, which sets aside what is "
+        "damaged, and the same command again"
+    )
+
+
+def _rows_of(file: pq.ParquetFile, places: Sequence[int]) -> list[Row]:
     """The rows at these places of a shard, in their order."""
-    with pq.ParquetFile(shard) as file:
-        ends = group_ends(file.metadata)
-        group_of = np.searchsorted(ends, places, side="right")
-        groups = np.unique(group_of)
-        table = file.read_row_groups(groups.tolist())
+    ends = group_ends(file.metadata)
+    group_of = np.searchsorted(ends, places, side="right")
+    groups = np.unique(group_of)
+    table = file.read_row_groups(groups.tolist())
     sizes = np.diff(ends, prepend=0)
     starts = np.cumsum(sizes[groups]) - sizes[groups]  # of each group in the table
     within = np.array(places) - (ends - sizes)[group_of]

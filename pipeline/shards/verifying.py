@@ -25,8 +25,8 @@ from pipeline.shards.manifest import (
     selection_files,
 )
 from pipeline.shards.references import references
-from pipeline.shards.schema import read_metadata
-from pipeline.shards.selection import Selection, labels_of, read_group
+from pipeline.shards.schema import checked_metadata, read_metadata
+from pipeline.shards.selection import Selection, labels_of
 from pipeline.shards.storage import Storage
 from pipeline.shards.store import SKIPPED, RequestFolder, describes, skipped_entry
 
@@ -244,13 +244,13 @@ def _row_faults(selection: Selection, name: str) -> Iterator[_Fault]:
     for file in part["files"]:
         path = selection.folder / file["name"]
         try:
-            metadata, rows = read_metadata(path), 0
+            with selection.files.reader(path) as reader:
+                metadata = checked_metadata(reader.schema_arrow)
             if any(metadata[entry] != selection.manifest[entry] for entry in ("teacher", "k")):
                 yield _Fault(path, "it is of another teacher or k than manifest.json")
             check = RowCheck(metadata["request"], part["request_identity"], metadata["k"], metadata["vocab_size"])
-            reader = pq.ParquetFile(path)
-            for row in (row for group in range(reader.num_row_groups) for row in read_group(reader, group)):
-                rows, label = rows + 1, next(labels, None)
+            for row in selection.file_rows(file):
+                label = next(labels, None)
                 if label is None or (label.key, label.prompt_id, label.origin) != (row.key, row.prompt_id, row.origin):
                     here = label.key if label else "no row"
                     yield _Fault(path, f"it holds row {row.key} where manifest.json has {here}")
