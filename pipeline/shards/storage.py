@@ -108,6 +108,14 @@ class Storage:
         except (FileNotFoundError, IsADirectoryError):
             return None
 
+    def has_gone(self, name: str) -> bool:
+        """Whether a file that was listed is not there any more, not even as something else."""
+        if not self.remote:
+            return not os.path.lexists(self.path / name)
+        with self._reaching(name) as fs:
+            fs.invalidate_cache()
+            return not fs.exists(self._full(name))
+
     def fetch(self, name: str, to: Path) -> None:
         """Copy a file to this machine; it appears whole. Raises FileNotFoundError where there is none."""
         temporary = to.parent / f".tmp-{uuid.uuid4().hex}"
