@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -44,6 +45,7 @@ from pipeline.shards.schema import (
     TOPK,
     Columns,
     Row,
+    finish_of,
     footer,
     row_digest,
     row_groups,
@@ -57,25 +59,34 @@ _ROWS_AT_ONCE = 256
 
 @dataclass
 class Part:
-    """Rows of one name (a split, or `scored`): prompt id -> keys and origins, and where each key is stored."""
+    """Rows of one name (a split, or `scored`): prompt id -> keys and origins, and where each key is stored.
+
+    stop_token_ids: of a score request, which does not hold them; whether a given response has ended follows from them.
+    texts: prompt id -> the prompt as it was rendered for this selection; what others stored may have other spaces.
+    """
 
     folder: RequestFolder
     request: Request
+    stop_token_ids: tuple[int, ...] | None = None
     keys: dict[str, list[str]] = field(default_factory=dict)
     origins: dict[str, list[str]] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
     locations: dict[str, Location] = field(default_factory=dict)
 
-    def add(self, prompt_id: str, key: str, origin: str, location: Location) -> None:
-        """A key that the prompt already has is not added again."""
+    def add(self, prompt_id: str, key: str, origin: str, location: Location, text: str | None = None) -> None:
+        """A key that the prompt already has is not added again. Without a text, rows keep the one that is stored."""
         if key not in self.keys.setdefault(prompt_id, []):
             self.keys[prompt_id].append(key)
             self.origins.setdefault(prompt_id, []).append(origin)
             self.locations[key] = location
+        if text is not None:
+            self.texts[prompt_id] = text
 
     def labelled(self, labels: Sequence["Label"], k: int) -> Iterator[Row]:
-        """The stored rows as the selection labels them."""
+        """The stored rows as the selection labels them, with its own prompts' texts."""
         stored = self.folder.read_each((self.locations[label.key] for label in labels), _ROWS_AT_ONCE)
-        return (label.apply(row, k) for label, row in zip(labels, stored, strict=True))
+        for label, row in zip(labels, stored, strict=True):
+            yield replace(label.apply(row, k), prompt=self.texts.get(label.prompt_id, row.prompt))
 
     @property
     def rows(self) -> int:
@@ -83,7 +94,8 @@ class Part:
 
     def describe(self) -> dict:
         """The manifest's entry, files and counts of tokens apart."""
-        return {
+        stops = {} if self.stop_token_ids is None else {"stop_token_ids": list(self.stop_token_ids)}
+        return stops | {
             "request": self.request.describe(),
             "request_identity": self.request.identity,
             "prompts": len(self.keys),
@@ -100,20 +112,27 @@ class Label:
     key: str
     prompt_id: str
     origin: str
-    number: int  # among the prompt's rows of this origin
+    number: int | None  # among the prompt's rows of this origin; None where the key holds the row's own
+    stop_token_ids: tuple[int, ...] | None  # None where the request holds them, or none are known
 
     def apply(self, row: Row, k: int) -> Row:
-        sample = row.sample if self.origin == "teacher" else self.number
-        return replace(row.trimmed(k), prompt_id=self.prompt_id, origin=self.origin, sample=sample)
+        sample = row.sample if self.number is None else self.number
+        finish = row.finish if self.stop_token_ids is None else finish_of(row.response_ids, self.stop_token_ids)
+        return replace(row.trimmed(k), prompt_id=self.prompt_id, origin=self.origin, sample=sample, finish=finish)
 
 
 def labels_of(part: dict) -> list[Label]:
-    return [
-        Label(key, prompt_id, origin, origins[:place].count(origin))
-        for prompt_id, keys in part["keys"].items()
-        for origins in [part["origins"][prompt_id]]
-        for place, (key, origin) in enumerate(zip(keys, origins, strict=True))
-    ]
+    """The labels of a manifest's part, in canonical order."""
+    sampled, stops = part["request"]["kind"] == "sample", part.get("stop_token_ids")
+    stops = None if stops is None else tuple(stops)
+    labels = []
+    for prompt_id, keys in part["keys"].items():
+        counts: Counter[str] = Counter()
+        for key, origin in zip(keys, part["origins"][prompt_id], strict=True):
+            own = sampled and origin == "teacher"
+            labels.append(Label(key, prompt_id, origin, None if own else counts[origin], stops))
+            counts[origin] += 1
+    return labels
 
 
 def write_selection(

@@ -97,8 +97,3 @@ def too_long(prompt: int, response: int, context: Context) -> str | None:
         f"{context.tokens}{' for each' if context.each else ''}: "
         "shorten the prompt or lower max_tokens"
     )
-
-
-def finish_of(response_ids: np.ndarray, stop_token_ids: Sequence[int]) -> str:
-    """`stop` where a response ends with a stop token."""
-    return "stop" if len(response_ids) and int(response_ids[-1]) in stop_token_ids else "length"

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.shards.identity import Sampling
-from pipeline.teachers.base import Answer, Ask, Failure, finish_of
+from pipeline.shards.schema import finish_of
+from pipeline.teachers.base import Answer, Ask, Failure
 
 
 class StubEngine:

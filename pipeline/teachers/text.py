@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from pipeline.shards.identity import Sampling
-from pipeline.teachers.base import Answer, Ask, Failure, finish_of
+from pipeline.shards.schema import finish_of
+from pipeline.teachers.base import Answer, Ask, Failure
 
 
 class TextEngine:
