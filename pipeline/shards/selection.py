@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,6 @@ from pipeline.shards.schema import (
 from pipeline.shards.store import Location, RequestFolder, open_store, pick
 
 ROWS_PER_FILE = 4096
-_ROWS_AT_ONCE = 256
 
 
 @dataclass
@@ -82,9 +82,9 @@ class Part:
         if text is not None:
             self.texts[prompt_id] = text
 
-    def labelled(self, labels: Sequence["Label"], k: int) -> Iterator[Row]:
-        """The stored rows as the selection labels them, with its own prompts' texts."""
-        stored = self.folder.read_each((self.locations[label.key] for label in labels), _ROWS_AT_ONCE)
+    def labelled(self, labels: Sequence["Label"], k: int, folder: Path) -> Iterator[Row]:
+        """The stored rows as the selection labels them, with its own prompts' texts. folder: for temporary files."""
+        stored = self.folder.read_each((self.locations[label.key] for label in labels), folder)
         for label, row in zip(labels, stored, strict=True):
             yield replace(label.apply(row, k), prompt=self.texts.get(label.prompt_id, row.prompt))
 
@@ -208,19 +208,20 @@ def _write_part(out: Path, name: str, part: Part, teacher: dict, k: int, materia
     """The manifest's entry of a part, after writing its files where they are wanted."""
     described = part.describe()
     labels, counted, files = labels_of(described), Counted(), []
+    rows = counted.through(part.labelled(labels, k, out))
     if materialize:
         footing = footer(teacher, part.request.describe(), k)
         for number, start in enumerate(range(0, len(labels), ROWS_PER_FILE)):
-            some = labels[start : start + ROWS_PER_FILE]
-            groups = row_groups(counted.through(part.labelled(some, k)))
+            groups = row_groups(islice(rows, ROWS_PER_FILE))
             path = write_atomically(
                 out,
                 lambda temporary, groups=groups: write_row_groups(temporary, groups, footing),
                 lambda temporary, number=number: rows_name(name, number, sha256_file(temporary)),
             )
-            files.append({"name": path.name, "rows": len(some), "sha256": sha256_file(path)})
+            count = min(ROWS_PER_FILE, len(labels) - start)
+            files.append({"name": path.name, "rows": count, "sha256": sha256_file(path)})
         return described | {"tokens": counted.tokens, "files": files}
-    for _ in counted.through(part.labelled(labels, k)):
+    for _ in rows:
         pass
     return described | {"tokens": counted.tokens, "files": [], "content": counted.content.hexdigest()}
 
@@ -340,7 +341,7 @@ class Selection:
         self, name: str, folder: RequestFolder, labels: list["Label"], locations: list[Location]
     ) -> Iterator[Row]:
         counted = Counted()
-        rows = folder.read_each(locations, _ROWS_AT_ONCE)
+        rows = folder.read_each(locations)
         yield from counted.through(
             label.apply(row, self.manifest["k"]) for label, row in zip(labels, rows, strict=True)
         )
