@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.shards.files import ASIDE, digest, move_aside
+from pipeline.shards.files import ASIDE, digest, is_in_the_way, move_aside
 from pipeline.shards.manifest import holds_selection, read_manifest
 from pipeline.shards.storage import Storage
 
@@ -69,7 +69,7 @@ class Reference:
     def record(self, storage: Storage) -> bool:
         """Leave word in the store; whether that was possible."""
         try:
-            if _in_the_way(storage):
+            if _in_the_way(storage) == [FOLDER]:
                 move_aside(storage.path / FOLDER)
             storage.write_json(self.name, {name: getattr(self, name) for name in _ENTRIES})
         except (OSError, UserError):
@@ -92,9 +92,11 @@ def keys_of(selection: Path) -> dict[str, tuple[set[str], int]]:
 
 def references(storage: Storage) -> tuple[list[Reference], list[str]]:
     """All that were recorded, and the names of files in their folder that are none."""
-    found, unreadable = [], [FOLDER] if _in_the_way(storage) else []
+    found, unreadable = [], _in_the_way(storage)
     for name, file in storage.find(FOLDER).items():
         if name.rpartition("/")[2].startswith(".tmp-") or ASIDE in name:  # aside: written anew under its own name
+            continue
+        if any(name.startswith(f"{other}/") for other in unreadable):
             continue
         text = storage.read_text(name)
         if text is None and storage.has_gone(name):
@@ -125,10 +127,15 @@ def named(known: list[Reference], names: Iterable[str]) -> list[Reference]:
     return meant
 
 
-def _in_the_way(storage: Storage) -> bool:
-    """Whether a file is where the folder of references must be."""
+def _in_the_way(storage: Storage) -> list[str]:
+    """What is where the folder of references must be, or a folder, pipe or device where one of them must be."""
     folder = storage.path / FOLDER
-    return os.path.lexists(folder) and not folder.is_dir()
+    if storage.remote or not os.path.lexists(folder):
+        return []
+    if not folder.is_dir():
+        return [FOLDER]
+    strange = (path.name for path in sorted(folder.iterdir()) if ASIDE not in path.name and is_in_the_way(path))
+    return [f"{FOLDER}/{name}" for name in strange]
 
 
 def _parsed(text: str | None) -> Reference | None:

@@ -17,7 +17,15 @@ from platformdirs import user_cache_path
 
 from pipeline.errors import UserError
 from pipeline.shards.checking import SHARD, UNREADABLE, Damaged, Header, check_shard, text_of
-from pipeline.shards.files import canonical_json, digest, move_aside, sha256_file, write_atomically, writing_to
+from pipeline.shards.files import (
+    canonical_json,
+    digest,
+    is_in_the_way,
+    move_aside,
+    sha256_file,
+    write_atomically,
+    writing_to,
+)
 from pipeline.shards.opened import OpenFiles
 from pipeline.shards.ordering import Group, in_order
 from pipeline.shards.schema import Row, from_table, group_ends, read_metadata, write_shard
@@ -120,6 +128,8 @@ class RequestFolder:
         except Damaged as error:
             if self.storage.remote and self._fetched_again(shard):
                 return check_shard(shard, self.teacher, self.request)
+            if not self.storage.remote and not os.path.lexists(shard):
+                return None  # removed, or set aside by another process, since it was listed
             self.damaged[shard.name] = str(error)
         if set_aside:
             try:
@@ -235,7 +245,7 @@ class RequestFolder:
         if not entries:
             return
         path = self.path / SKIPPED
-        if path.is_dir():
+        if is_in_the_way(path):
             move_aside(path)
         with writing_to(self.path), path.open("a+b") as file:
             torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import UserError
 from pipeline.shards.catalogue import IDENTITY, files_by_request
 from pipeline.shards.checking import SHARD, UNREADABLE, Damaged, RowCheck, check_shard, row_faults, text_of
-from pipeline.shards.files import ASIDE, locked, move_aside, require_file
+from pipeline.shards.files import ASIDE, is_in_the_way, locked, move_aside, require_file
 from pipeline.shards.manifest import (
     MANIFEST,
     WRITE_AGAIN,
@@ -61,21 +61,31 @@ def verify_store(storage: Storage, prefix: str, set_aside: bool, advance: Callab
 
 
 def _in_the_way(storage: Storage, prefix: str, set_aside: bool) -> Iterator[Problem]:
-    """Files where folders must be, and folders where files must be; at a URL there are no such."""
-    for teacher in sorted(storage.path.iterdir()) if storage.path.is_dir() and not storage.remote else ():
+    """Files where folders must be, and folders, pipes and devices where files must be; at a URL there are no such."""
+    for teacher in _inside(storage.path) if not storage.remote else ():
         if not IDENTITY.fullmatch(teacher.name):
             continue
-        requests = sorted(teacher.iterdir()) if teacher.is_dir() else []
+        requests = _inside(teacher)
         folders = [teacher, *(path for path in requests if IDENTITY.fullmatch(path.name))]
-        inside = [path for folder in folders[1:] if folder.is_dir() for path in sorted(folder.iterdir())]
-        files = [*(path for path in requests if path.name == "teacher.json"), *filter(_is_for_a_file, inside)]
-        strange = [(path, "it is no folder") for path in folders if not path.is_dir()]
-        strange += [(path, "Is a directory, where a file must be") for path in files if path.is_dir()]
+        files = [*(path for path in requests if path.name == "teacher.json")]
+        files += [path for folder in folders[1:] for path in _inside(folder) if _is_for_a_file(path)]
+        strange = [(path, "it is no folder") for path in folders if not path.is_dir() and os.path.lexists(path)]
+        for path in filter(is_in_the_way, files):
+            what = "Is a directory, where a file must be" if path.is_dir() else "it is no regular file"
+            strange.append((path, what))
         for path, what in strange:
             name = path.relative_to(storage.path).as_posix()
             if name.startswith(prefix) or prefix.startswith(name):
                 moved = set_aside and _aside(lambda path=path: _move(storage, path))
                 yield Problem(name, what, "generate makes what was in its place again", moved)
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What is in a folder; nothing where it is none, or has gone since it was listed."""
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _move(storage: Storage, path: Path) -> None:
@@ -93,6 +103,9 @@ def _description(storage: Storage, name: str, set_aside: bool) -> Iterator[Probl
     """teacher.json or request.json: it must be of the folder it is in."""
     text = storage.read_text(name)
     if text is None:
+        others = storage.find(name.rpartition("/")[0])
+        if all(ASIDE in other or "/damaged/" in other or "/.tmp-" in other for other in others):
+            return  # what it described has gone since it was listed
         yield Problem(name, "it is missing", "the next generate that asks this teacher writes it")
     elif not describes(name, text):
         moved = set_aside and _aside(lambda: storage.move(name, name + ASIDE))
@@ -112,9 +125,10 @@ def _file(storage: Storage, folder: RequestFolder, last: str, set_aside: bool) -
         try:
             what = _shard_fault(storage, folder, name)
         except UserError as error:
-            yield Problem(name, str(error), "verify again")
+            if not storage.has_gone(name):
+                yield Problem(name, str(error), "verify again")
             return
-        if what:
+        if what and not storage.has_gone(name):  # `gc` removes shards, and `generate` sets them aside, at any time
             moved = set_aside and _aside(lambda: folder.set_aside(last))
             yield Problem(name, what, "generate makes the rows again that no other shard has", moved)
 
