@@ -1,5 +1,6 @@
 """`xkd-pipeline cache ...`: look at the teacher store, verify it, tidy it, take something out of it."""
 
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +23,10 @@ RequestArgument = Annotated[
 
 def _date(seconds: float | None) -> str:
     return "?" if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
+
+
+def _age(seconds: float | None) -> str:
+    return "?" if seconds is None else f"{(time.time() - seconds) / 86400:,.0f} days"
 
 
 @cache.command(epilog=example("xkd-pipeline cache ls", "xkd-pipeline cache ls --store s3://bucket/teachers"))
@@ -100,7 +105,7 @@ def show(
 
 
 def _user(user) -> str:
-    state = "gone" if user.gone else "" if user.complete else "not finished"
+    state = "not at its place" if user.absent else "" if user.complete else "not finished"
     return f"{user.selection} on {user.host}" + (f" ({state})" if state else "")
 
 
@@ -146,7 +151,13 @@ def verify(
     raise typer.Exit(1)
 
 
-@cache.command(epilog=example("xkd-pipeline cache gc", "xkd-pipeline cache gc --keep ../other/data/teacher --yes"))
+@cache.command(
+    epilog=example(
+        "xkd-pipeline cache gc",
+        "xkd-pipeline cache gc --keep ../other/data/teacher --yes",
+        "xkd-pipeline cache gc --forget /old/data/teacher",
+    )
+)
 def gc(
     store: StoreOption = None,
     keep: Annotated[
@@ -155,22 +166,43 @@ def gc(
             "--keep", help="Further selection whose rows are kept (one that came from elsewhere); repeatable."
         ),
     ] = None,
+    forget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--forget",
+            metavar="SELECTION",
+            help="Selection whose rows are no longer kept on its account, as the list shows it; `all`: every one that "
+            "is not at its place any more; repeatable.",
+        ),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
 ) -> None:
     """Show what no selection refers to, and remove it once you agree.
 
-    Selections leave word in the store when they are made. Kept is what one of them reads, all that an unfinished run
-    or a selection on another machine refers to, and what is being written.
+    Selections leave word in the store when they are made. Kept is what one of them reads, all that an unfinished run,
+    a selection on another machine or one that is not at its place (deleted, moved, on a disk that is not there) refers
+    to, and what is being written. `--forget` gives a selection up.
     """
     from pipeline.shards.collecting import garbage, in_use
+    from pipeline.shards.references import named, references
     from pipeline.shards.store import open_store
 
     storage = open_store(store)
     own = [folder for folder in (SELECTION, SCORED) if (folder / "manifest.json").is_file()]
-    uses, holding, gone = in_use(storage, [*own, *(keep or [])])
-    found = list(garbage(storage, uses, gone))
-    kept = sorted({*(_user(user) for user in holding), *map(str, own), *map(str, keep or [])})
+    given = [*own, *(keep or [])]
+    forgotten = named(references(storage)[0], forget or [])
+    absent = [reference for reference in forgotten if reference.absent]
+    users = in_use(storage, given, forgotten)
+    found = list(garbage(storage, users))
+    kept = sorted({*map(_user, users.kept), *map(str, given)})
     console.say(f"kept is what these refer to: {', '.join(kept) or 'nothing is known to refer to this store'}")
+    if users.absent:
+        console.table(
+            "selections that are not at their place; `--forget SELECTION` gives one up, `--forget all` all of them",
+            ("selection", "host", "last recorded", "age"),
+            [(each.selection, each.host, _date(each.recorded), _age(each.recorded)) for each in users.absent],
+            whole=True,
+        )
     if not found:
         console.say(f"nothing to remove in {storage.name}")
         return
@@ -184,9 +216,10 @@ def gc(
     if not yes and not (console.console.is_terminal and typer.confirm(f"Remove {total}?")):
         console.say(f"nothing was removed; `--yes` removes {total}")
         return
-    uses, _, gone = in_use(storage, [*own, *(keep or [])])  # meanwhile somebody may have begun to use some of it
+    # Meanwhile somebody may have begun to use some of it, or an absent selection may have come back.
+    forgotten = [reference for reference in forgotten if reference.absent or reference not in absent]
     agreed = {each.name for each in found}
-    found = [each for each in garbage(storage, uses, gone) if each.name in agreed]
+    found = [each for each in garbage(storage, in_use(storage, given, forgotten)) if each.name in agreed]
     for each in found:
         storage.remove(each.name)
     storage.remove_empty({each.name.rpartition("/")[0] for each in found})

@@ -2,14 +2,17 @@
 
 import os
 import shutil
+import socket
 import time
 from dataclasses import replace
+from datetime import datetime
 
 import datasets
 import numpy as np
 import pytest
 import yaml
 
+from pipeline.shards.collecting import garbage, in_use
 from pipeline.shards.exporting import export, splits_of_selection
 from pipeline.shards.references import references
 from pipeline.shards.schema import SCHEMA
@@ -81,15 +84,65 @@ def test_gc_removes_only_what_nothing_refers_to_and_only_once_agreed(teacher, pr
     assert cli("gc")[1].count("nothing to remove") == 1
     shutil.rmtree(tmp_path / "b")
     shutil.rmtree(tmp_path / "c")
-    code, said = cli("gc")
+    code, said = cli("gc", "--forget", "all")
     assert code == 0 and "nothing was removed; `--yes` removes" in said and files(own_store) == everything, said
     assert str(tmp_path / "a") in said and "no selection refers to the request" in said
     assert "no selection refers to its rows" in said
-    code, said = cli("gc", "--yes")
+    code, said = cli("gc", "--forget", "all", "--yes")
     assert code == 0 and files(own_store) == first, said
     engine = Recorder(teacher)
     generate(stub_params(teacher), prompts, tmp_path / "again", engine=engine)
     assert not engine.sampled and contents(tmp_path / "again") == contents(tmp_path / "a")
+
+
+def test_gc_keeps_what_a_selection_uses_that_is_not_at_its_place_until_it_is_forgotten(
+    teacher, prompts, tmp_path, own_store, cli
+):
+    """Its disk may not be mounted, or its folder may have another name now."""
+    generate(stub_params(teacher, "generate.materialize=false"), prompts, tmp_path / "disk" / "a")
+    generate(stub_params(teacher, "seed=1"), prompts, tmp_path / "b")
+    (tmp_path / "disk").rename(tmp_path / "unmounted")
+    kept = files(own_store)
+    month_ago = time.time() - 30 * 86400
+    ((_, first), _) = references(Storage(own_store))
+    os.utime(own_store / first.name, (month_ago,) * 2)
+    code, said = cli("gc", "--yes")
+    assert code == 0 and files(own_store) == kept and "nothing to remove" in said, said
+    (line,) = [line for line in said.splitlines() if str(tmp_path / "disk" / "a") in line and "30 days" in line]
+    assert socket.gethostname() in line and f"{datetime.fromtimestamp(month_ago):%Y-%m-%d}" in line
+    assert "--forget SELECTION" in said
+    request = next(own_store.glob("*/*/part-*.parquet")).parent.name
+    assert f"{tmp_path / 'disk' / 'a'} on {socket.gethostname()} (not at its place)" in cli("show", request)[1]
+    (tmp_path / "unmounted").rename(tmp_path / "disk")
+    assert "not at its place" not in cli("gc", "--forget", "all", "--yes")[1] and files(own_store) == kept
+    assert len(list(Selection(tmp_path / "disk" / "a").rows("train"))) == 40
+    (tmp_path / "disk").rename(tmp_path / "unmounted")
+    code, said = cli("gc", "--forget", tmp_path / "elsewhere", "--yes")
+    assert code == 2 and "no selection of this name uses the store" in said and str(tmp_path / "disk" / "a") in said
+    code, said = cli("gc", "--keep", tmp_path / "unmounted" / "a", "--forget", tmp_path / "disk" / "a", "--yes")
+    assert code == 0 and kept - files(own_store) == {first.name}, said  # the rows have another user
+    first.record(Storage(own_store))
+    code, said = cli("gc", "--forget", tmp_path / "disk" / "a", "--yes")
+    assert code == 0 and files(own_store) < kept and "is forgotten" in said, said
+    generate(stub_params(teacher, "seed=1"), prompts, tmp_path / "again", engine=Recorder(teacher, die_after=0))
+
+
+def test_a_user_on_another_machine_can_be_forgotten_and_one_that_was_recorded_anew_is_not(
+    teacher, prompts, tmp_path, own_store, cli
+):
+    generate(stub_params(teacher), prompts, tmp_path / "a")
+    storage = Storage(own_store)
+    ((here,), _) = references(storage)
+    there = replace(here, host="elsewhere", selection="/x")
+    there.record(storage)
+    (own_store / here.name).unlink()
+    kept = files(own_store)
+    ((known,), _) = references(storage)
+    assert not list(garbage(storage, in_use(storage)))
+    os.utime(own_store / there.name, (0, 0))  # it was recorded at another time than when somebody agreed
+    assert not list(garbage(storage, in_use(storage, (), [known])))
+    assert "nothing to remove" in cli("gc", "--forget", "all", "--yes")[1] and files(own_store) == kept
+    assert cli("gc", "--forget", "/x on elsewhere", "--yes")[0] == 0 and not files(own_store)
 
 
 def test_gc_keeps_what_an_unfinished_run_a_named_selection_or_another_machine_uses(

@@ -9,6 +9,9 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
+import socket
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +20,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.shards import verifying
+from pipeline.shards.catalogue import catalogue
 from pipeline.shards.collecting import garbage, in_use
 from pipeline.shards.exporting import export, splits_of_request, splits_of_selection
 from pipeline.shards.files import sha256_file, write_json_atomically
 from pipeline.shards.manifest import sealed
 from pipeline.shards.reading import TeacherRows
-from pipeline.shards.references import references
+from pipeline.shards.references import named, references
 from pipeline.shards.schema import METADATA_KEY, from_table, read_metadata, write_row_groups, write_shard
 from pipeline.shards.selection import Selection
 from pipeline.shards.storage import Storage
@@ -50,9 +55,9 @@ class Lab:
         found = list(verify_store(Storage(self.store), "", set_aside, lambda: None))
         return found + list(verify_selection(self.out, self.store, set_aside))
 
-    def garbage(self) -> list[str]:
-        uses, _, gone = in_use(Storage(self.store))
-        return [each.name for each in garbage(Storage(self.store), uses, gone)]
+    def garbage(self, *forget: str) -> list[str]:
+        storage = Storage(self.store)
+        return [each.name for each in garbage(storage, in_use(storage, (), named(references(storage)[0], forget)))]
 
     @property
     def shards(self) -> list[Path]:
@@ -232,8 +237,9 @@ def test_a_folder_in_a_files_place_is_moved_aside_with_all_that_is_in_it(lab, na
     assert lab.restored() or "skipped" in name  # nothing has to be written there
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "train-00000.parquet"])
-def test_a_folder_in_the_place_of_a_selections_file_is_moved_aside(lab, name):
+@pytest.mark.parametrize("pattern", ["manifest.json", "train-00000-*.parquet"])
+def test_a_folder_in_the_place_of_a_selections_file_is_moved_aside(lab, pattern):
+    (name,) = [path.name for path in lab.out.glob(pattern)]
     in_place_of(lab.out / name)
     assert lab.verify()
     shutil.rmtree(lab.out / f"{name}.aside", ignore_errors=True)
@@ -242,6 +248,144 @@ def test_a_folder_in_the_place_of_a_selections_file_is_moved_aside(lab, name):
     assert (lab.out / f"{name}.aside" / "inside" / "precious").exists()
     shutil.rmtree(lab.out / f"{name}.aside")
     assert contents(lab.out) == lab.undisturbed
+
+
+@contextmanager
+def at_once(seconds: int = 60):
+    """Ends what waits for something that never comes."""
+
+    def stop(*_):
+        raise TimeoutError("it waited for a pipe")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def socket_file(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        before = os.getcwd()
+        os.chdir(path.parent)  # a socket's path must be short
+        made.bind(path.name)
+        os.chdir(before)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/null")
+
+
+OF_THE_STORE = ["*/teacher.json", "*/*/request.json", "*/*/skipped.jsonl", "*/*/part-*.parquet", "references/*.json"]
+
+
+@pytest.mark.parametrize("put", [pipe, socket_file, device], ids=lambda put: put.__name__)
+@pytest.mark.parametrize("name", OF_THE_STORE)
+def test_what_is_no_regular_file_hangs_nobody_and_is_damage(lab, name, put):
+    path = lab.sampled.parent / "skipped.jsonl" if "skipped" in name else next(lab.store.glob(name))
+    path.unlink(missing_ok=True)
+    put(path)
+    with at_once():
+        assert any(path.name in problem.file for problem in lab.verify(set_aside=False))
+        assert list(catalogue(Storage(lab.store)))
+        with suppress(UserError):  # it does not know who uses what
+            assert not lab.garbage()
+        lab.generate()  # meets it
+        assert contents(lab.out) == lab.undisturbed
+        problems = lab.verify()
+        assert not problems or any(path.name in problem.file and problem.aside for problem in problems)
+        assert lab.restored()
+    assert path.is_file() or not path.exists()
+
+
+@pytest.mark.parametrize("put", [pipe, socket_file, device], ids=lambda put: put.__name__)
+@pytest.mark.parametrize("pattern", ["manifest.json", "train-*.parquet"])
+def test_what_is_no_regular_file_in_a_selection_hangs_nobody_and_is_damage(lab, pattern, put):
+    (path,) = lab.out.glob(pattern)
+    path.unlink()
+    put(path)
+    with at_once():
+        with pytest.raises(UserError, match=r"(no regular file|missing or not what manifest\.json says).*generate"):
+            Selection(lab.out)
+        assert not lab.garbage()
+        (problem,) = lab.verify()
+        assert problem.file == str(path) and "is no regular file" in problem.what and problem.aside
+        assert lab.generate() == 0 and not lab.verify()
+        path.unlink()
+        put(path)
+        assert lab.generate() == 0  # which meets it
+    for left in lab.out.glob("*.aside"):
+        left.unlink()
+    assert contents(lab.out) == lab.undisturbed
+
+
+def test_what_goes_while_verify_looks_is_no_problem(lab):
+    """`gc`, in the middle of it: all the files that were listed go, in gc's order."""
+    listed = [path for path in sorted(lab.store.rglob("*")) if path.is_file()]
+
+    def remove() -> None:
+        for path in sorted(listed, key=lambda path: path.name == "teacher.json"):
+            path.unlink(missing_ok=True)
+
+    assert list(verify_store(Storage(lab.store), "", True, remove)) == []
+
+
+def test_what_generate_sets_aside_while_verify_looks_is_no_problem(lab):
+    shard = lab.shards[-1]
+
+    def damage_and_generate() -> None:
+        if not list(lab.store.rglob("damaged")):
+            os.truncate(shard, 100)
+            assert lab.generate() > 0
+
+    assert list(verify_store(Storage(lab.store), "", True, damage_and_generate)) == []
+    assert not lab.verify()
+
+
+def test_a_reference_or_shard_that_goes_while_the_store_is_listed_is_passed_over(lab, monkeypatch):
+    find, gone = Storage.find, [*lab.shards[:1], *lab.store.glob("references/*.json")]
+
+    def listed(storage, folder=""):
+        found = find(storage, folder)
+        for path in gone:
+            path.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(Storage, "find", listed)
+    assert references(Storage(lab.store)) == ([], [])
+    assert not [name for info in catalogue(Storage(lab.store)) for name in info.unreadable]
+
+
+def test_a_selection_that_is_replaced_while_verify_looks_is_no_problem(lab, monkeypatch):
+    """In the moment in which its first file is read."""
+    fault, calls = verifying.file_fault, []
+
+    def replaced(folder, file):
+        calls.append(file)
+        if len(calls) == 1:
+            generate(stub_params(lab.teacher, "generate.k=4"), lab.prompts, lab.out, lab.store)
+        return fault(folder, file)
+
+    monkeypatch.setattr(verifying, "file_fault", replaced)
+    assert list(verify_selection(lab.out, lab.store, True)) == []
+    assert Selection(lab.out).manifest["k"] == 4
+
+
+@pytest.mark.parametrize("name", ["a::b", "s3::x", "memory:", "file::y"])
+def test_a_folder_is_never_taken_for_a_url(teacher, tmp_path, name):
+    lab = Lab(tmp_path / name, teacher)
+    assert lab.store.is_dir() and not lab.verify() and not lab.garbage() and lab.generate() == 0
+    assert [info.rows for info in catalogue(Storage(lab.store))]
+    os.truncate(lab.sampled, 100)
+    assert lab.verify()[0].aside and lab.restored()
+    shutil.rmtree(lab.out)
+    assert len(lab.garbage("all")) > 8
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -343,7 +487,7 @@ def test_a_manifest_of_another_selection_is_stale_and_its_files_are_left(lab, ot
 
 def test_the_rows_of_a_selection_are_looked_at_too(lab):
     """Its own seal and digests fit, and yet no teacher can have said that."""
-    shard, manifest = lab.out / "train-00000.parquet", json.loads((lab.out / "manifest.json").read_text())
+    shard, manifest = next(lab.out.glob("train-00000-*.parquet")), json.loads((lab.out / "manifest.json").read_text())
     rows, metadata = from_table(pq.read_table(shard)), read_metadata(shard)
     write_shard(shard, [ROWS["of probability 8"](rows[0]), *rows[1:]], metadata)
     manifest["parts"]["train"]["files"][0]["sha256"] = sha256_file(shard)
@@ -351,6 +495,15 @@ def test_the_rows_of_a_selection_are_looked_at_too(lab):
     (problem,) = lab.verify()
     assert problem.file == str(shard) and "of probability 8" in problem.what
     assert lab.restored()
+
+
+def test_what_a_killed_run_left_is_set_aside_and_the_selection_is_whole_without_it(lab):
+    left = lab.out / "train-00000-0123456789ab.parquet"
+    left.write_bytes(b"rows that were never the selection's")
+    assert len(Selection(lab.out).part("train")["keys"]) == 20 and not lab.garbage()
+    (problem,) = lab.verify()
+    assert (problem.file, problem.what, problem.aside) == (str(left), "manifest.json does not list it", True)
+    assert not lab.verify() and lab.restored()
 
 
 def test_a_selection_that_leaves_its_rows_in_the_store_is_checked_when_it_is_read(thin):
@@ -422,7 +575,8 @@ def test_gc_touches_nothing_that_is_not_the_stores(lab):
         (lab.store / name).parent.mkdir(parents=True, exist_ok=True)
         (lab.store / name).write_text("mine")
     shutil.rmtree(lab.out)
-    found = lab.garbage()
+    assert not lab.garbage()
+    found = lab.garbage("all")
     assert len([name for name in found if "part-" in name]) == 8 and not set(found) & set(foreign)
 
 

@@ -23,6 +23,7 @@ import pytest
 
 from pipeline.shards.files import sha256_file
 from pipeline.shards.schema import from_table, read_metadata, write_shard
+from pipeline.shards.selection import Selection
 from tests.conftest import ROOT, make_prompts
 from tests.processes import Run, run, start
 
@@ -66,12 +67,12 @@ class Lab:
         return self.folder / "out"
 
     def command(
-        self, out: Path | None = None, store: Path | None = None, rows_per_shard: int = ROWS_PER_SHARD
+        self, out: Path | None = None, store: Path | None = None, rows_per_shard: int = ROWS_PER_SHARD, k: int = 16
     ) -> tuple:
         return (
             "generate", "--teacher", self.teacher, "--prompts", self.prompts, "--out", out or self.out,
             "--store", store or self.store, "--engine", "hf", "--max-tokens", 40, "--template", "{prompt}", "--samples",
-            SAMPLES, "--set", f"generate.rows_per_shard={rows_per_shard}", "--params", ROOT / "params.yaml",
+            SAMPLES, "-k", k, "--set", f"generate.rows_per_shard={rows_per_shard}", "--params", ROOT / "params.yaml",
         )  # fmt: skip
 
     def start(self, **places) -> Run:
@@ -196,6 +197,25 @@ def test_kill_9_while_the_selection_is_written(filled, note):
     note("`kill -9` while a selection is rewritten", "the earlier selection stayed whole", written(0))
 
 
+def test_kill_9_while_another_selection_takes_its_place(filled, note):
+    """With another k, so that not one file stays what it was; killed a little later each time."""
+    seen = []
+    for moment in range(60):
+        process = filled.start(k=12 if moment % 2 else 8)
+        process.wait_for(lambda: any(path.name.startswith(".tmp-") for path in filled.out.iterdir()))
+        time.sleep(moment % 12 * 0.01)
+        process.send(signal.SIGKILL)
+        if process.wait() == 128 + signal.SIGKILL:
+            selection = Selection(filled.out)  # every file is what the manifest says
+            seen.append(selection.manifest["k"])
+            assert {row.k for part in selection.parts for row in selection.rows(part)} == {seen[-1]}
+        if len(seen) == 12:
+            break
+    assert len(seen) == 12 and set(seen) <= {8, 12, 16}
+    assert filled.finish() == 0
+    note("`kill -9` while another selection takes its place", "one of the two was whole each time", written(0))
+
+
 def contents_of_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
@@ -309,9 +329,10 @@ def test_a_full_disk_under_the_selection(filled, note):
     size = sum(map(len, filled.undisturbed.values()))
     with small_disk(out, f"{int(1.5 * size) // 1024}k"):
         filled.finish(out=out)
-        code, said = filled.generate(out=out)
-        assert code == 2 and "No space left on device" in said, said
-        assert contents(out) == filled.undisturbed
+        for k in (16, 12):  # the same again, and another one
+            code, said = filled.generate(out=out, k=k)
+            assert code == 2 and "No space left on device" in said, said
+            assert contents(out) == filled.undisturbed
     assert filled.finish(out=out) == 0
     note("the selection's disk is full (exit 2)", "the earlier selection stayed whole", written(0))
 
@@ -503,18 +524,23 @@ def torn_manifest(folder: Path) -> str:
     return "is damaged"
 
 
+def rows_file(folder: Path) -> Path:
+    (path,) = folder.glob("train-*.parquet")
+    return path
+
+
 def changed_rows(folder: Path) -> str:
-    flip(folder / "train-00000.parquet", folder)
+    flip(rows_file(folder), folder)
     return "its content is not what manifest.json says"
 
 
 def missing_rows(folder: Path) -> str:
-    (folder / "train-00000.parquet").unlink()
+    rows_file(folder).unlink()
     return "it is missing"
 
 
 def unlisted_rows(folder: Path) -> str:
-    shutil.copyfile(folder / "train-00000.parquet", folder / "train-00001.parquet")
+    shutil.copyfile(rows_file(folder), folder / "train-00001-0123456789ab.parquet")
     return "manifest.json does not list it"
 
 

@@ -1,6 +1,8 @@
 """What holds for responses of another tool, with and without a teacher to score them, and for rejection sampling."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -9,7 +11,11 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.models import load_lm, load_tokenizer
 from pipeline.prompts import Prompt, encode_response, read_prompts, write_prompts
+from pipeline.shards.files import write_json_atomically
+from pipeline.shards.manifest import sealed
+from pipeline.shards.reading import TeacherRows
 from pipeline.shards.selection import Selection
+from pipeline.shards.verifying import verify_selection
 from stages.batches import collate
 from stages.distill import distill
 from stages.generate import generate
@@ -17,6 +23,7 @@ from stages.reward import reward
 from stages.rows import from_rows
 from stages.students import score_tokens
 from tests.conftest import WORDS, make_model, make_params, make_prompts
+from tests.test_generate import Recorder, contents, stub_params
 
 
 @pytest.fixture
@@ -109,3 +116,69 @@ def test_only_right_answers_are_selected_and_all_are_kept_in_the_store(tmp_path)
     with pytest.raises(UserError, match="translation has none"):
         wrong = make_params(tmp_path / "tokenizer", *common, "generate.accept=correct", "prepare.task=translation")
         generate(wrong, tmp_path / "prompts.parquet", tmp_path / "none")
+
+
+def cut_off(path: Path, *rows: tuple[str, str]) -> str:
+    """The parameter that names a file of prompts and responses, none of which ended by itself."""
+    path.write_text("\n".join(json.dumps({"prompt": p, "response": r, "finish": "length"}) for p, r in rows))
+    return f"generate.responses={path}"
+
+
+@pytest.mark.parametrize("materialize", [True, False])
+def test_numbers_and_texts_are_those_of_this_experiment_whoever_stored_the_rows(teacher, tmp_path, materialize):
+    """The store may have got a response as another one of its prompt, and a prompt with other spaces in it."""
+    theirs, mine = tmp_path / "theirs.parquet", tmp_path / "mine.parquet"
+    for path, spaces in ((theirs, "  "), (mine, " ")):
+        prompts = [("a", f"w1{spaces}w2", ("w5",), "train"), ("v", f"w3{spaces}w4", ("w5 w6",), "validation")]
+        write_prompts(path, [Prompt(*prompt) for prompt in prompts])
+    earlier = cut_off(tmp_path / "theirs.jsonl", ("w1  w2", "w7"), ("w3  w4", "w9"))
+    extended = cut_off(tmp_path / "mine.jsonl", ("w1 w2", "w8"), ("w1 w2", "w7"), ("w3 w4", "w9"))
+    generate(stub_params(teacher, earlier), theirs, tmp_path / "theirs", tmp_path / "used")
+    params = stub_params(teacher, extended, f"generate.materialize={str(materialize).lower()}")
+    made = [generate(params, mine, tmp_path / f"of {store}", tmp_path / store).made for store in ("used", "new")]
+    assert made == [1, 6]  # of 3 responses, a reference and 2 corruptions
+    assert contents(tmp_path / "of used") == contents(tmp_path / "of new")
+    selection = Selection(tmp_path / "of used", tmp_path / "used")
+    rows = list(TeacherRows(selection, "train").__getitems__(range(2)))
+    assert [(row.sample, row.response) for row in rows] == [(0, "w8"), (1, "w7")]
+    texts = {row.prompt for part in selection.parts for row in selection.rows(part)}
+    assert texts == ({"w1 w2", "w3 w4"} if materialize else {"w1 w2", "w1  w2", "w3  w4"})
+
+
+@pytest.mark.parametrize("materialize", ["true", "false"])
+def test_whether_a_scored_response_has_ended_follows_from_the_stop_tokens_of_now(teacher, tmp_path, materialize):
+    """They are no part of a score request, so that the rows of other ones are found, and no teacher is run."""
+    model = shutil.copytree(teacher, tmp_path / "model")
+    prompts = make_prompts(tmp_path / "prompts.parquet", train=2, validation=1)
+    first, second = (prompt.prompt for prompt in read_prompts(prompts) if prompt.split == "train")
+    responses = cut_off(tmp_path / "answers.jsonl", (first, "w3 w4"), (second, "w3 w5"))
+    params = stub_params(model, responses, f"generate.materialize={materialize}")
+
+    def finishes(selection: Selection) -> list[str]:
+        assert {row.finish for row in selection.rows("scored")} == {"stop"}  # these end with the tokenizer's own
+        found = [row.finish for row in selection.rows("train")]
+        assert found == [row.finish for row in TeacherRows(selection, "train").__getitems__(range(2))]
+        return found
+
+    generate(params, prompts, tmp_path / "before")
+    settings = json.loads((model / "generation_config.json").read_text())
+    eos = [load_tokenizer(model).eos_token_id, *encode_response(load_tokenizer(model), "w4", ends=False).tolist()]
+    (model / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": eos}))
+    engine = Recorder(model)
+    assert generate(params, prompts, tmp_path / "after", engine=engine).made == 0 and not engine.scored
+    before, after = Selection(tmp_path / "before"), Selection(tmp_path / "after")
+    assert finishes(before) == ["length", "length"] and finishes(after) == ["stop", "length"]
+    assert before.teacher == after.teacher
+    assert not list(verify_selection(tmp_path / "after", None, False))
+
+
+def test_a_manifest_without_stop_tokens_leaves_the_ends_as_they_are_stored(teacher, tmp_path):
+    """As earlier versions wrote it."""
+    prompts = make_prompts(tmp_path / "prompts.parquet", train=2, validation=1)
+    generate(stub_params(teacher, "generate.materialize=false"), prompts, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (
+        manifest["parts"]["scored"].pop("stop_token_ids") == [2] and "stop_token_ids" not in manifest["parts"]["train"]
+    )
+    write_json_atomically(tmp_path / "out" / "manifest.json", sealed(manifest))
+    assert {row.finish for row in Selection(tmp_path / "out").rows("scored")} == {"stop"}

@@ -1,22 +1,31 @@
 """What holds for reading a selection to train on: every row once an epoch, by seed, resumable, in little memory."""
 
+import multiprocessing
+import os
+import pickle
+import resource
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.errors import UserError
+from pipeline.shards.opened import OpenFiles
 from pipeline.shards.reading import BucketedBatches, RowLoader, TeacherRows
+from pipeline.shards.schema import Row
 from pipeline.shards.selection import Part, Selection, write_selection
 from pipeline.shards.store import RequestFolder
 from stages.rows import collate_rows
 from tests.conftest import ROOT
-from tests.test_shards import REQUEST, TEACHER, make_row, meta
+from tests.test_selections import as_an_earlier_version_wrote
+from tests.test_shards import REQUEST, TEACHER, assert_same, make_row, meta
 
 
 def keys_of(rows) -> list[str]:
@@ -209,3 +218,114 @@ def test_a_batch_of_rows_is_the_batch_of_their_responses(selection):
     )
     loader = RowLoader(TeacherRows(selection, "train"), 4, 0, partial(collate_rows, topk=True))
     assert {len(batch["input_ids"]) for batch in loader} == {4, 3}
+
+
+# While somebody rewrites what is read
+
+
+def rewrite(folder: Path, plain_names: bool = False) -> None:
+    """Put another selection, of other rows and another k, in the place of the one that is read; empty its store."""
+    store = RequestFolder(folder / "store", TEACHER["identity"], REQUEST.identity)
+    earlier = list(store.path.glob("part-*.parquet"))
+    store.add([make_row(n, steps=2) for n in range(1000, 1060)], meta())
+    index, part = store.index(), Part(store, REQUEST)
+    for number in range(1000, 1060):
+        part.add(f"p{number}", f"key{number}", "teacher", index[f"key{number}"][0])
+    materialize = bool(list((folder / "out").glob("*.parquet")))
+    write_selection(folder / "out", {"train": part}, TEACHER, 2, 0, materialize)
+    if plain_names:  # those of the earlier files, then
+        as_an_earlier_version_wrote(folder / "out")
+    for shard in earlier:
+        shard.unlink()
+
+
+def in_another_process(function, *given) -> None:
+    process = multiprocessing.get_context("fork").Process(target=function, args=given)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def as_it_is(rows) -> list[Row]:
+    return list(rows)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("names", ["by content", "as an earlier version", "in the store"])
+def test_an_epoch_ends_with_the_selection_that_it_began_with(tmp_path, monkeypatch, names, workers):
+    """Another process replaces the selection in the middle of an epoch, and empties the store of its rows."""
+    monkeypatch.setattr("pipeline.shards.schema.ROW_GROUP_VALUES", 200)
+    monkeypatch.setattr("pipeline.shards.selection.ROWS_PER_FILE", 30)
+    selection = make_selection(tmp_path, 300, names != "in the store")
+    if names == "as an earlier version":
+        selection = Selection(as_an_earlier_version_wrote(tmp_path / "out"))
+    expected = {row.key: row for row in selection.rows("train")}
+    loader, served = RowLoader(TeacherRows(selection, "train"), 8, 0, as_it_is, workers), []
+    for batch in loader:
+        served += batch
+        if len(served) == 16:
+            in_another_process(rewrite, tmp_path)
+    served += [row for batch in loader for row in batch]  # and one more epoch
+    assert len(served) == 600 and {row.key for row in served} == expected.keys()
+    for row in served:
+        assert_same(row, expected[row.key])
+    if names != "in the store":  # whose rows would be looked up again
+        assert {row.key for row in selection.rows("train")} == expected.keys()
+    assert len(TeacherRows(Selection(tmp_path / "out", tmp_path / "store"), "train")) == 60
+
+
+@pytest.mark.parametrize("names", ["by content", "as an earlier version", "in the store"])
+def test_a_copy_in_another_process_reads_the_same_rows_or_says_that_they_are_gone(tmp_path, names):
+    """What is sent to a process that was not forked, such as a DataLoader's worker on macOS, has no open files."""
+    selection = make_selection(tmp_path, 40, names != "in the store")
+    if names == "as an earlier version":
+        selection = Selection(as_an_earlier_version_wrote(tmp_path / "out"))
+    sent = pickle.dumps(TeacherRows(selection, "train"))
+    for path in [*tmp_path.glob("out/*.parquet"), *tmp_path.glob("store/*/*/part-*.parquet")]:
+        os.utime(path, (0, 0))  # the same content under another date is looked at, and found to be the same
+    copy = pickle.loads(sent)
+    for row, found in zip(selection.rows("train"), copy.__getitems__(range(40)), strict=True):
+        assert_same(row, found)
+    rewrite(tmp_path, names == "as an earlier version")
+    lost = "was removed from the store" if names == "in the store" else "the selection was rewritten"
+    with pytest.raises(UserError, match=rf"is (gone|another file than before): .*{lost}"):
+        pickle.loads(sent).__getitems__(range(40))
+
+
+@pytest.mark.parametrize("materialize", [True, False])
+def test_a_selection_of_more_files_than_may_be_open_is_read_and_its_change_is_seen(tmp_path, monkeypatch, materialize):
+    monkeypatch.setattr("pipeline.shards.selection.ROWS_PER_FILE", 1)
+    if not materialize:
+        monkeypatch.setattr(RequestFolder, "add", one_row_a_shard(RequestFolder.add))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = len(os.listdir("/dev/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 80, limit[1]))
+    try:
+        dataset = TeacherRows(make_selection(tmp_path, 120, materialize), "train")
+        assert len(list(RowLoader(dataset, 8, 0, keys_of))) == 15 and len(set(dataset.groups)) == 120
+        assert len(os.listdir("/dev/fd")) - before < 40
+        monkeypatch.undo()
+        rewrite(tmp_path)
+        dataset._decoded.clear()
+        with pytest.raises(UserError, match=r"is gone: .*Run the same command again"):
+            dataset.__getitems__(range(120))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+def one_row_a_shard(add):
+    return lambda store, rows, footer: [add(store, [row], footer) for row in rows]
+
+
+def test_a_selection_that_is_rewritten_while_it_is_opened_is_opened_anew(tmp_path, monkeypatch):
+    make_selection(tmp_path, 40)
+    add, calls = OpenFiles.add, []
+
+    def slow(files, *given, **more):
+        calls.append(given)
+        if len(calls) == 1:
+            rewrite(tmp_path)
+        return add(files, *given, **more)
+
+    monkeypatch.setattr(OpenFiles, "add", slow)
+    assert len(list(Selection(tmp_path / "out").rows("train"))) == 60

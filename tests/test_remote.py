@@ -133,7 +133,9 @@ def test_the_cache_commands_work_at_a_url(url, teacher, prompts, tmp_path):
     said = run("cache", "gc", "--store", url, log=tmp_path / "log", cwd=tmp_path)[1]
     assert "nothing to remove" in said, said
     shutil.rmtree(tmp_path / "a")
-    code, said = run("cache", "gc", "--store", url, "--yes", log=tmp_path / "log", cwd=tmp_path)
+    said = run("cache", "gc", "--store", url, "--yes", log=tmp_path / "log", cwd=tmp_path)[1]
+    assert "nothing to remove" in said and "0 days" in said, said
+    code, said = run("cache", "gc", "--store", url, "--forget", "all", "--yes", log=tmp_path / "log", cwd=tmp_path)
     assert code == 0 and "no selection refers to the request" in said and not Storage(url).find(), said
 
 

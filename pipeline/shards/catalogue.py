@@ -117,6 +117,8 @@ def _add(info: RequestInfo, storage: Storage, name: str, file: Found) -> None:
             metadata.get("engine", {}),
         )
     except (OSError, UserError, *UNREADABLE):
+        if storage.has_gone(name):  # since it was listed
+            return
         info.unreadable.append(name.rpartition("/")[2])
         return
     info.shards.append(shard)

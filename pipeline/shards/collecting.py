@@ -1,7 +1,7 @@
 """What of a store nobody refers to: shown by `cache gc`, and removed once somebody agrees."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +27,25 @@ class Garbage:
     why: str
 
 
-def in_use(storage: Storage, selections: Sequence[Path] = ()) -> tuple[Uses, list[Reference], list[Reference]]:
-    """What is used of each request, by recorded references that hold (second) and by further `selections`.
+@dataclass(frozen=True)
+class Users:
+    """What is used of each request, by whom, and who was given up."""
 
-    Third: references to selections that are gone. Raises UserError where one of `selections` or of the references is
-    damaged: what it used is not known.
+    uses: Uses
+    kept: list[Reference]
+    forgotten: list[Reference]
+
+    @property
+    def absent(self) -> list[Reference]:
+        """Those whose rows are kept although nothing is at their place."""
+        return [reference for reference in self.kept if reference.absent]
+
+
+def in_use(storage: Storage, selections: Sequence[Path] = (), forget: Collection[Reference] = ()) -> Users:
+    """What is used by recorded references, but for those to `forget`, and by further `selections`.
+
+    A reference that was recorded anew meanwhile is another one, and not forgotten. Raises UserError where one of
+    `selections` or of the references is damaged: what it used is not known.
     """
     known, unreadable = references(storage)
     if unreadable:
@@ -41,20 +55,19 @@ def in_use(storage: Storage, selections: Sequence[Path] = ()) -> tuple[Uses, lis
             "store, and remove the file"
         )
     uses: Uses = {}
-    gone = [reference for reference in known if reference.gone]
-    holding = [reference for reference in known if not reference.gone]
-    for found in [*(reference.uses() for reference in holding), *(keys_of(selection) for selection in selections)]:
+    kept = [reference for reference in known if reference not in forget]
+    for found in [*(reference.uses() for reference in kept), *(keys_of(selection) for selection in selections)]:
         for request, used in found.items():
             uses.setdefault(request, []).append(used)
-    return uses, holding, gone
+    return Users(uses, kept, [reference for reference in known if reference in forget])
 
 
-def garbage(storage: Storage, uses: Uses, gone: Sequence[Reference]) -> Iterator[Garbage]:
-    """All files that nothing in `uses` needs: shards, what was set aside, and what killed writers left."""
-    files, requests = storage.find(), files_by_request(storage)
-    for reference in gone:
+def garbage(storage: Storage, users: Users) -> Iterator[Garbage]:
+    """All files that none of `users` needs: shards, what was set aside, and what killed writers left."""
+    files, requests, uses = storage.find(), files_by_request(storage), users.uses
+    for reference in users.forgotten:
         if found := files.get(reference.name):
-            yield Garbage(reference.name, found.size, "the selection is gone")
+            yield Garbage(reference.name, found.size, f"the selection {reference.selection} is forgotten")
     for request, inside in requests.items():
         needed = _needed(storage, request, uses[request]) if request in uses else None
         for name, file in inside.items():

@@ -1,10 +1,12 @@
 """Files that are either whole or absent: temporary name, fsync, atomic rename, directory fsync."""
 
+import errno
 import fcntl
 import hashlib
 import itertools
 import json
 import os
+import stat
 import uuid
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -16,8 +18,28 @@ from pipeline.errors import UserError, in_one_line, shown
 ASIDE = ".aside"  # ending of what was moved out of the way and is no longer read
 
 
+def require_file(path: Path) -> None:
+    """Raises OSError for what is no regular file: to open a pipe that nobody writes to would never end."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        what = os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "Is no regular file"
+        raise IsADirectoryError(errno.EISDIR, what, str(path))  # for readers the same: something in a file's place
+
+
+def is_in_the_way(path: Path) -> bool:
+    """Whether something is there (a folder, a pipe, a device) that no file can be read from."""
+    try:
+        require_file(path)
+    except IsADirectoryError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Hex digest of a file's bytes. Raises OSError for what is no regular file."""
+    require_file(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -85,8 +107,8 @@ def move_aside(path: Path) -> Path:
 
 
 def replace_file(path: Path, to: Path) -> None:
-    """Rename a file to where another one may be; a folder there is moved aside."""
-    if to.is_dir() and not to.is_symlink():
+    """Rename a file to where another one may be; a folder or a pipe there is moved aside."""
+    if not to.is_symlink() and is_in_the_way(to):
         move_aside(to)
     os.replace(path, to)
 
@@ -112,17 +134,18 @@ def write_atomically(folder: Path, write: Callable[[Path], None], name: str | Ca
     try:
         with writing_to(folder):
             write(temporary)
-            _sync(temporary)
+            sync(temporary)
             final = folder / (name if isinstance(name, str) else name(temporary))
             replace_file(temporary, final)
-            _sync(folder)
+            sync(folder)
     finally:
         with suppress(OSError):
             temporary.unlink()
     return final
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

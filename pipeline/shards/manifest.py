@@ -1,18 +1,27 @@
-"""`manifest.json` of a selection: what it holds, sealed by a digest of itself, and the files that belong to it."""
+"""`manifest.json` of a selection: what it holds, sealed by a digest of itself, and the files that belong to it.
+
+Files of rows are named by their content, so that those of a new selection lie beside those of the earlier one: it is
+the manifest's replacement that makes the new one the selection, at once. Earlier versions named them without a digest.
+"""
 
 import json
 import re
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.shards.files import digest, sha256_file
+from pipeline.shards.files import digest, is_in_the_way, sha256_file
 from pipeline.shards.schema import SCHEMA_VERSION
 
 MANIFEST = "manifest.json"
 WRITE_AGAIN = "run `xkd-pipeline generate` (or `score`, if that wrote it) again"
-_ROWS = r"(train|validation|scored|references|negatives|samples)-\d{5}\.parquet"
+_ROWS = r"(train|validation|scored|references|negatives|samples)-\d{5}(-[0-9a-f]{12})?\.parquet"
 _LEFT_BEHIND = re.compile(rf"({re.escape(MANIFEST)}|{_ROWS})(\.aside)?")
 _STAGED = re.compile(r"\.tmp-[0-9a-f]{32}")
+
+
+def rows_name(part: str, number: int, sha256: str) -> str:
+    """Name of a part's file of rows with this content."""
+    return f"{part}-{number:05d}-{sha256[:12]}.parquet"
 
 
 def sealed(manifest: dict) -> dict:
@@ -24,6 +33,8 @@ def sealed(manifest: dict) -> dict:
 def read_manifest(folder: Path) -> dict:
     """A selection's manifest. Raises UserError where there is none, or not the one that was written."""
     path = folder / MANIFEST
+    if is_in_the_way(path):
+        raise UserError(f"{path} is no regular file: {WRITE_AGAIN}")
     if not path.is_file():
         raise UserError(f"no cached teacher at {folder}: run `xkd-pipeline generate` (or `dvc repro generate`) first")
     try:
@@ -36,6 +47,11 @@ def read_manifest(folder: Path) -> dict:
     if sealed(manifest)["sha256"] != seal:
         raise UserError(f"{path} is stale: its entries are not those that its sha256 is of: {WRITE_AGAIN}")
     return manifest
+
+
+def listed_files(manifest: dict) -> dict[str, dict]:
+    """The manifest's entry of every file of rows, by name."""
+    return {file["name"]: file for part in manifest["parts"].values() for file in part["files"]}
 
 
 def selection_files(folder: Path) -> list[Path]:
@@ -63,6 +79,8 @@ def holds_selection(folder: Path) -> bool:
 def file_fault(folder: Path, file: dict) -> str | None:
     """What is wrong with a file that a manifest lists, or None."""
     path = folder / file["name"]
+    if is_in_the_way(path):
+        return "it is no regular file"
     if not path.is_file():
         return "it is missing"
     return None if sha256_file(path) == file["sha256"] else "its content is not what manifest.json says"

@@ -2,7 +2,8 @@
 
 Memory is bounded by the batch: rows are decoded by row group, a few groups at a time, and the order of an epoch is such
 that a group is decoded about once (once for each worker process). The order follows from seed and epoch alone: an epoch
-can be left in its middle and taken up again.
+can be left in its middle and taken up again. Files stay open, so that a training goes on with its own rows when its
+selection is rewritten, or when `cache gc` removes what it reads.
 """
 
 from collections import OrderedDict
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline.shards.schema import TEXT, TOPK, Columns, Row, group_ends, to_table
@@ -115,24 +115,26 @@ class _Files:
     """
 
     def __init__(self, selection: Selection, part: str, without: tuple[str, ...]):
-        self.without, self.rows, self.places, start = without, [], [], 0
+        self.files, self.without, self.rows, self.places, start = selection.files, without, [], [], 0
         for file in selection.part(part)["files"]:
             path = selection.folder / file["name"]
-            metadata = pq.read_metadata(path)
-            for number in range(metadata.num_row_groups):
-                end = start + metadata.row_group(number).num_rows
+            with self.files.reader(path) as reader:
+                ends = start + group_ends(reader.metadata)
+            for number, end in enumerate(ends.tolist()):
                 self.rows.append(np.arange(start, end))
                 self.places.append((path, number))
                 start = end
 
     def light(self, group: int) -> tuple[list[str], list[str], pa.Table]:
         path, number = self.places[group]
-        table = pq.ParquetFile(path).read_row_group(number, columns=_LIGHT)
+        with self.files.reader(path) as reader:
+            table = reader.read_row_group(number, columns=_LIGHT)
         return table.column("key").to_pylist(), table.column("origin").to_pylist(), table
 
     def load(self, group: int) -> Columns:
         path, number = self.places[group]
-        return read_group(pq.ParquetFile(path), number, self.without)
+        with self.files.reader(path) as reader:
+            return read_group(reader, number, self.without)
 
 
 class _Stored:
@@ -147,7 +149,8 @@ class _Stored:
             shards.setdefault(location.shard, []).append(place)
         self.rows, self.places = [], []  # of each group: places in the canonical order; shard, number, first row
         for shard, places in shards.items():
-            ends = group_ends(pq.read_metadata(shard))
+            with self.folder.files.reader(shard) as reader:
+                ends = group_ends(reader.metadata)
             numbers = np.searchsorted(ends, [self.locations[place].row for place in places], side="right")
             for number in np.unique(numbers):
                 self.rows.append(np.array(places)[numbers == number])
@@ -155,7 +158,8 @@ class _Stored:
 
     def light(self, group: int) -> tuple[list[str], list[str], pa.Table]:
         at, (shard, number, first) = self.rows[group], self.places[group]
-        table = pq.ParquetFile(shard).read_row_group(number, columns=_LIGHT)
+        with self.folder.files.reader(shard) as reader:
+            table = reader.read_row_group(number, columns=_LIGHT)
         labels = [self.labels[place] for place in at]
         rows = table.take([self.locations[place].row - first for place in at])
         return [label.key for label in labels], [label.origin for label in labels], rows

@@ -87,6 +87,11 @@ def value_fault(row) -> str | None:
     return None
 
 
+def finish_of(response_ids: np.ndarray, stop_token_ids: Sequence[int]) -> str:
+    """`stop` where a response ends with a stop token, else `length`."""
+    return "stop" if len(response_ids) and int(response_ids[-1]) in stop_token_ids else "length"
+
+
 def row_digest(row: Row) -> bytes:
     """sha256 of a row's labels, tokens and values."""
     hasher = hashlib.sha256(f"{row.key} {row.origin} {row.prompt_id} {row.sample} {row.finish}".encode())

@@ -5,10 +5,14 @@ trimmed, no times, hosts or paths. So nothing reruns because of how or when rows
 """
 
 import hashlib
+import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +25,29 @@ from pipeline.shards.files import (
     locked,
     replace_file,
     sha256_file,
+    sync,
     write_atomically,
     write_json_atomically,
     writing_to,
 )
 from pipeline.shards.identity import Request
-from pipeline.shards.manifest import MANIFEST, WRITE_AGAIN, file_fault, is_left_behind, read_manifest, sealed
+from pipeline.shards.manifest import (
+    MANIFEST,
+    WRITE_AGAIN,
+    is_left_behind,
+    listed_files,
+    read_manifest,
+    rows_name,
+    sealed,
+)
+from pipeline.shards.opened import OpenFiles
 from pipeline.shards.schema import (
     SCHEMA,
     SCHEMA_VERSION,
     TOPK,
     Columns,
     Row,
+    finish_of,
     footer,
     row_digest,
     row_groups,
@@ -41,30 +56,38 @@ from pipeline.shards.schema import (
 from pipeline.shards.store import Location, RequestFolder, open_store, pick
 
 ROWS_PER_FILE = 4096
-_ROWS_AT_ONCE = 256
 
 
 @dataclass
 class Part:
-    """Rows of one name (a split, or `scored`): prompt id -> keys and origins, and where each key is stored."""
+    """Rows of one name (a split, or `scored`): prompt id -> keys and origins, and where each key is stored.
+
+    stop_token_ids: of a score request, which does not hold them; whether a given response has ended follows from them.
+    texts: prompt id -> the prompt as it was rendered for this selection; what others stored may have other spaces.
+    """
 
     folder: RequestFolder
     request: Request
+    stop_token_ids: tuple[int, ...] | None = None
     keys: dict[str, list[str]] = field(default_factory=dict)
     origins: dict[str, list[str]] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
     locations: dict[str, Location] = field(default_factory=dict)
 
-    def add(self, prompt_id: str, key: str, origin: str, location: Location) -> None:
-        """A key that the prompt already has is not added again."""
+    def add(self, prompt_id: str, key: str, origin: str, location: Location, text: str | None = None) -> None:
+        """A key that the prompt already has is not added again. Without a text, rows keep the one that is stored."""
         if key not in self.keys.setdefault(prompt_id, []):
             self.keys[prompt_id].append(key)
             self.origins.setdefault(prompt_id, []).append(origin)
             self.locations[key] = location
+        if text is not None:
+            self.texts[prompt_id] = text
 
-    def labelled(self, labels: Sequence["Label"], k: int) -> Iterator[Row]:
-        """The stored rows as the selection labels them."""
-        stored = self.folder.read_each((self.locations[label.key] for label in labels), _ROWS_AT_ONCE)
-        return (label.apply(row, k) for label, row in zip(labels, stored, strict=True))
+    def labelled(self, labels: Sequence["Label"], k: int, folder: Path) -> Iterator[Row]:
+        """The stored rows as the selection labels them, with its own prompts' texts. folder: for temporary files."""
+        stored = self.folder.read_each((self.locations[label.key] for label in labels), folder)
+        for label, row in zip(labels, stored, strict=True):
+            yield replace(label.apply(row, k), prompt=self.texts.get(label.prompt_id, row.prompt))
 
     @property
     def rows(self) -> int:
@@ -72,7 +95,8 @@ class Part:
 
     def describe(self) -> dict:
         """The manifest's entry, files and counts of tokens apart."""
-        return {
+        stops = {} if self.stop_token_ids is None else {"stop_token_ids": list(self.stop_token_ids)}
+        return stops | {
             "request": self.request.describe(),
             "request_identity": self.request.identity,
             "prompts": len(self.keys),
@@ -89,20 +113,27 @@ class Label:
     key: str
     prompt_id: str
     origin: str
-    number: int  # among the prompt's rows of this origin
+    number: int | None  # among the prompt's rows of this origin; None where the key holds the row's own
+    stop_token_ids: tuple[int, ...] | None  # None where the request holds them, or none are known
 
     def apply(self, row: Row, k: int) -> Row:
-        sample = row.sample if self.origin == "teacher" else self.number
-        return replace(row.trimmed(k), prompt_id=self.prompt_id, origin=self.origin, sample=sample)
+        sample = row.sample if self.number is None else self.number
+        finish = row.finish if self.stop_token_ids is None else finish_of(row.response_ids, self.stop_token_ids)
+        return replace(row.trimmed(k), prompt_id=self.prompt_id, origin=self.origin, sample=sample, finish=finish)
 
 
 def labels_of(part: dict) -> list[Label]:
-    return [
-        Label(key, prompt_id, origin, origins[:place].count(origin))
-        for prompt_id, keys in part["keys"].items()
-        for origins in [part["origins"][prompt_id]]
-        for place, (key, origin) in enumerate(zip(keys, origins, strict=True))
-    ]
+    """The labels of a manifest's part, in canonical order."""
+    sampled, stops = part["request"]["kind"] == "sample", part.get("stop_token_ids")
+    stops = None if stops is None else tuple(stops)
+    labels = []
+    for prompt_id, keys in part["keys"].items():
+        counts: Counter[str] = Counter()
+        for key, origin in zip(keys, part["origins"][prompt_id], strict=True):
+            own = sampled and origin == "teacher"
+            labels.append(Label(key, prompt_id, origin, None if own else counts[origin], stops))
+            counts[origin] += 1
+    return labels
 
 
 def write_selection(
@@ -132,36 +163,67 @@ def write_selection(
             with writing_to(staged):
                 for name, part in parts.items():
                     manifest["parts"][name] = _write_part(staged, name, part, teacher, k, materialize)
-                files = [file["name"] for part in manifest["parts"].values() for file in part["files"]]
-                with interrupts.deferred():  # new files with the earlier manifest would be no selection
-                    for file in files:
-                        replace_file(staged / file, out / file)
-                    for stale in out.iterdir():
-                        if stale.name not in files and is_left_behind(stale) and stale != staged:
-                            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-                    write_json_atomically(out / MANIFEST, sealed(manifest))
+                write_json_atomically(staged / MANIFEST, sealed(manifest))
+                with interrupts.deferred():
+                    _swap(staged, out, listed_files(manifest))
         finally:
             shutil.rmtree(staged, ignore_errors=True)
     return manifest
+
+
+def _swap(staged: Path, out: Path, files: Collection[str]) -> None:
+    """Make the selection in `staged` the one in `out`: at every moment `out` has one that is whole.
+
+    New files lie beside the earlier ones until the manifest is replaced; only then the earlier ones are removed.
+    """
+    new = {file for file in files if not os.path.lexists(out / file)}
+    try:
+        for file in files:
+            replace_file(staged / file, out / file)
+        sync(out)
+        replace_file(staged / MANIFEST, out / MANIFEST)
+        sync(out)
+    except BaseException:
+        with suppress(OSError):
+            _remove(out / file for file in new - _listed(out))
+        raise
+    _remove(path for path in out.iterdir() if path.name not in {MANIFEST, *files} and is_left_behind(path))
+
+
+def _listed(out: Path) -> set[str]:
+    """Files of the selection in `out`; none where it has no readable one."""
+    try:
+        return set(listed_files(read_manifest(out)))
+    except UserError:
+        return set()
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _write_part(out: Path, name: str, part: Part, teacher: dict, k: int, materialize: bool) -> dict:
     """The manifest's entry of a part, after writing its files where they are wanted."""
     described = part.describe()
     labels, counted, files = labels_of(described), Counted(), []
+    rows = counted.through(part.labelled(labels, k, out))
     if materialize:
         footing = footer(teacher, part.request.describe(), k)
         for number, start in enumerate(range(0, len(labels), ROWS_PER_FILE)):
-            some = labels[start : start + ROWS_PER_FILE]
-            groups = row_groups(counted.through(part.labelled(some, k)))
+            groups = row_groups(islice(rows, ROWS_PER_FILE))
             path = write_atomically(
                 out,
                 lambda temporary, groups=groups: write_row_groups(temporary, groups, footing),
-                f"{name}-{number:05d}.parquet",
+                lambda temporary, number=number: rows_name(name, number, sha256_file(temporary)),
             )
-            files.append({"name": path.name, "rows": len(some), "sha256": sha256_file(path)})
+            count = min(ROWS_PER_FILE, len(labels) - start)
+            files.append({"name": path.name, "rows": count, "sha256": sha256_file(path)})
         return described | {"tokens": counted.tokens, "files": files}
-    for _ in counted.through(part.labelled(labels, k)):
+    for _ in rows:
         pass
     return described | {"tokens": counted.tokens, "files": [], "content": counted.content.hexdigest()}
 
@@ -182,8 +244,29 @@ class Counted:
             yield row
 
 
+def _checked(folder: Path) -> tuple[dict, OpenFiles]:
+    """The manifest of a selection, and its files, of which each is what the manifest says."""
+    while True:
+        manifest = read_manifest(folder)
+        files = OpenFiles("the selection was rewritten or removed while it was read. Run the same command again")
+        wrong = [path for name, file in listed_files(manifest).items() if not _add(files, path := folder / name, file)]
+        if not wrong:
+            return manifest, files
+        if read_manifest(folder)["sha256"] == manifest["sha256"]:  # else it was rewritten just now
+            raise UserError(f"{wrong[0]} is missing or not what manifest.json says: {WRITE_AGAIN}")
+
+
+def _add(files: OpenFiles, path: Path, file: dict) -> bool:
+    try:
+        return files.add(path, file["sha256"])
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return False
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 class Selection:
-    """A selection on disk, opened for reading."""
+    """A selection on disk, opened for reading: its rows stay what they are, also when `folder` gets other ones."""
 
     def __init__(self, folder: Path, store: str | Path | None = None):
         """Raises UserError where the manifest is missing or a file does not match it.
@@ -191,15 +274,9 @@ class Selection:
         `store` is where rows are read from that were not materialised.
         """
         self.folder, self.store = Path(folder), store
-        self.manifest = read_manifest(self.folder)
+        self.manifest, self.files = _checked(self.folder)
         self.teacher: dict = self.manifest["teacher"]
         self.parts: dict[str, dict] = self.manifest["parts"]
-        for part in self.parts.values():
-            for file in part["files"]:
-                if file_fault(self.folder, file):
-                    raise UserError(
-                        f"{self.folder / file['name']} is missing or not what manifest.json says: {WRITE_AGAIN}"
-                    )
 
     def require_teacher(self, what: str) -> None:
         """Raises UserError where the rows are text alone, without a teacher's log-probabilities."""
@@ -232,9 +309,13 @@ class Selection:
                 yield row if topk else row.trimmed(0)
             return
         for file in part["files"]:
-            reader = pq.ParquetFile(self.folder / file["name"])
+            yield from self.file_rows(file, () if topk else TOPK)
+
+    def file_rows(self, file: dict, without: tuple[str, ...] = ()) -> Iterator[Row]:
+        """The rows of one file that the manifest lists; `without`: columns that are left empty."""
+        with self.files.reader(self.folder / file["name"]) as reader:
             for group in range(reader.num_row_groups):
-                yield from read_group(reader, group, () if topk else TOPK)
+                yield from read_group(reader, group, without)
 
     def located(self, name: str) -> tuple[RequestFolder, list["Label"], list[Location]]:
         """Where the rows of a part are in the store, in their canonical order, and how they are labelled.
@@ -244,7 +325,9 @@ class Selection:
         part, k = self.part(name), self.manifest["k"]
         folder = RequestFolder(open_store(self.store), self.teacher["identity"], part["request_identity"])
         index, labels = folder.index(set_aside=False), labels_of(part)
-        return folder, labels, [self._locate(index, label.key, k, folder) for label in labels]
+        locations = [self._locate(index, label.key, k, folder) for label in labels]
+        folder.hold({location.shard for location in locations})
+        return folder, labels, locations
 
     def checked(self, name: str) -> tuple[RequestFolder, list["Label"], list[Location]]:
         """The same, after comparing the rows there with those that this selection was made of.
@@ -260,7 +343,7 @@ class Selection:
         self, name: str, folder: RequestFolder, labels: list["Label"], locations: list[Location]
     ) -> Iterator[Row]:
         counted = Counted()
-        rows = folder.read_each(locations, _ROWS_AT_ONCE)
+        rows = folder.read_each(locations)
         yield from counted.through(
             label.apply(row, self.manifest["k"]) for label, row in zip(labels, rows, strict=True)
         )

@@ -6,6 +6,8 @@ network loses nothing.
 """
 
 import os
+import re
+import stat
 import uuid
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
@@ -18,8 +20,9 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from pipeline.errors import UserError, reason_of
-from pipeline.shards.files import digest, write_json_atomically, writing_to
+from pipeline.shards.files import digest, require_file, write_json_atomically, writing_to
 
+_URL = re.compile(r"[A-Za-z][\w+.-]*(::[A-Za-z][\w+.-]*)*://")  # also of a chain, as in simplecache::s3://
 # Here a put is whole or absent; elsewhere a file gets its name only after its last byte.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "memory"}
 
@@ -37,7 +40,7 @@ class Storage:
 
     def __init__(self, where: str | Path):
         text = str(where).rstrip("/")
-        self.remote = "://" in text and not text.startswith("file://")
+        self.remote = bool(_URL.match(text)) and not text.startswith("file://")
         self.name = text if self.remote else str(Path(text.removeprefix("file://")).expanduser().absolute())
         self.path = _mirror(self.name) if self.remote else Path(self.name)  # where its files are read on this machine
 
@@ -45,9 +48,12 @@ class Storage:
     def _target(self) -> tuple:
         """(file system, path in it). Raises UserError where the URL is not understood."""
         import fsspec
+        from fsspec.implementations.local import LocalFileSystem
 
+        if not self.remote:  # whatever its name looks like, such as a::b, which would be a chain of URLs
+            return LocalFileSystem(), self.name
         try:
-            return fsspec.core.url_to_fs(self.name if self.remote else f"file://{self.name}")
+            return fsspec.core.url_to_fs(self.name)
         except (ImportError, ValueError) as error:
             raise UserError(f"cannot use the store {self.name}: {error}") from error
 
@@ -81,7 +87,10 @@ class Storage:
             return {path[base:]: Found(info["size"], _modified(info)) for path, info in sorted(found.items())}
 
     def _find_here(self, folder: str) -> dict[str, Found]:
-        """Through links too: a request may have moved to another disk. Raises UserError where it cannot look."""
+        """Through links too: a request may have moved to another disk. Pipes and devices are no files, as at a URL.
+
+        Raises UserError where it cannot look.
+        """
         found, seen = {}, set()
         with self._reaching(folder):
             for inside, folders, files in os.walk(self.path / folder, followlinks=True, onerror=_unless_absent):
@@ -90,15 +99,19 @@ class Storage:
                     continue
                 seen.add(real)
                 for path in (Path(inside) / name for name in files):
-                    if status := _status(path):
+                    status = _status(path)
+                    if status and (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
                         found[path.relative_to(self.path).as_posix()] = Found(status.st_size, status.st_mtime)
         return dict(sorted(found.items()))
 
     @contextmanager
     def open(self, name: str):
         """The stored bytes as a file to read; at a URL only what is read is transferred."""
-        with self._reaching(name) as fs, fs.open(self._full(name), "rb") as file:
-            yield file
+        with self._reaching(name) as fs:
+            if not self.remote:
+                require_file(self.path / name)
+            with fs.open(self._full(name), "rb") as file:
+                yield file
 
     def read_text(self, name: str) -> str | None:
         """A small text file; None where it is not there."""
@@ -107,6 +120,14 @@ class Storage:
                 return file.read().decode("utf-8", errors="replace")
         except (FileNotFoundError, IsADirectoryError):
             return None
+
+    def has_gone(self, name: str) -> bool:
+        """Whether a file that was listed is not there any more, not even as something else."""
+        if not self.remote:
+            return not os.path.lexists(self.path / name)
+        with self._reaching(name) as fs:
+            fs.invalidate_cache()
+            return not fs.exists(self._full(name))
 
     def fetch(self, name: str, to: Path) -> None:
         """Copy a file to this machine; it appears whole. Raises FileNotFoundError where there is none."""

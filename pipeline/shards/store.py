@@ -7,7 +7,7 @@ in place: shards are added whole, and a damaged one is moved aside.
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,17 @@ from platformdirs import user_cache_path
 
 from pipeline.errors import UserError
 from pipeline.shards.checking import SHARD, UNREADABLE, Damaged, Header, check_shard, text_of
-from pipeline.shards.files import canonical_json, digest, move_aside, sha256_file, write_atomically, writing_to
+from pipeline.shards.files import (
+    canonical_json,
+    digest,
+    is_in_the_way,
+    move_aside,
+    sha256_file,
+    write_atomically,
+    writing_to,
+)
+from pipeline.shards.opened import OpenFiles
+from pipeline.shards.ordering import Group, in_order
 from pipeline.shards.schema import Row, from_table, group_ends, read_metadata, write_shard
 from pipeline.shards.storage import Storage
 
@@ -60,6 +70,7 @@ class RequestFolder:
         self.path = self.storage.path / self.name
         self.damaged: dict[str, str] = {}  # shard -> what is wrong with it
         self._passed: dict[Path, Header] = {}
+        self.files = OpenFiles(f"it was removed from the store {self} while it was read. Run the same command again")
 
     def __str__(self) -> str:
         return f"{self.storage.name}/{self.name}"
@@ -117,6 +128,8 @@ class RequestFolder:
         except Damaged as error:
             if self.storage.remote and self._fetched_again(shard):
                 return check_shard(shard, self.teacher, self.request)
+            if not self.storage.remote and not os.path.lexists(shard):
+                return None  # removed, or set aside by another process, since it was listed
             self.damaged[shard.name] = str(error)
         if set_aside:
             try:
@@ -159,32 +172,65 @@ class RequestFolder:
             if not describes(name, self.storage.read_text(name)):
                 self.storage.write_json(name, value)
 
+    def hold(self, shards: Iterable[Path]) -> None:
+        """Read shards that passed a check from now on as they are now, also when somebody removes them.
+
+        Raises UserError where one is gone already.
+        """
+        for shard in sorted(shards):
+            try:
+                self.files.add(shard, shard.stem.removeprefix("part-"), check=False)
+            except OSError as error:
+                raise _unreadable(shard, error) from error
+
     def read(self, locations: Iterable[Location]) -> list[Row]:
         """The rows at `locations`, in their order; only the row groups that hold them are decoded, each once.
 
         Raises UserError where a shard that was there is no longer readable.
         """
         locations = list(locations)
-        by_shard: dict[Path, list[int]] = {}
-        for number, location in enumerate(locations):
-            by_shard.setdefault(location.shard, []).append(number)
-        rows: dict[int, Row] = {}
-        for shard, numbers in by_shard.items():
-            try:
-                found = _rows_of(shard, [locations[number].row for number in numbers])
-            except (OSError, *UNREADABLE) as error:
-                raise UserError(
-                    f"{shard} cannot be read ({text_of(error)}): run `xkd-pipeline cache verify`, which "
-                    "sets aside what is damaged, and the same command again"
-                ) from error
-            rows.update(zip(numbers, found, strict=True))
-        return [rows[number] for number in range(len(locations))]
+        rows: list[Row | None] = [None] * len(locations)
+        for group in self._groups(locations):
+            for place, row in zip(group.places, group.rows, strict=True):
+                rows[place] = row
+        return rows
 
-    def read_each(self, locations: Iterable[Location], at_once: int = 256) -> Iterator[Row]:
-        """The rows at `locations`, one after the other, with at most `at_once` of them in memory."""
-        locations = list(locations)
-        for start in range(0, len(locations), at_once):
-            yield from self.read(locations[start : start + at_once])
+    def read_each(self, locations: Iterable[Location], folder: Path | None = None) -> Iterator[Row]:
+        """The rows at `locations`, one after the other, whose row groups are decoded once each, in bounded memory.
+
+        folder: for a temporary file, where the order asks for one. Raises UserError as `read`.
+        """
+        return in_order(self._groups(list(locations)), folder)
+
+    def _groups(self, locations: Sequence[Location]) -> Iterator[Group]:
+        """The rows at `locations` by row group, in the order in which those are first needed."""
+        by_shard: dict[Path, list[int]] = {}
+        for place, location in enumerate(locations):
+            by_shard.setdefault(location.shard, []).append(place)
+        found = []
+        for shard, places in by_shard.items():
+            with self._reading(shard) as file:
+                ends = group_ends(file.metadata)
+            rows = np.array([locations[place].row for place in places])
+            numbers = np.searchsorted(ends, rows, side="right")
+            for number in np.unique(numbers).tolist():
+                here = np.flatnonzero(numbers == number)
+                first = ends[number - 1] if number else 0
+                found.append(([places[each] for each in here], shard, number, rows[here] - first))
+        for places, shard, number, rows in sorted(found, key=lambda group: group[0][0]):
+            with self._reading(shard) as file:
+                table = file.read_row_group(number).take(rows)
+                group = Group(places, from_table(table), table.nbytes)
+            yield group
+
+    @contextmanager
+    def _reading(self, shard: Path) -> Iterator[pq.ParquetFile]:
+        """A shard to read from; UserError for what is wrong with it by now."""
+        try:
+            with self.files.reader(shard) as file:
+                yield file
+        except (OSError, *UNREADABLE) as error:
+            raise _unreadable(shard, error) from error
 
     def skipped(self) -> dict[str, dict]:
         """Rows that could not be made, by key: {key, prompt_id, reason}. Lines that are no entry are ignored."""
@@ -199,7 +245,7 @@ class RequestFolder:
         if not entries:
             return
         path = self.path / SKIPPED
-        if path.is_dir():
+        if is_in_the_way(path):
             move_aside(path)
         with writing_to(self.path), path.open("a+b") as file:
             torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
@@ -212,17 +258,11 @@ class RequestFolder:
             self.storage.put(path, f"{self.name}/{SKIPPED}")
 
 
-def _rows_of(shard: Path, places: Sequence[int]) -> list[Row]:
-    """The rows at these places of a shard, in their order."""
-    with pq.ParquetFile(shard) as file:
-        ends = group_ends(file.metadata)
-        group_of = np.searchsorted(ends, places, side="right")
-        groups = np.unique(group_of)
-        table = file.read_row_groups(groups.tolist())
-    sizes = np.diff(ends, prepend=0)
-    starts = np.cumsum(sizes[groups]) - sizes[groups]  # of each group in the table
-    within = np.array(places) - (ends - sizes)[group_of]
-    return from_table(table.take(starts[np.searchsorted(groups, group_of)] + within))
+def _unreadable(shard: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{shard} cannot be read ({text_of(error)}): run `xkd-pipeline cache verify`, which sets aside what is "
+        "damaged, and the same command again"
+    )
 
 
 def describes(name: str, text: str | None) -> bool:

@@ -5,7 +5,7 @@ What is set aside is no longer read, so the next `generate` makes exactly those 
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,11 +15,18 @@ import pyarrow.parquet as pq
 from pipeline.errors import UserError
 from pipeline.shards.catalogue import IDENTITY, files_by_request
 from pipeline.shards.checking import SHARD, UNREADABLE, Damaged, RowCheck, check_shard, row_faults, text_of
-from pipeline.shards.files import ASIDE, move_aside
-from pipeline.shards.manifest import MANIFEST, WRITE_AGAIN, file_fault, read_manifest, selection_files
+from pipeline.shards.files import ASIDE, is_in_the_way, locked, move_aside, require_file
+from pipeline.shards.manifest import (
+    MANIFEST,
+    WRITE_AGAIN,
+    file_fault,
+    listed_files,
+    read_manifest,
+    selection_files,
+)
 from pipeline.shards.references import references
-from pipeline.shards.schema import read_metadata
-from pipeline.shards.selection import Selection, labels_of, read_group
+from pipeline.shards.schema import checked_metadata, read_metadata
+from pipeline.shards.selection import Selection, labels_of
 from pipeline.shards.storage import Storage
 from pipeline.shards.store import SKIPPED, RequestFolder, describes, skipped_entry
 
@@ -54,21 +61,31 @@ def verify_store(storage: Storage, prefix: str, set_aside: bool, advance: Callab
 
 
 def _in_the_way(storage: Storage, prefix: str, set_aside: bool) -> Iterator[Problem]:
-    """Files where folders must be, and folders where files must be; at a URL there are no such."""
-    for teacher in sorted(storage.path.iterdir()) if storage.path.is_dir() and not storage.remote else ():
+    """Files where folders must be, and folders, pipes and devices where files must be; at a URL there are no such."""
+    for teacher in _inside(storage.path) if not storage.remote else ():
         if not IDENTITY.fullmatch(teacher.name):
             continue
-        requests = sorted(teacher.iterdir()) if teacher.is_dir() else []
+        requests = _inside(teacher)
         folders = [teacher, *(path for path in requests if IDENTITY.fullmatch(path.name))]
-        inside = [path for folder in folders[1:] if folder.is_dir() for path in sorted(folder.iterdir())]
-        files = [*(path for path in requests if path.name == "teacher.json"), *filter(_is_for_a_file, inside)]
-        strange = [(path, "it is no folder") for path in folders if not path.is_dir()]
-        strange += [(path, "Is a directory, where a file must be") for path in files if path.is_dir()]
+        files = [*(path for path in requests if path.name == "teacher.json")]
+        files += [path for folder in folders[1:] for path in _inside(folder) if _is_for_a_file(path)]
+        strange = [(path, "it is no folder") for path in folders if not path.is_dir() and os.path.lexists(path)]
+        for path in filter(is_in_the_way, files):
+            what = "Is a directory, where a file must be" if path.is_dir() else "it is no regular file"
+            strange.append((path, what))
         for path, what in strange:
             name = path.relative_to(storage.path).as_posix()
             if name.startswith(prefix) or prefix.startswith(name):
                 moved = set_aside and _aside(lambda path=path: _move(storage, path))
                 yield Problem(name, what, "generate makes what was in its place again", moved)
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What is in a folder; nothing where it is none, or has gone since it was listed."""
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _move(storage: Storage, path: Path) -> None:
@@ -86,6 +103,9 @@ def _description(storage: Storage, name: str, set_aside: bool) -> Iterator[Probl
     """teacher.json or request.json: it must be of the folder it is in."""
     text = storage.read_text(name)
     if text is None:
+        others = storage.find(name.rpartition("/")[0])
+        if all(ASIDE in other or "/damaged/" in other or "/.tmp-" in other for other in others):
+            return  # what it described has gone since it was listed
         yield Problem(name, "it is missing", "the next generate that asks this teacher writes it")
     elif not describes(name, text):
         moved = set_aside and _aside(lambda: storage.move(name, name + ASIDE))
@@ -105,9 +125,10 @@ def _file(storage: Storage, folder: RequestFolder, last: str, set_aside: bool) -
         try:
             what = _shard_fault(storage, folder, name)
         except UserError as error:
-            yield Problem(name, str(error), "verify again")
+            if not storage.has_gone(name):
+                yield Problem(name, str(error), "verify again")
             return
-        if what:
+        if what and not storage.has_gone(name):  # `gc` removes shards, and `generate` sets them aside, at any time
             moved = set_aside and _aside(lambda: folder.set_aside(last))
             yield Problem(name, what, "generate makes the rows again that no other shard has", moved)
 
@@ -137,48 +158,89 @@ def _stored(storage: Storage, name: str) -> Iterator[Path]:
         yield path
 
 
+@dataclass(frozen=True)
+class _Fault:
+    """What is wrong with a file of a selection, and whether setting the file aside mends it."""
+
+    path: Path
+    what: str
+    movable: bool = True
+
+
 def verify_selection(folder: Path, store: str | Path | None, set_aside: bool) -> Iterator[Problem]:
-    """What is wrong with a selection: its manifest against its files, and its rows, or those in the store."""
-    repair = "generate (or score) writes the selection again"
+    """What is wrong with a selection: its manifest against its files, and its rows, or those in the store.
 
-    def problem(path: Path, what: str) -> Problem:
-        moved = set_aside and os.path.lexists(path) and _aside(lambda: move_aside(path))
-        return Problem(str(path), what, repair, moved)
+    Files of rows that the manifest does not list are named and set aside too: killed runs leave such, and the
+    selection is whole without them.
+    """
+    while True:
+        before = _seal(folder)
+        faults = list(_selection_faults(folder, store))
+        with locked(folder) if folder.is_dir() else nullcontext():  # nobody replaces it now
+            if faults and _seal(folder) != before:
+                continue  # somebody did while it was looked at
+            if all(fault.path.name != MANIFEST for fault in faults):
+                faults += [_Fault(path, "manifest.json does not list it") for path in _unlisted(folder)]
+            for fault in faults:
+                movable = set_aside and fault.movable and os.path.lexists(fault.path)
+                moved = movable and _aside(lambda path=fault.path: move_aside(path))
+                yield Problem(str(fault.path), fault.what, "generate (or score) writes the selection again", moved)
+        return
 
+
+def _seal(folder: Path) -> str | None:
+    """What tells a selection from another one in its place; None where there is none that is whole."""
+    try:
+        return read_manifest(folder)["sha256"]
+    except (UserError, OSError):
+        return None
+
+
+def _unlisted(folder: Path) -> list[Path]:
+    listed = listed_files(read_manifest(folder))
+    return [path for path in selection_files(folder) if path.name not in listed]
+
+
+def _selection_faults(folder: Path, store: str | Path | None) -> Iterator[_Fault]:
     try:
         manifest = read_manifest(folder)
-        present = selection_files(folder)
+        unlisted = _unlisted(folder)
     except (UserError, OSError) as error:
         what = str(error).removeprefix(f"{folder / MANIFEST} ").removesuffix(f": {WRITE_AGAIN}")
-        yield problem(folder / MANIFEST, f"it {what}" if what.startswith("is ") else what)
+        yield _Fault(folder / MANIFEST, f"it {what}" if what.startswith("is ") else what)
         return
     listed = {file["name"]: (file, part) for part in manifest["parts"].values() for file in part["files"]}
     faults = {name: fault for name, (file, _) in listed.items() if (fault := file_fault(folder, file))}
-    others = [name for name in faults if _is_another(folder / name, *listed[name], manifest)]
+    others = []
+    for name in faults:
+        same_place = [path for path in unlisted if name.startswith(path.name[: path.name.index("-") + 6])]
+        others += [p.name for p in [folder / name, *same_place] if _is_another(p, *listed[name], manifest)]
     if others:
-        yield problem(folder / MANIFEST, f"it is stale: {', '.join(others)} are whole files of another selection")
+        yield _Fault(folder / MANIFEST, f"it is stale: {', '.join(others)} are whole files of another selection")
         return
     for name, what in faults.items():
-        yield problem(folder / name, what)
-    for path in present:
-        if path.name not in listed:
-            yield problem(path, "manifest.json does not list it")
+        yield _Fault(folder / name, what)
     if faults:
         return
-    selection = Selection(folder, store)
+    try:
+        selection = Selection(folder, store)
+    except UserError as error:
+        yield _Fault(folder / MANIFEST, str(error), movable=False)
+        return
     for name in selection.parts:
         try:
             if selection.manifest["materialized"]:
-                yield from (problem(path, what) for path, what in _row_faults(selection, name))
+                yield from _row_faults(selection, name)
             else:
                 selection.checked(name)
         except UserError as error:  # the store's fault: the selection may be whole
-            yield Problem(str(folder / MANIFEST), f"part {name}: {error}", repair)
+            yield _Fault(folder / MANIFEST, f"part {name}: {error}", movable=False)
 
 
 def _is_another(path: Path, file: dict, part: dict, manifest: dict) -> bool:
     """Whether a file that the manifest does not fit is whole, and has other rows than damage could leave."""
     try:
+        require_file(path)
         metadata, keys = read_metadata(path), pq.read_table(path, columns=["key"]).column(0).to_pylist()
     except (*UNREADABLE, OSError):
         return False
@@ -190,27 +252,28 @@ def _is_another(path: Path, file: dict, part: dict, manifest: dict) -> bool:
     )
 
 
-def _row_faults(selection: Selection, name: str) -> Iterator[tuple[Path, str]]:
+def _row_faults(selection: Selection, name: str) -> Iterator[_Fault]:
     """Files of a part with rows that are not those of the manifest, or that the teacher cannot have said."""
     part, labels = selection.part(name), iter(labels_of(selection.part(name)))
     for file in part["files"]:
         path = selection.folder / file["name"]
         try:
-            metadata, rows = read_metadata(path), 0
+            with selection.files.reader(path) as reader:
+                metadata = checked_metadata(reader.schema_arrow)
             if any(metadata[entry] != selection.manifest[entry] for entry in ("teacher", "k")):
-                yield path, "it is of another teacher or k than manifest.json"
+                yield _Fault(path, "it is of another teacher or k than manifest.json")
             check = RowCheck(metadata["request"], part["request_identity"], metadata["k"], metadata["vocab_size"])
-            reader = pq.ParquetFile(path)
-            for row in (row for group in range(reader.num_row_groups) for row in read_group(reader, group)):
-                rows, label = rows + 1, next(labels, None)
+            for row in selection.file_rows(file):
+                label = next(labels, None)
                 if label is None or (label.key, label.prompt_id, label.origin) != (row.key, row.prompt_id, row.origin):
-                    yield path, f"it holds row {row.key} where manifest.json has {label.key if label else 'no row'}"
+                    here = label.key if label else "no row"
+                    yield _Fault(path, f"it holds row {row.key} where manifest.json has {here}")
                     return
                 if fault := check.fault(row):
-                    yield path, f"row {row.key} {fault}"
+                    yield _Fault(path, f"row {row.key} {fault}")
                     break
         except (*UNREADABLE, OSError) as error:
-            yield path, f"its rows cannot be read: {text_of(error)}"
+            yield _Fault(path, f"its rows cannot be read: {text_of(error)}")
             return
 
 

@@ -109,8 +109,3 @@ def unknown_token(ask: Ask, vocabulary: int) -> str | None:
     return (
         f"it has token {highest}, and the teacher has {vocabulary} embeddings: its tokenizer is larger than the model"
     )
-
-
-def finish_of(response_ids: np.ndarray, stop_token_ids: Sequence[int]) -> str:
-    """`stop` where a response ends with a stop token."""
-    return "stop" if len(response_ids) and int(response_ids[-1]) in stop_token_ids else "length"

@@ -17,7 +17,8 @@ from pipeline import interrupts
 from pipeline.errors import reason_of
 from pipeline.models import Context, best_device, load_lm
 from pipeline.shards.identity import Sampling
-from pipeline.teachers.base import Answer, Ask, EngineDead, Failure, finish_of, too_long, unknown_token
+from pipeline.shards.schema import finish_of
+from pipeline.teachers.base import Answer, Ask, EngineDead, Failure, too_long, unknown_token
 
 _WINDOW = 16  # batches that are sorted by length together; further apart, prompts keep their order
 _FEWEST = 8  # rows that a model is run on: with very few, libraries compute other roundings

@@ -139,8 +139,9 @@ class Order:
         for wanted in self.wanted:
             location = pick(self.index.get(wanted.key, []), self.k)
             if location and wanted.key not in self.rejected:
-                part = parts.setdefault(wanted.part, Part(self.folder, self.request))
-                part.add(wanted.prompt.id, wanted.key, wanted.origin, location)
+                stops = self.stop_token_ids if self.request.sampling is None else None
+                part = parts.setdefault(wanted.part, Part(self.folder, self.request, stops))
+                part.add(wanted.prompt.id, wanted.key, wanted.origin, location, wanted.text)
         return parts
 
     def reject(self, part: str, accepts: Callable[[str, Sequence[str]], bool]) -> int:

@@ -6,7 +6,8 @@ import numpy as np
 
 from pipeline import interrupts
 from pipeline.shards.identity import Sampling
-from pipeline.teachers.base import Answer, Ask, Failure, finish_of
+from pipeline.shards.schema import finish_of
+from pipeline.teachers.base import Answer, Ask, Failure
 
 
 class TextEngine:

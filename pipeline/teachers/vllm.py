@@ -18,7 +18,8 @@ from pipeline import console, interrupts
 from pipeline.errors import reason_of
 from pipeline.models import load_config
 from pipeline.shards.identity import Sampling
-from pipeline.teachers.base import Answer, Ask, EngineDead, Failure, Loading, finish_of
+from pipeline.shards.schema import finish_of
+from pipeline.teachers.base import Answer, Ask, EngineDead, Failure, Loading
 
 # `torch.cuda.is_available` would start CUDA here, after which vLLM could not fork its workers; this asks the driver.
 _ON_GPU = torch.cuda.device_count() > 0
