@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,10 +14,13 @@ from pipeline.errors import UserError
 from pipeline.models import load_config, load_lm
 from pipeline.prompts import Prompt, write_prompts
 from pipeline.shards.checking import RowCheck
+from pipeline.shards.files import sha256_file
 from pipeline.shards.identity import score_key
-from pipeline.shards.schema import Row, from_table, to_table
+from pipeline.shards.schema import Row, from_table, read_metadata, to_table, write_shard
 from pipeline.shards.selection import Selection
+from pipeline.shards.storage import Storage
 from pipeline.shards.store import RequestFolder
+from pipeline.shards.verifying import verify_store
 from pipeline.teachers import Ask, Failure
 from pipeline.teachers.hf import HfEngine
 from pipeline.teachers.stub import StubEngine
@@ -112,6 +116,20 @@ def test_a_row_with_a_value_that_is_not_finite_fails_alone(teacher, tmp_path, ow
     assert (summary.made, summary.skipped) == (39, 1)
     (entry,) = skipped(own_store)
     assert reason in entry["reason"] and len(list(Selection(tmp_path / "out").rows("train"))) == 39
+
+
+def test_a_row_of_no_numbers_that_an_earlier_version_stored_is_not_selected(teacher, tmp_path, own_store):
+    prompts = make_prompts(tmp_path / "prompts.parquet", train=20)
+    generate(stub_params(teacher), prompts, tmp_path / "before")
+    shard = shards(own_store)[0]
+    rows, metadata = from_table(pq.read_table(shard)), read_metadata(shard)
+    write_shard(shard, [replace(rows[0], lse=rows[0].lse * np.nan), *rows[1:]], metadata)
+    shard.rename(shard.with_name(f"part-{sha256_file(shard)[:16]}.parquet"))
+    with pytest.raises(UserError, match=rf"row {rows[0].key} in .* normalisers that are not finite.*cache verify"):
+        generate(stub_params(teacher), prompts, tmp_path / "out")
+    assert any(problem.aside for problem in verify_store(Storage(own_store), "", True, lambda: None))
+    assert generate(stub_params(teacher), prompts, tmp_path / "out").made == len(rows)
+    assert contents(tmp_path / "out") == contents(tmp_path / "before")
 
 
 def test_a_token_that_cannot_be_said_may_be_in_the_top_k(teacher, tmp_path, own_store):
@@ -228,6 +246,6 @@ def test_an_error_of_our_own_code_while_rows_are_read_is_not_hidden(teacher, tmp
     generate(stub_params(teacher), prompts, tmp_path / "out")
     folder = RequestFolder(own_store, *shards(own_store)[0].relative_to(own_store).parts[:2])
     locations = [location for found in folder.index().values() for location in found]
-    monkeypatch.setattr("pipeline.shards.store._rows_of", lambda *_: {}["a slip of ours"])
+    monkeypatch.setattr("pipeline.shards.store.group_ends", lambda *_: {}["a slip of ours"])
     with pytest.raises(KeyError, match="a slip of ours"):
         folder.read(locations)

@@ -46,11 +46,13 @@ from pipeline.shards.schema import (
     SCHEMA_VERSION,
     TOPK,
     Columns,
+    Malformed,
     Row,
     finish_of,
     footer,
     row_digest,
     row_groups,
+    value_fault,
     write_row_groups,
 )
 from pipeline.shards.store import Location, RequestFolder, open_store, pick
@@ -87,6 +89,11 @@ class Part:
         """The stored rows as the selection labels them, with its own prompts' texts. folder: for temporary files."""
         stored = self.folder.read_each((self.locations[label.key] for label in labels), folder)
         for label, row in zip(labels, stored, strict=True):
+            if fault := value_fault(row):  # stored by an earlier version, which did not look
+                raise UserError(
+                    f"row {row.key} in {self.folder} cannot be used: {fault}. Run `xkd-pipeline cache verify`, which sets "
+                    "its shard aside, and the same command again"
+                )
             yield replace(label.apply(row, k), prompt=self.texts.get(label.prompt_id, row.prompt))
 
     @property
@@ -366,6 +373,8 @@ class Selection:
 
 def read_group(reader: pq.ParquetFile, group: int, without: tuple[str, ...] = ()) -> Columns:
     """The rows of one row group of a selection's file; `without`: columns of TEXT and TOPK that are left empty."""
+    if absent := set(SCHEMA.names) - set(reader.schema_arrow.names):
+        raise Malformed(f"it has no column {', '.join(sorted(absent))}")
     table = reader.read_row_group(group, columns=[name for name in SCHEMA.names if name not in without])
     for name in without:
         type_, size = SCHEMA.field(name).type, len(table)

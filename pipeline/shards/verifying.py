@@ -241,7 +241,8 @@ def _is_another(path: Path, file: dict, part: dict, manifest: dict) -> bool:
     """Whether a file that the manifest does not fit is whole, and has other rows than damage could leave."""
     try:
         require_file(path)
-        metadata, keys = read_metadata(path), pq.read_table(path, columns=["key"]).column(0).to_pylist()
+        metadata, table = read_metadata(path), pq.read_table(path)
+        keys = table.column("key").to_pylist() if "key" in table.column_names else []
     except (*UNREADABLE, OSError):
         return False
     of_another = any(metadata[entry] != manifest[entry] for entry in ("teacher", "k"))
