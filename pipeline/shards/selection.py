@@ -91,8 +91,8 @@ class Part:
         for label, row in zip(labels, stored, strict=True):
             if fault := value_fault(row):  # stored by an earlier version, which did not look
                 raise UserError(
-                    f"row {row.key} in {self.folder} cannot be used: {fault}. Run `xkd-pipeline cache verify`, which sets "
-                    "its shard aside, and the same command again"
+                    f"row {row.key} in {self.folder} cannot be used: {fault}. Run `xkd-pipeline cache verify`, which "
+                    "sets its shard aside, and the same command again"
                 )
             yield replace(label.apply(row, k), prompt=self.texts.get(label.prompt_id, row.prompt))
 
