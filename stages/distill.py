@@ -1,5 +1,6 @@
 """Train the student on the cached teacher: L_KD, likelihood and the X term, the reward read from its cache."""
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -250,7 +251,7 @@ def _card(settings: Distill, selection: Selection, metrics: dict, started_from: 
     lines = [
         "---",
         "library_name: transformers",
-        *([f"license: {teacher['licence']}"] if teacher["licence"] else []),
+        *([f"license: {json.dumps(teacher['licence'])}"] if teacher["licence"] else []),
         "---",
         "# Distilled student",
         "",

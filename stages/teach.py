@@ -1,5 +1,6 @@
 """Make a model: new, from a base, cut to fewer layers; and fine-tune it on references."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def _card(role: Role, settings: Teach) -> str:
     steps = settings.optimisation.steps
     trained = f"{steps} steps on up to {settings.pairs} references of split `{settings.split}`" if steps else "none"
     licence = licence_of(local_folder(settings.base)) if settings.base else "apache-2.0"
-    front = ["---", *([f"license: {licence}"] if licence else []), "library_name: transformers", "---"]
+    front = ["---", *([f"license: {json.dumps(licence)}"] if licence else []), "library_name: transformers", "---"]
     return (
         "\n".join([*front, f"# {role.capitalize()}", "", f"{origin}, made by xkd-pipeline. Training: {trained}."])
         + "\n"

@@ -132,7 +132,7 @@ def test_the_card_names_teacher_data_objective_and_metrics(cache, student, tmp_p
     card = (tmp_path / "student" / "README.md").read_text()
     identity = Selection(cache / "selection").teacher["identity"]
     for said in (
-        "license: apache-2.0",
+        'license: "apache-2.0"',
         identity,
         "Objective: rkl",
         "Cached responses: 80",
