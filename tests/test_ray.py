@@ -124,7 +124,7 @@ def test_a_row_that_cannot_be_made_fails_alone_and_of_three_copies_two_are_place
     """A prompt that is too long, and one that makes the engine raise while it works on a whole table."""
     three = RayEngine(teacher, Loading("float32", 40, replicas=3, replica_engine="hf"))
     too_long = Ask("a" * 32, np.full(60, 5, np.int32), 1)
-    broken = Ask("b" * 32, np.array([5, 4000, 6], np.int32), 1)  # no such token
+    broken = Ask("b" * 32, np.array([5, -4000, 6], np.int32), 1)  # no token at all, which no engine looks for
     asks = make_asks(30)
     found = {answer.key: answer for answer in three.sample([too_long, broken, *asks], GREEDY, 5)}
     assert found.keys() == {too_long.key, broken.key, *(ask.key for ask in asks)}
