@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline import console
-from pipeline.options import SCORED, SELECTION, StoreOption, example
+from pipeline.options import ANSWERS, SCORED, SELECTION, StoreOption, example
 
 cache = typer.Typer(
     name="cache",
@@ -120,7 +120,7 @@ def verify(
         typer.Option(
             "--selection",
             help="Selection to verify beside the store, repeatable.  "
-            "[dim]default: data/teacher and data/scored if they exist[/dim]",
+            "[dim]default: data/teacher, data/scored and data/answers if they exist[/dim]",
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is wrong; move nothing.")] = False,
@@ -137,7 +137,7 @@ def verify(
     total = sum(map(len, files_by_request(storage, request).values()))
     with console.progress("verifying", total) as advance:
         found = list(verify_store(storage, request, not dry_run, advance))
-    selections = selection or [folder for folder in (SELECTION, SCORED) if folder.is_dir()]
+    selections = selection or [folder for folder in (SELECTION, SCORED, ANSWERS) if folder.is_dir()]
     for folder in selections:
         found += verify_selection(folder, store, not dry_run)
     looked = f"{total:,} files of {storage.name}" + "".join(f", {folder}" for folder in selections)
@@ -188,7 +188,7 @@ def gc(
     from pipeline.shards.store import open_store
 
     storage = open_store(store)
-    own = [folder for folder in (SELECTION, SCORED) if (folder / "manifest.json").is_file()]
+    own = [folder for folder in (SELECTION, SCORED, ANSWERS) if (folder / "manifest.json").is_file()]
     given = [*own, *(keep or [])]
     forgotten = named(references(storage)[0], forget or [])
     absent = [reference for reference in forgotten if reference.absent]

@@ -18,6 +18,7 @@ from pipeline import __version__, console
 from pipeline.caching import cache
 from pipeline.errors import Interrupted, UserError, reason_of
 from pipeline.options import (
+    ANSWERS,
     AUDIT,
     CURVES,
     DATA,
@@ -145,6 +146,14 @@ def generate(
             help="File for what the run found and took.  [dim]default: data/generate/results.json, else none[/dim]",
         ),
     ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            "--answers",
+            help="Folder for the teacher's answers to the test prompts, which evaluate reads.  "
+            "[dim]default: data/answers with the default --out, else none[/dim]",
+        ),
+    ] = None,
     store: StoreOption = None,
     engine: Annotated[str | None, typer.Option("--engine", help="auto, vllm, hf, ray, stub or text.")] = None,
     responses: Annotated[
@@ -186,18 +195,20 @@ def generate(
     if assumed and not dry_run:
         raise UserError("--tokens, --rate, --gpus and --gpu-memory are for planning: add --dry-run")
     default = DATA / "generate" / "results.json" if results is None and out == SELECTION else None
+    default_answers = ANSWERS if answers is None and out == SELECTION else None
+    answers = answers or default_answers
     if not dry_run:
-        keep_default(ctx, "out", out, default)
+        keep_default(ctx, "out", out, default, default_answers)
     _limit_threads(loaded.generate.teacher)
     if dry_run:
         from stages.dry_run import Plan
         from stages.dry_run import dry_run as run_dry
 
-        summary = run_dry(loaded, prompts, store, retry_skipped, Plan(**assumed))
+        summary = run_dry(loaded, prompts, store, retry_skipped, Plan(**assumed), answers is not None)
         return _require_few_skipped(summary.skipped, loaded.generate.max_skipped)
     from stages.generate import generate as run
 
-    summary = run(loaded, prompts, out, store, retry_skipped, results=results or default)
+    summary = run(loaded, prompts, out, store, retry_skipped, results=results or default, answers=answers)
     _require_few_skipped(summary.skipped, loaded.generate.max_skipped)
 
 
@@ -343,6 +354,14 @@ def evaluate(
         ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for metrics and answers.")] = EVALUATION,
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            "--answers",
+            help="The teacher's cached answers to the test prompts (out of generate).  "
+            "[dim]default: data/answers if it exists, with the default --selection[/dim]",
+        ),
+    ] = None,
     store: StoreOption = None,
 ) -> None:  # fmt: skip
     """Score models side by side on the test prompts, with intervals paired over the prompts."""
@@ -358,7 +377,9 @@ def evaluate(
     keep_default(ctx, "out", out)
     from stages.evaluate import evaluate as run
 
-    run(loaded, prompts, models, selection, out, store)
+    if answers is None and selection == SELECTION and (ANSWERS / "manifest.json").is_file():
+        answers = ANSWERS
+    run(loaded, prompts, models, selection, out, store, answers)
 
 
 @app.command(epilog=example("xkd-pipeline report", "xkd-pipeline report --set report.samples=20 --out report.html"))

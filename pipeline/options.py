@@ -17,12 +17,12 @@ PARAMS_FILE = Path("params.yaml")
 DATA, RUNS = Path("data"), Path("runs")
 PROMPTS, TOKENIZER = DATA / "prompts" / "prompts.parquet", DATA / "tokenizer"
 START, STUDENT = DATA / "models" / "student", DATA / "student"
-SELECTION, SCORED = DATA / "teacher", DATA / "scored"
+SELECTION, SCORED, ANSWERS = DATA / "teacher", DATA / "scored", DATA / "answers"
 REWARD, AUDIT = DATA / "reward", DATA / "audit"
 CURVES, EVALUATION = DATA / "distill", DATA / "evaluation"
 
 # Options that change nothing of what is made, or say where it goes.
-_NO_INPUTS = {"store", "runs", "retry_skipped", "out", "tokenizer_out", "metrics", "audit", "results"}
+_NO_INPUTS = {"store", "runs", "retry_skipped", "out", "tokenizer_out", "metrics", "audit", "results", "answers"}
 
 
 def _finite(value: float | None) -> float | None:
@@ -101,17 +101,17 @@ def load(params: Path | None, overrides: list[str] | None) -> Params:
     return load_params(params, overrides or [])
 
 
-def keep_default(ctx: typer.Context, output: str, path: Path, beside: Path | None = None) -> None:
+def keep_default(ctx: typer.Context, output: str, path: Path, *beside: Path | None) -> None:
     """Raises UserError where a command that was given inputs would replace what is at an output's default place.
 
-    Whoever names the output may. output: its parameter, and `path` its value; beside: another default that follows it.
+    Whoever names the output may. output: its parameter, and `path` its value; beside: other defaults that follow it.
     """
     options = {parameter.name: parameter for parameter in ctx.command.params if parameter.param_type_name == "option"}
     given = [name for name in options if _is_given(ctx, name)]
     if output in given:
         return
     changed = [each for name in given if name not in _NO_INPUTS for each in _as_typed(options[name], ctx.params[name])]
-    there = next((place for place in (path, beside) if place and _holds_something(place)), None)
+    there = next((place for place in (path, *beside) if place and _holds_something(place)), None)
     if changed and there is not None:
         option, kind = options[output].opts[0], "FILE" if path.suffix else "FOLDER"
         raise UserError(

@@ -1,7 +1,7 @@
 """Ask a teacher for what the store does not hold: shared by the stages that draw responses and that score them."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,10 +99,10 @@ class Teacher:
             settings.rows_per_shard,
         )
 
-    def order(self, request: Request, wanted: list[Wanted], store: Storage) -> Order:
-        """What is wanted of one request, and what `store` has of it."""
+    def order(self, request: Request, wanted: list[Wanted], store: Storage, k: int | None = None) -> Order:
+        """What is wanted of one request, with k tokens a position (by default the teacher's), and what `store` has."""
         folder = RequestFolder(store, self.description["identity"], request.identity)
-        return Order(request, folder, wanted, self.k, self.stops, self.context)
+        return Order(request, folder, wanted, self.k if k is None else k, self.stops, self.context)
 
 
 def _describe(settings: Generate, engine: str, tokenizer) -> dict:
@@ -118,10 +118,10 @@ def _describe(settings: Generate, engine: str, tokenizer) -> dict:
     return teacher
 
 
-def sampling_request(params: Params, teacher: Teacher) -> Request:
+def sampling_request(params: Params, teacher: Teacher, temperature: float, top_p: float) -> Request:
     """The request that responses are drawn with."""
-    settings, chat = params.generate, PromptFormat.of(params).chat_identity(teacher.tokenizer)
-    sampling = Sampling(settings.temperature, settings.top_p, params.max_tokens, teacher.stops)
+    chat = PromptFormat.of(params).chat_identity(teacher.tokenizer)
+    sampling = Sampling(temperature, top_p, params.max_tokens, teacher.stops)
     return Request("sample", params.template, TEMPLATE_VERSION, params.seed, sampling, chat)
 
 
@@ -132,7 +132,7 @@ def scoring_request(params: Params, teacher: Teacher) -> Request:
 
 
 def rendered(prompts: Sequence[Prompt], form: PromptFormat, tokenizer) -> tuple[Asked, int]:
-    """Prompts to ask, of training and validation, with the text and the token ids that the teacher reads.
+    """Prompts with the text and the token ids that the teacher reads.
 
     A training prompt whose token ids are those of a held-out one (of validation or test: unknown words, spaces) is left
     out, since their samples would be the same ones; second: how many were.
@@ -146,7 +146,7 @@ def rendered(prompts: Sequence[Prompt], form: PromptFormat, tokenizer) -> tuple[
             f"{left_out:,} training prompts have the token ids of held-out prompts and are left out: the teacher could "
             "not tell them apart"
         )
-    return [each for each in kept if each[0].split != "test"], left_out
+    return kept, left_out
 
 
 def to_score(
@@ -181,16 +181,22 @@ def look_up(orders: Sequence[Order], retry_skipped: bool = False, set_aside: boo
 
 
 def fulfil(
-    orders: Sequence[Order], teacher: Teacher, settings: Generate, cached: int, out: Path, engine: Engine | None = None
+    selections: Mapping[Path, Sequence[Order]],
+    teacher: Teacher,
+    settings: Generate,
+    cached: int,
+    engine: Engine | None = None,
 ) -> tuple[Summary, dict]:
     """Have made what `look_up` did not find, and look again; returns the counts, and tokens and seconds it took.
 
-    out: folder of the selection that it is for. engine: in place of the teacher's own, which is opened only where
-    something must be made. Raises UserError, before that, where nothing can be written.
+    selections: folder -> the orders that it is to hold. engine: in place of the teacher's own, which is opened only
+    where something must be made. Raises UserError, before that, where nothing can be written.
     """
+    orders = [order for each in selections.values() for order in each]
     lacking = [(order, wanted) for order in orders for wanted in [*order.missing, *order.widen]]
-    require_writable(out)
-    leave_word(orders, out, complete=False)
+    for out, each in selections.items():
+        require_writable(out)
+        leave_word(each, out, complete=False)
     for order in orders:
         order.describe(teacher.description)
     if lacking and engine is None:
@@ -256,7 +262,15 @@ def cost_of(summary: Summary, manifest: dict, orders: Sequence[Order], asked: di
     }
 
 
-def report(what: str, summary: Summary, parts: dict[str, Part], orders: Sequence[Order], out: Path, cost: dict) -> None:
+def report(
+    what: str,
+    summary: Summary,
+    parts: dict[str, Part],
+    orders: Sequence[Order],
+    out: Path,
+    cost: dict,
+    more: Sequence[tuple[str, object]] = (),
+) -> None:
     rate = f", {cost['tokens_per_second']:,.0f} tokens/s without loading" if cost["tokens_per_second"] else ""
     size = f"{cost['store_bytes'] / 2**20:,.1f} MiB, {cost['bytes_per_token'] or 0:,.0f} bytes a token"
     console.facts(
@@ -266,6 +280,7 @@ def report(what: str, summary: Summary, parts: dict[str, Part], orders: Sequence
             ("made now", f"{summary.made:,} rows, {cost['tokens_made']:,} tokens in {cost['seconds']:.0f} s{rate}"),
             ("left out", _left_out(summary, orders)),
             ("selected", ", ".join(f"{part.rows:,} {name}" for name, part in parts.items())),
+            *more,
             ("store", f"{orders[0].folder.storage.name}/{orders[0].folder.teacher} ({size})"),
             ("selection", out),
         ],

@@ -27,7 +27,7 @@ from pipeline.shards.store import open_store
 from pipeline.teachers.orders import Order, Wanted
 from stages import asking
 from stages.asking import Summary, Teacher
-from stages.generate import orders_of, prompts_to_ask
+from stages.generate import answers_of, orders_of, prompts_to_ask
 
 CHARACTERS = 4  # a token of English text, where there is no tokenizer
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
@@ -50,14 +50,22 @@ def dry_run(
     store: str | Path | None = None,
     retry_skipped: bool = False,
     plan: Plan = Plan(),
+    answers: bool = False,
 ) -> Summary:
-    """Say what is cached, what is missing and what that takes; nothing is written but a URL's mirror."""
+    """Say what is cached, what is missing and what that takes; nothing is written but a URL's mirror.
+
+    answers: with the teacher's answers to the test prompts.
+    """
     if plan.tokens and params.generate.responses:
         raise UserError("--tokens plans what a teacher is to say, and generate.responses gives it: leave one out")
     prompts = [] if plan.tokens else prompts_to_ask(params, prompts_path)
     teacher = _teacher(params.generate)
     asked, _ = asking.rendered(prompts, PromptFormat.of(params), teacher.tokenizer)
-    orders = orders_of(params, asked, teacher, open_store(store))
+    storage = open_store(store)
+    orders = [
+        *orders_of(params, asked, teacher, storage),
+        *(answers_of(params, asked, teacher, storage) if answers else ()),
+    ]
     cached, missing = asking.look_up(orders, retry_skipped, set_aside=False)
     if not plan.tokens:
         console.table(

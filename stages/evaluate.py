@@ -1,10 +1,8 @@
 """Score models side by side on the test prompts: quality greedy and sampled, diversity, divergence from the teacher."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 
 from pipeline import console
@@ -16,34 +14,26 @@ from pipeline.models import (
     local_folder,
     require_context,
     require_same_tokenizer,
+    resolve,
     stop_token_ids,
 )
 from pipeline.outputs import begin_results, require_own_results
-from pipeline.params import Evaluate, Params
+from pipeline.params import Params
 from pipeline.prompts import Prompt, PromptFormat, read_prompts
 from pipeline.provenance import fingerprint, git_commit, seconds_since_start, versions
-from pipeline.shards.files import digest, write_json_atomically
-from pipeline.shards.identity import Sampling, sample_seed
-from pipeline.shards.schema import Row
+from pipeline.shards.files import write_json_atomically
+from pipeline.shards.kept_mass import KeptMass, kept_mass_warning, say_kept_mass
 from pipeline.shards.selection import Selection
 from pipeline.tasks import get_task
-from pipeline.tasks.diversity import distinct_n, self_bleu
-from pipeline.teachers import Ask
-from pipeline.teachers.base import needed
 from pipeline.teachers.hf import HfEngine
-from stages.bootstrap import intervals, say_interval
-from stages.objectives.sparse import sparse_divergence
-from stages.rows import per_response
-from stages.students import require_plain_head, score_tokens
+from stages.answers import Asking, cached_answers
+from stages.bootstrap import say_interval
+from stages.closeness import HeldOut, live_teacher
+from stages.headline import KL_NAMES, headline_kl
+from stages.scores import Outcome, lengths, scores
+from stages.students import require_plain_head
 
-
-@dataclass(frozen=True)
-class Outputs:
-    """What one model said."""
-
-    greedy: list[str]  # [test prompts]
-    sampled: list[list[str]]  # [sampled prompts][samples]
-    kl: np.ndarray  # [held-out prompts, 2]: sum of KL(T || S) over the tokens, number of tokens
+CUT_WARNING = 0.05  # share of answers that may be cut at max_tokens without a word
 
 
 def evaluate(
@@ -53,31 +43,44 @@ def evaluate(
     selection_path: Path,
     out: Path,
     store: str | Path | None = None,
+    answers_path: Path | None = None,
 ) -> dict:
     """Write metrics.json, results.json, quality.csv and predictions.parquet to `out`; returns the results.
 
-    models: name -> folder; the last one is compared with each of the others.
+    models: name -> folder; the last one is compared with each of the others. The teacher's own answers, if it is one
+    of them, are read from the selection `answers_path`; without it the teacher is asked like any other model.
     """
     require_own_results(out, "evaluate")
-    settings, task = params.evaluate, get_task(params.prepare.task)
+    task = get_task(params.prepare.task)
     prompts = [prompt for prompt in read_prompts(prompts_path, ("test",)) if prompt.references]
     if not prompts:
         raise UserError(f"{prompts_path} has no test prompts with references")
     selection = Selection(selection_path, store)
-    has_teacher = "validation" in selection.parts and selection.manifest["k"] > 0
-    rows = list(selection.rows("validation")) if has_teacher else []
-    outputs = {
-        name: _run(name, path, prompts, rows, selection.teacher["tokenizer"], params) for name, path in models.items()
-    }
+    answered = None if answers_path is None else Selection(answers_path, store)
+    rows = []
+    if "validation" in selection.parts and selection.manifest["k"] > 0:
+        rows = list(selection.rows("validation"))
+    teacher = live_teacher(params.generate, selection, params.evaluate.kl) if rows else None
+    held_out = HeldOut(rows, teacher, params.evaluate.batch_size)
+    outcomes = {}
+    for name, path in models.items():
+        is_teacher = _is_teacher(path, params)
+        if is_teacher and answered is None:
+            console.warn(f"{name} is asked for its answers: with --answers, those that generate keeps are read")
+        if is_teacher and answered is not None:
+            answered.require_same_teacher(selection)
+            outcomes[name] = _of_the_teacher(answered, prompts, held_out, params)
+        else:
+            outcomes[name] = _of(name, path, prompts, held_out, selection.teacher["tokenizer"], params)
 
     candidate = list(models)[-1]
-    metrics, differences = _scores(task.metrics, outputs, prompts, settings, params.seed, candidate)
+    metrics, differences = scores(task.metrics, outcomes, prompts, params.evaluate, params.seed, candidate)
     provenance = {
         "stage": "evaluate",
         "task": {"name": task.name, "version": task.version},
         "seed": params.seed,
-        "evaluate": settings.model_dump(),
-        "models": {name: fingerprint(local_folder(path)) for name, path in models.items()},
+        "evaluate": params.evaluate.model_dump(),
+        "models": {name: outcome.identity for name, outcome in outcomes.items()},
         "prompts": fingerprint(prompts_path),
         "teacher": selection.teacher["identity"],
         "git_commit": git_commit(),
@@ -87,114 +90,71 @@ def evaluate(
         "metrics": metrics,
         "differences": differences,
         "candidate": candidate,
+        "kl": ("live" if teacher else "cache") if rows else None,
+        "kept_mass": KeptMass.of(rows).describe(selection.manifest["k"]) if rows else None,
+        "answers": {name: lengths(outcome.answers) for name, outcome in outcomes.items()},
+        "parameters": {name: outcome.parameters for name, outcome in outcomes.items()},
         "counts": {"test": len(prompts), "heldout": len({row.prompt_id for row in rows})},
         "higher_is_better": {metric.name: metric.higher_is_better for metric in task.metrics},
         "cost": {"seconds": seconds_since_start()},
         "provenance": provenance,
     }
     begin_results(out, "evaluate")
-    write_json_atomically(out / "metrics.json", _headline(metrics, task.metrics[0].name))
+    write_json_atomically(out / "metrics.json", _headline(results))
     write_json_atomically(out / "results.json", results)
     _write_quality(out / "quality.csv", metrics)
-    _write_predictions(out / "predictions.parquet", outputs, prompts)
-    _report(results, task.metrics[0].name, out)
+    _write_predictions(out / "predictions.parquet", outcomes, prompts)
+    _report(results, out)
+    _warn(results, params)
     return results
 
 
-def _run(
-    name: str, path: str | Path, prompts: Sequence[Prompt], rows: Sequence[Row], teacher: str, params: Params
-) -> Outputs:
-    """Greedy answers to all prompts, several samples of the first ones, and the divergence on held-out samples."""
+def _is_teacher(path: str | Path, params: Params) -> bool:
+    """Whether a model is the one that `generate.teacher` names."""
+    places = [resolve(source) for source in (path, params.generate.teacher)]
+    first, second = (str(Path(place).resolve()) if Path(place).is_dir() else str(place) for place in places)
+    return first == second
+
+
+def _of_the_teacher(answered: Selection, prompts: Sequence[Prompt], held_out: HeldOut, params: Params) -> Outcome:
+    """The teacher, without a single token drawn from it."""
+    parameters = held_out.teacher.model.num_parameters() if held_out.teacher else None
+    said = cached_answers(answered, params, prompts)
+    return Outcome(said, *held_out.of_the_teacher(), parameters, answered.teacher["identity"])
+
+
+def _of(
+    name: str, path: str | Path, prompts: Sequence[Prompt], held_out: HeldOut, tokenizer_identity: str, params: Params
+) -> Outcome:
+    """A model that is asked: greedy answers to all prompts, several samples of the first ones, and its closeness."""
     settings, tokenizer = params.evaluate, load_tokenizer(path)
-    if rows:
-        require_same_tokenizer(teacher, tokenizer, path)
+    if held_out.rows:
+        require_same_tokenizer(tokenizer_identity, tokenizer, path)
     model = load_lm(path).to(best_device())
-    if rows:
+    if held_out.rows:
         require_plain_head(model, f"the model {path}")
-    engine = HfEngine(model, settings.batch_size)
-    stops = stop_token_ids(path, tokenizer)
     ids = PromptFormat.of(params).encode(tokenizer, prompts)
-    lengths = [(len(prompt), params.max_tokens) for prompt in ids]
-    lengths += [(len(row.prompt_ids), len(row.response_ids)) for row in rows]
+    own = held_out.prompts if held_out.teacher else {}
+    lengths = [(len(prompt), params.max_tokens) for prompt in [*ids, *own.values()]]
+    lengths += [(len(row.prompt_ids), len(row.response_ids)) for row in held_out.rows]
     require_context(model.config, lengths, f"the model {path}")
-    first = range(min(settings.sampled_prompts, len(prompts)))
-    asks = [Ask(f"greedy/{i}", ids[i]) for i in range(len(prompts))]
-    drawn = [
-        Ask(f"{i}/{sample}", ids[i], sample_seed(digest([params.seed, prompts[i].id, sample])))
-        for i in first
-        for sample in range(settings.samples)
-    ]
-    texts: dict[str, str] = {}
-    with console.progress(f"answers of {name}", len(asks) + len(drawn)) as advance:
-        for batch, temperature in ((asks, 0.0), (drawn, settings.temperature)):
-            sampling = Sampling(temperature, 1.0, params.max_tokens, stops)
-            for answer in needed(engine.sample(batch, sampling, k=1), f"the model {path}"):
-                texts[answer.key] = tokenizer.decode(answer.response_ids, skip_special_tokens=True)
-                advance()
-    return Outputs(
-        [texts[f"greedy/{i}"] for i in range(len(prompts))],
-        [[texts[f"{i}/{sample}"] for sample in range(settings.samples)] for i in first],
-        _kl_to_teacher(model, rows, settings.batch_size),
-    )
+    asking = Asking(HfEngine(model, settings.batch_size), tokenizer, params, stop_token_ids(path, tokenizer))
+    said = asking.answers(prompts, ids, name)
+    measures = held_out.of(model, path) if held_out.rows else {}
+    on_own = held_out.of_own_samples(model, path, asking.samples(own, name)) if own else {}
+    return Outcome(said, measures, on_own, model.num_parameters(), fingerprint(local_folder(path)))
 
 
-def _kl_to_teacher(model, rows: Sequence[Row], batch_size: int) -> np.ndarray:
-    """KL(T || S) on cached responses (top k and one tail: a lower bound), [prompts with tokens, 2] of sum and count."""
-    kl = sparse_divergence("fkl")
-    sums = {row.prompt_id: np.zeros(2) for row in rows}
-    found = per_response(rows, lambda b: [score_tokens(model, b, kl).divergence], model.device, True, batch_size)
-    for row, (values,) in found:
-        sums[row.prompt_id] += (values.sum(dtype=np.float64), len(values))
-    return np.array([value for value in sums.values() if value[1]]).reshape(-1, 2)
-
-
-def _scores(task_metrics, outputs: Mapping[str, Outputs], prompts, settings: Evaluate, seed: int, candidate: str):
-    """Nested metrics: model -> mode -> metric -> value and interval; and the candidate's paired differences."""
-    metrics: dict[str, dict] = {name: {"greedy": {}, "sampled": {}} for name in outputs}
-    differences: dict[str, dict] = {name: {"greedy": {}, "sampled": {}} for name in outputs if name != candidate}
-    references = [prompt.references for prompt in prompts]
-
-    def add(mode: str, metric: str, statistics: dict[str, np.ndarray], score) -> None:
-        scores, differing = intervals(statistics, score, settings.bootstrap, seed, candidate)
-        for name in outputs:
-            metrics[name].setdefault(mode, {})[metric] = scores[name]
-        for name, difference in differing.items():
-            differences[name].setdefault(mode, {})[metric] = difference
-
-    for metric in task_metrics:
-        add(
-            "greedy",
-            metric.name,
-            {n: metric.statistics(o.greedy, references) for n, o in outputs.items()},
-            metric.score,
-        )
-        sampled = {
-            name: np.mean(
-                [metric.statistics(column, references[: len(column)]) for column in zip(*o.sampled, strict=True)],
-                axis=0,
-            )
-            for name, o in outputs.items()
-        }
-        add("sampled", metric.name, sampled, metric.score)
-    if all(len(o.kl) for o in outputs.values()):
-        add("heldout", "kl_to_teacher", {n: o.kl for n, o in outputs.items()}, lambda mean: float(mean[0] / mean[1]))
-    for name, o in outputs.items():
-        metrics[name]["diversity"] = {
-            "distinct_1": distinct_n(o.sampled, 1),
-            "distinct_2": distinct_n(o.sampled, 2),
-            "self_bleu": self_bleu(o.sampled),
-        }
-    return metrics, differences
-
-
-def _headline(metrics: dict, headline: str) -> dict[str, dict[str, float]]:
+def _headline(results: dict) -> dict[str, dict[str, float]]:
     """The few numbers that `dvc metrics` shows; all are in results.json, with intervals."""
-    shown = {}
-    for name, modes in metrics.items():
+    headline, shown = next(iter(results["higher_is_better"])), {}
+    for name, modes in results["metrics"].items():
         shown[name] = {headline: modes["greedy"][headline]["value"]}
-        shown[name][f"sampled_{headline}"] = modes["sampled"][headline]["value"]
-        if "heldout" in modes:
-            shown[name]["kl"] = modes["heldout"]["kl_to_teacher"]["value"]
+        if name == results["candidate"]:
+            shown[name][f"sampled_{headline}"] = modes["sampled"][headline]["value"]
+        measure, kl = headline_kl(modes)
+        if kl and name != "teacher":
+            shown[name][measure] = kl["value"]
     return shown
 
 
@@ -209,35 +169,50 @@ def _write_quality(path: Path, metrics: dict) -> None:
     pl.DataFrame(rows).write_csv(path, float_precision=3)
 
 
-def _write_predictions(path: Path, outputs: Mapping[str, Outputs], prompts: Sequence[Prompt]) -> None:
+def _write_predictions(path: Path, outcomes: Mapping[str, Outcome], prompts: Sequence[Prompt]) -> None:
     """Every answer with its prompt and references: plain columns, for reading."""
     rows = []
-    for name, o in outputs.items():
-        answers = [("greedy", i, 0, text) for i, text in enumerate(o.greedy)]
-        answers += [("sampled", i, s, text) for i, texts in enumerate(o.sampled) for s, text in enumerate(texts)]
-        for mode, i, sample, text in answers:
+    for name, outcome in outcomes.items():
+        said = [("greedy", i, 0, each) for i, each in enumerate(outcome.answers.greedy)]
+        said += [("sampled", i, s, each) for i, several in enumerate(outcome.answers.sampled)
+                 for s, each in enumerate(several)]  # fmt: skip
+        for mode, i, sample, each in said:
             prompt = prompts[i]
             rows.append(
                 {"model": name, "mode": mode, "prompt_id": prompt.id, "sample": sample, "prompt": prompt.prompt,
-                 "response": text, "references": list(prompt.references)}
+                 "response": each.text, "tokens": each.tokens, "cut": each.cut, "references": list(prompt.references)}
             )  # fmt: skip
     pl.DataFrame(rows).write_parquet(path)
 
 
-def _report(results: dict, headline: str, out: Path) -> None:
+def _report(results: dict, out: Path) -> None:
     metrics, candidate = results["metrics"], results["candidate"]
-
+    headline = next(iter(results["higher_is_better"]))
+    measure, _ = headline_kl(metrics[candidate])
     console.table(
-        f"{headline} on the test prompts, KL(teacher || model) on held-out samples",
-        ("model", "greedy", "sampled", "KL, nats a token"),
+        f"{headline} on the test prompts; {KL_NAMES[measure]} on held-out samples of the teacher, nats per token",
+        ("model", "greedy", "sampled", "KL"),
         [
             (
                 name, say_interval(modes["greedy"][headline]), say_interval(modes["sampled"][headline]),
-                say_interval(modes["heldout"]["kl_to_teacher"], ".3f") if "heldout" in modes else "-",
+                say_interval(kl, ".3f") if (kl := headline_kl(modes)[1]) else "-",
             )
             for name, modes in metrics.items()
         ],
     )  # fmt: skip
+    measures = [
+        (mode, name) for mode in ("heldout", "own") for name in KL_NAMES if name in metrics[candidate].get(mode, {})
+    ]
+    if measures:
+        places = {"heldout": "the teacher's samples", "own": "its own samples"}
+        console.table(
+            "divergence from the teacher on held-out prompts, nats per token",
+            ("measure", "on", *metrics),
+            [
+                (KL_NAMES[name], places[mode], *(f"{modes[mode][name]['value']:.3f}" for modes in metrics.values()))
+                for mode, name in measures
+            ],
+        )
     console.table(
         "diversity of the sampled answers",
         ("model", "distinct-1", "distinct-2", "Self-BLEU"),
@@ -254,11 +229,23 @@ def _report(results: dict, headline: str, out: Path) -> None:
             for name, d in results["differences"].items()
         ],
     )
+    kept = results["kept_mass"]
     console.facts(
         "evaluated",
         [
+            *([("mass of the kept tokens", say_kept_mass(kept))] if kept else []),
             ("metrics", out / "metrics.json"),
             ("results", out / "results.json"),
             ("answers", out / "predictions.parquet"),
         ],
     )
+
+
+def _warn(results: dict, params: Params) -> None:
+    """Words on what makes the numbers less than they seem."""
+    cut = {name: modes["greedy"]["cut"] for name, modes in results["answers"].items()}
+    if many := {name: share for name, share in cut.items() if share > CUT_WARNING}:
+        shares = ", ".join(f"{share:.0%} of {name}" for name, share in many.items())
+        console.warn(f"greedy answers were cut at max_tokens ({params.max_tokens}): {shares}")
+    if results["kl"] == "cache" and (word := kept_mass_warning(results["kept_mass"])):
+        console.warn(word)

@@ -1,6 +1,6 @@
 """Run the teacher once: ask for what the store does not hold, keep it, and write the selection of this experiment."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from pipeline.prompts import Prompt, PromptFormat, encode_response, read_prompts
 from pipeline.provenance import git_commit, versions
 from pipeline.shards.files import write_json_atomically
 from pipeline.shards.identity import sample_key
+from pipeline.shards.kept_mass import KeptMass, kept_mass_warning, say_kept_mass
 from pipeline.shards.replaceable import require_own_selection
 from pipeline.shards.selection import write_selection
 from pipeline.shards.storage import Storage
@@ -22,6 +23,9 @@ from pipeline.teachers.orders import Order, Wanted
 from stages import asking
 from stages.asking import Asked, Summary, Teacher
 
+ANSWER_K = 1  # tokens a position of answers to test prompts: they are read as text
+CUT_WARNING = 0.05  # share of responses that may be cut at max_tokens without a word
+
 
 def generate(
     params: Params,
@@ -31,13 +35,17 @@ def generate(
     retry_skipped: bool = False,
     engine: Engine | None = None,
     results: Path | None = None,
+    answers: Path | None = None,
 ) -> Summary:
     """Answer the train and validation prompts of a file, score held-out references, and write the selection `out`.
 
-    results: file for what the run found, made and took; apart from `out`, whose bytes do not depend on that.
+    results: file for what the run found, made and took; apart from `out`, whose bytes do not depend on that. answers:
+    folder of a second selection, with the teacher's answers to the test prompts, so that no evaluation asks it again.
     `engine` replaces the one that the parameters name. Raises UserError on bad input; what was stored stays.
     """
     require_own_selection(out)
+    if answers is not None:
+        require_own_selection(answers, "--answers")
     if results is not None:
         require_own_file(results, partial(is_results, stage="generate"), "--results")
     settings, storage = params.generate, open_store(store)
@@ -46,8 +54,10 @@ def generate(
     task = get_task(params.prepare.task)
     asked, overlapping = asking.rendered(prompts, PromptFormat.of(params), teacher.tokenizer)
     orders = orders_of(params, asked, teacher, storage)
-    cached, _ = asking.look_up(orders, retry_skipped)
-    summary, took = asking.fulfil(orders, teacher, settings, cached, out, engine)
+    answering = [] if answers is None else answers_of(params, asked, teacher, storage)
+    cached, _ = asking.look_up([*orders, *answering], retry_skipped)
+    selections = {out: orders} | ({answers: answering} if answering else {})
+    summary, took = asking.fulfil(selections, teacher, settings, cached, engine)
     rejected = sum(order.reject("train", task.accepts) for order in orders if settings.accept == "correct")
     if rejected:
         console.say(f"{rejected:,} training responses are wrong by the task's checker and were not selected")
@@ -56,8 +66,14 @@ def generate(
         reason = "no training response was accepted" if rejected else "see the warnings above"
         raise UserError(f"nothing could be made of any prompt: {reason}")
     manifest = write_selection(out, parts, teacher.description, teacher.k, summary.skipped, settings.materialize)
-    asking.leave_word(orders, out, complete=True)
-    cost = asking.cost_of(summary, manifest, orders, took) | {"prompts_overlapping": overlapping}
+    if answers is not None:
+        _write_answers(answers, answering, teacher)
+    for folder, each in selections.items():
+        asking.leave_word(each, folder, complete=True)
+    cost = asking.cost_of(summary, manifest, [*orders, *answering], took) | {"prompts_overlapping": overlapping}
+    spoken = [parts[name].counted for name in ("train", "validation") if name in parts]
+    kept = sum((counted.kept for counted in spoken), KeptMass()).describe(teacher.k)
+    cut = sum(counted.cut for counted in spoken) / max(sum(counted.rows for counted in spoken), 1)
     if results is not None:
         provenance = {
             "stage": "generate",
@@ -66,8 +82,16 @@ def generate(
             "k": teacher.k,
             "versions": versions(),
         }
-        write_json_atomically(results, {"cost": cost, "provenance": provenance | {"git_commit": git_commit()}})
-    asking.report("teacher cached", summary, parts, orders, out, cost)
+        found = {"cost": cost, "kept_mass": kept, "cut": cut}
+        write_json_atomically(results, found | {"provenance": provenance | {"git_commit": git_commit()}})
+    more = [("mass of the kept tokens", say_kept_mass(kept))] if kept else []
+    more += [("cut at max_tokens", f"{cut:.1%} of the responses")]
+    more += [("answers to test prompts", answers)] if answering else []
+    asking.report("teacher cached", summary, parts, orders, out, cost, more)
+    if word := kept_mass_warning(kept):
+        console.warn(word)
+    if cut > CUT_WARNING:
+        console.warn(f"{cut:.0%} of the teacher's responses were cut at max_tokens ({params.max_tokens}): raise it")
     return summary
 
 
@@ -87,8 +111,10 @@ def prompts_to_ask(params: Params, path: Path) -> list[Prompt]:
 
 def orders_of(params: Params, asked: Asked, teacher: Teacher, storage: Storage) -> tuple[Order, Order]:
     """What is to be drawn from the teacher, and what is to be scored by it. asked: as `asking.rendered` makes it."""
+    asked = [each for each in asked if each[0].split != "test"]
     settings, tokenizer = params.generate, teacher.tokenizer
-    drawn, given = asking.sampling_request(params, teacher), asking.scoring_request(params, teacher)
+    drawn = asking.sampling_request(params, teacher, settings.temperature, settings.top_p)
+    given = asking.scoring_request(params, teacher)
     counts = {"train": settings.samples, "validation": settings.validation_samples}
     if settings.responses:
         counts = dict.fromkeys(counts, 0)
@@ -105,6 +131,34 @@ def orders_of(params: Params, asked: Asked, teacher: Teacher, storage: Storage) 
     if settings.responses:
         to_score = [*_given(asked, Path(settings.responses), tokenizer), *to_score]
     return teacher.order(drawn, to_draw, storage), teacher.order(given, to_score, storage)
+
+
+def answers_of(params: Params, asked: Asked, teacher: Teacher, storage: Storage) -> list[Order]:
+    """The teacher's answers to the test prompts that have references, greedy and sampled as `evaluate` wants them."""
+    if teacher.engine == "text":
+        return []
+    settings = params.evaluate
+    tests = [each for each in asked if each[0].split == "test" and each[0].references]
+    orders = []
+    for part, temperature, prompts, count in (
+        ("greedy", 0.0, tests, 1),
+        ("sampled", settings.temperature, tests[: settings.sampled_prompts], settings.samples),
+    ):
+        request = asking.sampling_request(params, teacher, temperature, top_p=1.0)
+        wanted = [
+            Wanted(part, prompt, text, ids, sample, sample_key(request, ids, sample))
+            for prompt, text, ids in prompts
+            for sample in range(count)
+        ]
+        orders.append(teacher.order(request, wanted, storage, ANSWER_K))
+    return orders
+
+
+def _write_answers(folder: Path, orders: Sequence[Order], teacher: Teacher) -> None:
+    """The selection of the teacher's answers; without any part where no teacher is run."""
+    parts = {name: part for order in orders for name, part in order.parts().items()}
+    lost = sum(len(order.skipped) for order in orders)
+    write_selection(folder, parts, teacher.description, min(ANSWER_K, teacher.k), lost, materialize=True)
 
 
 def _given(asked: Asked, path: Path, tokenizer) -> Iterator[Wanted]:

@@ -52,12 +52,22 @@ def per_response(
     batch_size: int = 128,
 ) -> Iterator[tuple[Row, list[np.ndarray]]]:
     """Each row with its share [T] of every flat [N] tensor that `function` makes of a batch, without gradients."""
-    responses = from_rows(rows, topk)
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        batch = collate(responses[start : start + batch_size])
+    found = per_token(from_rows(rows, topk), function, device, batch_size)
+    yield from zip(rows, found, strict=True)
+
+
+def per_token(
+    responses: Sequence[Response],
+    function: Callable[[dict[str, Tensor]], Sequence[Tensor]],
+    device: torch.device | str = "cpu",
+    batch_size: int = 128,
+) -> Iterator[list[np.ndarray]]:
+    """The same for responses: for each one its share [T] of every tensor."""
+    for start in range(0, len(responses), batch_size):
+        part = responses[start : start + batch_size]
+        batch = collate(part)
         with torch.no_grad():
             values = function({name: value.to(device) for name, value in batch.items()})
-        bounds = np.cumsum([len(row.response_ids) for row in part])[:-1]
+        bounds = np.cumsum([len(response.response_ids) for response in part])[:-1]
         split = [np.split(value.float().cpu().numpy(), bounds) for value in values]
-        yield from zip(part, map(list, zip(*split, strict=True)), strict=True)
+        yield from map(list, zip(*split, strict=True))

@@ -65,7 +65,7 @@ def score(
         console.warn(f"{len(wanted) - len(fitting):,} responses exceed the teacher's context and are left out")
     orders = [teacher.order(asking.scoring_request(params, teacher), fitting, storage)]
     cached, _ = asking.look_up(orders, retry_skipped)
-    summary, took = asking.fulfil(orders, teacher, settings, cached, out, engine)
+    summary, took = asking.fulfil({out: orders}, teacher, settings, cached, engine)
     parts = orders[0].parts()
     spoke = any("student" in origins for part in parts.values() for origins in part.origins.values())
     student = fingerprint(student_path) if spoke else None

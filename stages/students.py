@@ -43,10 +43,10 @@ def score_tokens(model, batch: dict[str, Tensor], divergence: Divergence | None 
 
 
 @torch.no_grad()
-def require_plain_head(model, what: str) -> None:
-    """Raises UserError where a model's logits are not its head on its last states (scaled, capped, biased later).
+def has_plain_head(model, what: str) -> bool:
+    """Whether a model's logits are its head on its last states, and not scaled, capped or biased later.
 
-    The losses run the head themselves, on response positions alone; such a model would be trained on other logits.
+    Raises UserError, with `what` the model is, where they are no numbers.
     """
     ids = torch.arange(min(4, model.config.get_text_config().vocab_size), device=model.device)[None]
     was_training = model.training
@@ -61,7 +61,15 @@ def require_plain_head(model, what: str) -> None:
     model.train(was_training)
     if not logits.isfinite().any(-1).all():
         raise UserError(f"{what} ({type(model).__name__}) has logits that are no numbers: its weights are broken")
-    if not torch.allclose(logits.float(), found.float(), rtol=1e-3, atol=1e-3):
+    return torch.allclose(logits.float(), found.float(), rtol=1e-3, atol=1e-3)
+
+
+def require_plain_head(model, what: str) -> None:
+    """Raises UserError where a model has no plain head.
+
+    The losses run the head themselves, on response positions alone; such a model would be trained on other logits.
+    """
+    if not has_plain_head(model, what):
         raise UserError(
             f"{what} ({type(model).__name__}) changes its logits after its language-model head (scaling or capping, "
             "as Gemma 2, Cohere and Granite do); such models cannot be trained here yet, but can be teachers"

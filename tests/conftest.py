@@ -121,7 +121,7 @@ def cache(teacher, student, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("cache")
     prompts = make_prompts(folder / "prompts.parquet", train=40, validation=8, test=12)
-    generate(make_params(teacher), prompts, folder / "selection", folder / "store")
+    generate(make_params(teacher), prompts, folder / "selection", folder / "store", answers=folder / "answers")
     score(make_params(teacher), prompts, student, folder / "scored", folder / "store")
     return folder
 

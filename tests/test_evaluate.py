@@ -6,42 +6,138 @@ import polars as pl
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.shards.selection import Selection
+from pipeline.teachers.hf import HfEngine
 from stages.evaluate import evaluate
 from tests.conftest import WORDS, make_model, make_params, make_prompts
+
+KLS = [(mode, name) for mode in ("heldout", "own") for name in ("kl", "reverse_kl")]
 
 
 @pytest.fixture(scope="module")
 def results(cache, teacher, student):
     models = {"teacher": teacher, "student": student, "same": student}
     params = make_params(teacher, "evaluate.sampled_prompts=6")
-    return evaluate(params, cache / "prompts.parquet", models, cache / "selection", cache / "evaluation")
+    paths = cache / "prompts.parquet", models, cache / "selection", cache / "evaluation"
+    return evaluate(params, *paths, answers_path=cache / "answers")
 
 
 def test_a_model_compared_with_itself_differs_by_exactly_nothing(results):
     same = results["differences"]["student"]
-    for mode, metric in (("greedy", "accuracy"), ("sampled", "accuracy"), ("heldout", "kl_to_teacher")):
-        assert same[mode][metric] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    for mode, metric in (("greedy", "accuracy"), ("sampled", "accuracy"), *KLS, ("heldout", "kl_bound")):
+        assert same[mode][metric]["value"] == 0.0
 
 
-def test_the_teacher_is_nearest_to_itself(results):
-    kl = {name: modes["heldout"]["kl_to_teacher"]["value"] for name, modes in results["metrics"].items()}
-    assert abs(kl["teacher"]) < 1e-3 < kl["student"] == kl["same"]
+def test_the_teacher_is_at_no_distance_from_itself_and_others_are(results):
+    for mode, name in KLS:
+        kl = {model: modes[mode][name]["value"] for model, modes in results["metrics"].items()}
+        assert kl["teacher"] == 0 < kl["student"] == kl["same"]
+    metrics = results["metrics"]["student"]["heldout"]
+    assert metrics["kl_bound"]["value"] < metrics["kl"]["value"]
+    assert results["kl"] == "live" and 0 < results["kept_mass"]["worst_tenth"] < results["kept_mass"]["mean"] < 1
 
 
-def test_results_say_what_they_were_made_of(results, cache):
+def test_results_say_what_they_were_made_of(results, cache, teacher):
     provenance = json.loads((cache / "evaluation" / "results.json").read_text())["provenance"]
     assert provenance["task"] == {"name": "arithmetic", "version": 1} and provenance["seed"] == 0
     assert provenance["models"]["student"] == provenance["models"]["same"] != provenance["models"]["teacher"]
+    assert provenance["models"]["teacher"] == Selection(cache / "answers").teacher["identity"]
     assert {"git_commit", "versions", "prompts", "evaluate", "teacher"} <= provenance.keys()
+    assert results["parameters"]["teacher"] > results["parameters"]["student"] > 0
 
 
-def test_answers_are_kept_with_their_prompts_and_references(results, cache):
+def test_answers_are_kept_with_their_prompts_and_references_and_whether_they_were_cut(results, cache):
     frame = pl.read_parquet(cache / "evaluation" / "predictions.parquet")
-    assert frame.columns == ["model", "mode", "prompt_id", "sample", "prompt", "response", "references"]
+    assert frame.columns == [
+        "model", "mode", "prompt_id", "sample", "prompt", "response", "tokens", "cut", "references",
+    ]  # fmt: skip
     assert frame.filter(pl.col("mode") == "greedy").height == 3 * 12
     assert frame.filter(pl.col("mode") == "sampled").height == 3 * 6 * 2
+    greedy = frame.filter((pl.col("mode") == "greedy") & (pl.col("model") == "student"))
+    assert results["answers"]["student"]["greedy"] == {
+        "tokens": pytest.approx(greedy["tokens"].mean()), "cut": pytest.approx(greedy["cut"].mean()),
+    }  # fmt: skip
+    assert (greedy["cut"] <= (greedy["tokens"] == 6)).all() and greedy["tokens"].max() == 6
+
+
+def test_the_headline_is_the_full_kl_of_every_model_but_the_teacher(results, cache):
     headline = json.loads((cache / "evaluation" / "metrics.json").read_text())
+    assert headline["teacher"].keys() == {"accuracy"}
     assert headline["same"].keys() == {"accuracy", "sampled_accuracy", "kl"}
+    assert headline["student"]["kl"] == results["metrics"]["student"]["heldout"]["kl"]["value"]
+
+
+class TestWithoutTheTeacher:
+    """A teacher that has answered once is not run again to be evaluated, and one that is not here costs only its KL."""
+
+    @pytest.fixture(autouse=True)
+    def count(self, monkeypatch):
+        """How many responses were drawn."""
+        self.drawn, sample = 0, HfEngine.sample
+
+        def counting(engine, asks, sampling, k):
+            asks = list(asks)
+            self.drawn += len(asks)
+            return sample(engine, asks, sampling, k)
+
+        monkeypatch.setattr(HfEngine, "sample", counting)
+
+    def run(self, cache, out, params, models, **options):
+        paths = cache / "prompts.parquet", models, cache / "selection", out
+        return evaluate(params, *paths, answers_path=cache / "answers", **options)
+
+    def test_its_answers_are_those_of_the_store(self, cache, teacher, student, tmp_path, results):
+        params = make_params(teacher, "evaluate.sampled_prompts=6")
+        found = self.run(cache, tmp_path / "out", params, {"teacher": teacher})
+        assert self.drawn == 0 and found["metrics"]["teacher"] == results["metrics"]["teacher"]
+        said = {(row.prompt_id, row.sample): row.response for row in Selection(cache / "answers").rows("sampled")}
+        frame = pl.read_parquet(tmp_path / "out" / "predictions.parquet").filter(pl.col("mode") == "sampled")
+        assert frame.height == 12
+        for row in frame.iter_rows(named=True):
+            assert row["response"] == said[row["prompt_id"], row["sample"]]
+        self.run(cache, tmp_path / "out", params, {"student": student})
+        assert self.drawn == 12 + 6 * 2 + 8  # greedy, sampled, held out
+
+    def test_it_gives_the_greedy_answers_that_it_would_give_if_it_were_asked(self, cache, teacher, tmp_path, results):
+        params = make_params(teacher, "evaluate.sampled_prompts=6")
+        paths = cache / "prompts.parquet", {"teacher": teacher}, cache / "selection", tmp_path / "out"
+        evaluate(params, *paths)
+        assert self.drawn == 12 + 6 * 2 + 8
+        frames = [pl.read_parquet(path / "predictions.parquet") for path in (tmp_path / "out", cache / "evaluation")]
+        one, other = (f.filter((pl.col("mode") == "greedy") & (pl.col("model") == "teacher")) for f in frames)
+        assert one.equals(other)
+
+    @pytest.mark.parametrize("gone", ["folder", "weights"])
+    def test_a_teacher_that_is_not_here_leaves_the_bound(self, cache, student, tmp_path, capsys, results, gone):
+        absent = tmp_path / "gone"
+        if gone == "weights":
+            make_model(absent, seed=5)  # another teacher in its place
+        params = make_params(absent, "evaluate.sampled_prompts=6")
+        found = self.run(cache, tmp_path / "out", params, {"teacher": absent, "student": student})
+        assert found["kl"] == "cache" and "no exact KL" in capsys.readouterr().err
+        assert found["metrics"]["student"]["heldout"].keys() == {"kl_bound", "cross_entropy"}
+        for name in ("kl_bound", "cross_entropy"):
+            assert found["metrics"]["student"]["heldout"][name] == results["metrics"]["student"]["heldout"][name]
+        assert found["metrics"]["teacher"]["greedy"] == results["metrics"]["teacher"]["greedy"]
+        assert "own" not in found["metrics"]["student"] and found["parameters"]["teacher"] is None
+        headline = json.loads((tmp_path / "out" / "metrics.json").read_text())
+        assert headline["student"].keys() == {"accuracy", "sampled_accuracy", "kl_bound"}
+
+    def test_cache_never_loads_it(self, cache, teacher, student, tmp_path, capsys, results):
+        params = make_params(teacher, "evaluate.sampled_prompts=6", "evaluate.kl=cache")
+        found = self.run(cache, tmp_path / "out", params, {"teacher": teacher, "student": student})
+        assert found["kl"] == "cache" and found["parameters"]["teacher"] is None
+        said = capsys.readouterr().err
+        assert "cannot run here" not in said and "of the teacher's probability in the mean" in said
+
+    def test_answers_to_other_prompts_or_drawn_otherwise_are_refused(self, cache, teacher, tmp_path):
+        for changed in ("evaluate.samples=9", "evaluate.temperature=0.5", "max_tokens=7"):
+            with pytest.raises(UserError, match=r"lacks the teacher's (greedy|sampled) answers"):
+                self.run(cache, tmp_path / "out", make_params(teacher, changed), {"teacher": teacher})
+        other = make_prompts(tmp_path / "p.parquet", train=1, test=1)
+        with pytest.raises(UserError, match="answers to 1 of 1 test prompts"):
+            evaluate(make_params(teacher), other, {"t": teacher}, cache / "selection", tmp_path / "out",
+                     answers_path=cache / "answers")  # fmt: skip
 
 
 def test_a_model_with_another_tokenizer_is_not_compared(cache, teacher, tmp_path):

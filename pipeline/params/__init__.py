@@ -1,6 +1,6 @@
 """Every parameter with its default and its meaning: the one place. `params.yaml` is written from here."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,8 @@ __all__ = [
 
 
 class Evaluate(Section):
+    kl: Literal["live", "cache"] = "live"
+    """KL to the teacher: live runs it over held-out samples (exact), cache is the bound that the cached top k gives."""
     samples: Annotated[Integer, Field(gt=1)] = 4
     """Sampled responses a prompt, for quality under sampling and for diversity."""
     sampled_prompts: Positive = 200

@@ -14,7 +14,7 @@ from pipeline.shards.schema import SCHEMA_VERSION
 
 MANIFEST = "manifest.json"
 WRITE_AGAIN = "run `xkd-pipeline generate` (or `score`, if that wrote it) again"
-_ROWS = r"(train|validation|scored|references|negatives|samples)-\d{5}(-[0-9a-f]{12})?\.parquet"
+_ROWS = r"(train|validation|scored|references|negatives|samples|greedy|sampled)-\d{5}(-[0-9a-f]{12})?\.parquet"
 _LEFT_BEHIND = re.compile(rf"({re.escape(MANIFEST)}|{_ROWS})(\.aside)?")
 _STAGED = re.compile(r"\.tmp-[0-9a-f]{32}")
 

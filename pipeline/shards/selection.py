@@ -31,6 +31,7 @@ from pipeline.shards.files import (
     writing_to,
 )
 from pipeline.shards.identity import Request
+from pipeline.shards.kept_mass import KeptMass
 from pipeline.shards.manifest import (
     MANIFEST,
     WRITE_AGAIN,
@@ -75,6 +76,7 @@ class Part:
     origins: dict[str, list[str]] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     locations: dict[str, Location] = field(default_factory=dict)
+    counted: "Counted | None" = None  # what was written of it
 
     def add(self, prompt_id: str, key: str, origin: str, location: Location, text: str | None = None) -> None:
         """A key that the prompt already has is not added again. Without a text, rows keep the one that is stored."""
@@ -216,7 +218,8 @@ def _remove(paths: Iterable[Path]) -> None:
 def _write_part(out: Path, name: str, part: Part, teacher: dict, k: int, materialize: bool) -> dict:
     """The manifest's entry of a part, after writing its files where they are wanted."""
     described = part.describe()
-    labels, counted, files = labels_of(described), Counted(), []
+    labels, files = labels_of(described), []
+    counted = part.counted = Counted()
     rows = counted.through(part.labelled(labels, k, out))
     if materialize:
         footing = footer(teacher, part.request.describe(), k)
@@ -237,16 +240,20 @@ def _write_part(out: Path, name: str, part: Part, teacher: dict, k: int, materia
 
 @dataclass
 class Counted:
-    """Rows, response tokens and one digest of what went through."""
+    """What went through: rows, response tokens, responses that were cut, mass of the kept tokens, and one digest."""
 
     rows: int = 0
     tokens: int = 0
+    cut: int = 0
+    kept: KeptMass = field(default_factory=KeptMass)
     content: Any = field(default_factory=hashlib.sha256)
 
     def through(self, rows: Iterable[Row]) -> Iterator[Row]:
         for row in rows:
             self.rows += 1
             self.tokens += len(row.response_ids)
+            self.cut += row.finish == "length"
+            self.kept.add(row.topk_logprobs)
             self.content.update(row_digest(row))
             yield row
 
@@ -299,7 +306,7 @@ class Selection:
         if self.teacher["identity"] != other.teacher["identity"]:
             raise UserError(
                 f"{self.folder} is of teacher {self.teacher['identity']}, {other.folder} of teacher "
-                f"{other.teacher['identity']}: run `xkd-pipeline score` again, with the same teacher and store"
+                f"{other.teacher['identity']}: {WRITE_AGAIN}, with the same teacher"
             )
 
     def part(self, name: str) -> dict:

@@ -1,0 +1,112 @@
+"""What a model answers to the test prompts: drawn from it, or, of a teacher that has answered before, read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline import console
+from pipeline.errors import UserError
+from pipeline.params import Params
+from pipeline.prompts import Prompt
+from pipeline.shards.files import digest
+from pipeline.shards.identity import Sampling, sample_seed
+from pipeline.shards.schema import Row
+from pipeline.shards.selection import Selection
+from pipeline.teachers import Ask
+from pipeline.teachers.base import Answer, needed
+from pipeline.teachers.hf import HfEngine
+
+
+@dataclass(frozen=True)
+class Said:
+    """One answer."""
+
+    text: str
+    tokens: int
+    cut: bool  # at max_tokens: it did not end by itself
+
+    @classmethod
+    def of(cls, answer: Answer | Row, text: str) -> "Said":
+        return cls(text, len(answer.response_ids), answer.finish == "length")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one model said to the test prompts."""
+
+    greedy: list[Said]  # [test prompts]
+    sampled: list[list[Said]]  # [sampled prompts, the first ones][samples]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A model that is asked. Its samples depend on the seed and the prompts' ids alone."""
+
+    engine: HfEngine
+    tokenizer: object
+    params: Params
+    stops: tuple[int, ...]
+
+    def answers(self, prompts: Sequence[Prompt], ids: Sequence[np.ndarray], name: str) -> Answers:
+        """To the test prompts, of token ids `ids`; name: the model's. Raises UserError where a row cannot be made."""
+        settings, seed = self.params.evaluate, self.params.seed
+        first, samples = prompts[: settings.sampled_prompts], range(settings.samples)
+        greedy = [Ask(str(i), each) for i, each in enumerate(ids)]
+        drawn = [
+            Ask(f"{i}/{sample}", ids[i], sample_seed(digest([seed, prompt.id, sample])))
+            for i, prompt in enumerate(first)
+            for sample in samples
+        ]
+        said = self._run(greedy, 0.0, f"greedy answers of {name}")
+        said |= self._run(drawn, settings.temperature, f"sampled answers of {name}")
+        texts = {
+            key: Said.of(answer, self.tokenizer.decode(answer.response_ids, skip_special_tokens=True))
+            for key, answer in said.items()
+        }
+        return Answers(
+            [texts[str(i)] for i in range(len(prompts))],
+            [[texts[f"{i}/{sample}"] for sample in samples] for i in range(len(first))],
+        )
+
+    def samples(self, prompts: Mapping[str, np.ndarray], name: str) -> dict[str, Answer]:
+        """One sample, at temperature 1, to each of the held-out prompts (id -> token ids)."""
+        asks = [Ask(key, ids, sample_seed(digest([self.params.seed, key, "own"]))) for key, ids in prompts.items()]
+        return self._run(asks, 1.0, f"held-out samples of {name}")
+
+    def _run(self, asks: Sequence[Ask], temperature: float, what: str) -> dict[str, Answer]:
+        sampling, found = Sampling(temperature, 1.0, self.params.max_tokens, self.stops), {}
+        with console.progress(what, len(asks)) as advance:
+            for answer in needed(self.engine.sample(asks, sampling, k=1), what):
+                found[answer.key] = answer
+                advance()
+        return found
+
+
+def cached_answers(selection: Selection, params: Params, prompts: Sequence[Prompt]) -> Answers:
+    """A teacher's answers to the test prompts, as `generate` has kept them.
+
+    Raises UserError where the selection has not all of them, or they were drawn in another way.
+    """
+    settings = params.evaluate
+
+    def said(part: str, temperature: float, prompts: Sequence[Prompt], count: int) -> list[list[Said]]:
+        told = selection.parts.get(part, {"request": {"sampling": {}}})["request"]["sampling"]
+        known: dict[str, list[Row]] = {}
+        if (told.get("temperature"), told.get("max_tokens")) == (temperature, params.max_tokens):
+            for row in selection.rows(part, topk=False):
+                known.setdefault(row.prompt_id, []).append(row)
+        lacking = [prompt.id for prompt in prompts if len(known.get(prompt.id, ())) < count]
+        if lacking:
+            raise UserError(
+                f"{selection.folder} lacks the teacher's {part} answers to {len(lacking):,} of {len(prompts):,} test "
+                f"prompts (first: '{lacking[0]}'): run `xkd-pipeline generate` for these prompts and parameters; rows "
+                "that it leaves out are named in skipped.jsonl"
+            )
+        return [[Said.of(row, row.response) for row in known[prompt.id][:count]] for prompt in prompts]
+
+    first = prompts[: settings.sampled_prompts]
+    return Answers(
+        [greedy for (greedy,) in said("greedy", 0.0, prompts, 1)],
+        said("sampled", settings.temperature, first, settings.samples),
+    )
