@@ -68,13 +68,15 @@ def show(
     store: StoreOption = None,
 ) -> None:
     """Show one request: its teacher, what was asked, engines and versions, every shard, and who uses it."""
-    from pipeline.shards.catalogue import catalogue, find_request, to_json
+    from pipeline.shards.catalogue import catalogue, find_request, kept_masses, to_json
+    from pipeline.shards.kept_mass import kept_mass_warning, say_kept_mass
     from pipeline.shards.references import references
     from pipeline.shards.store import open_store
 
     storage = open_store(store)
     name = find_request(storage, request)
     (info,) = [info for info in catalogue(storage, name) if info.name == name]
+    masses = kept_masses(storage, info)
     users = [user for user in references(storage)[0] if name in (f"{user.teacher}/{each}" for each in user.requests)]
     console.facts(
         name,
@@ -84,6 +86,7 @@ def show(
             ("tokens", f"{info.tokens:,}"),
             ("size", console.size(info.size)),
             ("k", ", ".join(map(str, info.ks)) or "-"),
+            *((f"mass of the {kept['k']} kept tokens", f"{say_kept_mass(kept)} ({of})") for kept, of in masses),
             ("left out", f"{info.skipped:,} rows (skipped.jsonl)"),
             ("damaged", f"{info.damaged} set aside, {len(info.unreadable)} unreadable {' '.join(info.unreadable)}"),
             *((("waiting", f"{info.waiting} shards that {storage.name} does not have yet"),) if info.waiting else ()),
@@ -91,6 +94,8 @@ def show(
             *(("used by", _user(user)) for user in users),
         ],
     )
+    for word in filter(None, (kept_mass_warning(kept) for kept, _ in masses)):
+        console.warn(word)
     console.say(f"teacher {to_json(info.teacher)}")
     console.say(f"request {to_json(info.request)}")
     console.table(

@@ -23,6 +23,7 @@ from pipeline.options import (
     CURVES,
     DATA,
     EVALUATION,
+    PLAIN,
     PROMPTS,
     REWARD,
     RUNS,
@@ -93,11 +94,12 @@ def prepare(
 ) -> None:
     """Draw prompts with references in disjoint splits, from a built-in task or a data set, and their tokenizer."""
     loaded = load(params, set)
-    keep_default(ctx, "out", out)
+    results = DATA / "prepare" / "results.json" if out == PROMPTS else None
+    keep_default(ctx, "out", out, results)
     keep_default(ctx, "tokenizer_out", tokenizer_out)
     from stages.prepare import prepare as run
 
-    run(loaded, out, tokenizer_out)
+    run(loaded, out, tokenizer_out, results)
 
 
 @app.command(
@@ -116,11 +118,12 @@ def teach(
     runs: RunsOption = RUNS,
 ) -> None:
     """Make the teacher, or the student's starting point: new, or from a base, cut to fewer layers, fine-tuned."""
-    loaded, out = load(params, set), out or DATA / "models" / role
-    keep_default(ctx, "out", out)
+    loaded, results = load(params, set), None if out else DATA / "teach" / role / "results.json"
+    out = out or DATA / "models" / role
+    keep_default(ctx, "out", out, results)
     from stages.teach import teach as run
 
-    run(loaded, role, prompts, tokenizer, out, runs)
+    run(loaded, role, prompts, tokenizer, out, runs, results)
 
 
 @app.command(
@@ -311,7 +314,14 @@ def distill(
     reward: Annotated[
         Path, typer.Option("--reward", help="Fitted reward, for distill.reward frozen, joint and shuffled.")
     ] = REWARD,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the student.")] = STUDENT,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the student.  [dim]default: data/student, or data/plain[/dim]"),
+    ] = None,
+    plain: Annotated[
+        bool,
+        typer.Option("--plain", help="Train the baseline: the same loss without the X term, if distill.plain is true."),
+    ] = False,
     metrics: Annotated[
         Path | None,
         typer.Option(
@@ -323,12 +333,16 @@ def distill(
     scored: ScoredOption = None,
 ) -> None:
     """Train the student on the cached teacher. Killed and started again, it goes on from its last checkpoint."""
-    loaded = load(params, set)
+    loaded = load(params, [*(set or []), "distill.reward=none"] if plain else set)
+    out = out or (PLAIN if plain else STUDENT)
     # a student of its own does not write over the pipeline's metrics
     default = CURVES if out == STUDENT else out.with_name(f"{out.name}-metrics")
     keep_default(ctx, "out", out, None if metrics else default)
     from stages.distill import distill as run
+    from stages.distill import leave_out
 
+    if plain and not loaded.distill.plain:
+        return leave_out(out, metrics or default)
     scored = _scored(scored, selection, student)
     run(loaded, selection, student, reward, out, metrics or default, runs, store, scored)
 
@@ -350,7 +364,7 @@ def evaluate(
         typer.Option(
             "--model", metavar="NAME=FOLDER",
             help="Model to score, repeatable; the last is compared with the others.  "
-            "[dim]default: teacher, undistilled and distilled student[/dim]",
+            "[dim]default: teacher, undistilled, plain and distilled student[/dim]",
         ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for metrics and answers.")] = EVALUATION,
@@ -366,7 +380,9 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Score models side by side on the test prompts, with intervals paired over the prompts."""
     loaded = load(params, set)
-    models: dict[str, str | Path] = {"teacher": loaded.generate.teacher, "undistilled": START, "distilled": STUDENT}
+    models: dict[str, str | Path] = {"teacher": loaded.generate.teacher, "undistilled": START}
+    models |= {"plain": PLAIN} if (PLAIN / "config.json").is_file() else {}
+    models |= {"distilled": STUDENT}
     if model:
         models = {}
         for entry in model:

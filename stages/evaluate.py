@@ -1,6 +1,7 @@
 """Score models side by side on the test prompts: quality greedy and sampled, diversity, divergence from the teacher."""
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import polars as pl
@@ -15,6 +16,7 @@ from pipeline.models import (
     require_context,
     require_same_tokenizer,
     resolve,
+    source_of,
     stop_token_ids,
 )
 from pipeline.outputs import begin_results, require_own_results
@@ -25,6 +27,7 @@ from pipeline.shards.files import write_json_atomically
 from pipeline.shards.kept_mass import KeptMass, kept_mass_warning, say_kept_mass
 from pipeline.shards.selection import Selection
 from pipeline.tasks import get_task
+from pipeline.tasks.metrics import Metric
 from pipeline.teachers.hf import HfEngine
 from stages.answers import Asking, cached_answers
 from stages.bootstrap import say_interval
@@ -83,6 +86,7 @@ def evaluate(
         "models": {name: outcome.identity for name, outcome in outcomes.items()},
         "prompts": fingerprint(prompts_path),
         "teacher": selection.teacher["identity"],
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
         "versions": versions(),
     }
@@ -94,7 +98,9 @@ def evaluate(
         "kept_mass": KeptMass.of(rows).describe(selection.manifest["k"]) if rows else None,
         "answers": {name: lengths(outcome.answers) for name, outcome in outcomes.items()},
         "parameters": {name: outcome.parameters for name, outcome in outcomes.items()},
+        "sources": {name: source_of(path) for name, path in models.items()},
         "counts": {"test": len(prompts), "heldout": len({row.prompt_id for row in rows})},
+        "checked": task.checked,
         "higher_is_better": {metric.name: metric.higher_is_better for metric in task.metrics},
         "cost": {"seconds": seconds_since_start()},
         "provenance": provenance,
@@ -103,7 +109,7 @@ def evaluate(
     write_json_atomically(out / "metrics.json", _headline(results))
     write_json_atomically(out / "results.json", results)
     _write_quality(out / "quality.csv", metrics)
-    _write_predictions(out / "predictions.parquet", outcomes, prompts)
+    _write_predictions(out / "predictions.parquet", outcomes, prompts, task.metrics[0])
     _report(results, out)
     _warn(results, params)
     return results
@@ -169,8 +175,8 @@ def _write_quality(path: Path, metrics: dict) -> None:
     pl.DataFrame(rows).write_csv(path, float_precision=3)
 
 
-def _write_predictions(path: Path, outcomes: Mapping[str, Outcome], prompts: Sequence[Prompt]) -> None:
-    """Every answer with its prompt and references: plain columns, for reading."""
+def _write_predictions(path: Path, outcomes: Mapping[str, Outcome], prompts: Sequence[Prompt], metric: Metric) -> None:
+    """Every answer with its prompt and references, and its own score by `metric`: plain columns, for reading."""
     rows = []
     for name, outcome in outcomes.items():
         said = [("greedy", i, 0, each) for i, each in enumerate(outcome.answers.greedy)]
@@ -180,7 +186,8 @@ def _write_predictions(path: Path, outcomes: Mapping[str, Outcome], prompts: Seq
             prompt = prompts[i]
             rows.append(
                 {"model": name, "mode": mode, "prompt_id": prompt.id, "sample": sample, "prompt": prompt.prompt,
-                 "response": each.text, "tokens": each.tokens, "cut": each.cut, "references": list(prompt.references)}
+                 "response": each.text, "score": metric([each.text], [prompt.references]), "tokens": each.tokens,
+                 "cut": each.cut, "references": list(prompt.references)}
             )  # fmt: skip
     pl.DataFrame(rows).write_parquet(path)
 

@@ -9,8 +9,7 @@ from pipeline.errors import UserError
 from pipeline.outputs import is_results, require_own_file
 from pipeline.params import Params
 from pipeline.prompts import Prompt, PromptFormat, encode_response, read_prompts, read_responses
-from pipeline.provenance import git_commit, versions
-from pipeline.shards.files import write_json_atomically
+from pipeline.provenance import write_results
 from pipeline.shards.identity import sample_key
 from pipeline.shards.kept_mass import KeptMass, kept_mass_warning, say_kept_mass
 from pipeline.shards.replaceable import require_own_selection
@@ -75,15 +74,8 @@ def generate(
     kept = sum((counted.kept for counted in spoken), KeptMass()).describe(teacher.k)
     cut = sum(counted.cut for counted in spoken) / max(sum(counted.rows for counted in spoken), 1)
     if results is not None:
-        provenance = {
-            "stage": "generate",
-            "engine": teacher.engine,
-            "teacher": teacher.description,
-            "k": teacher.k,
-            "versions": versions(),
-        }
         found = {"cost": cost, "kept_mass": kept, "cut": cut}
-        write_json_atomically(results, found | {"provenance": provenance | {"git_commit": git_commit()}})
+        write_results(results, "generate", found, engine=teacher.engine, teacher=teacher.description, k=teacher.k)
     more = [("mass of the kept tokens", say_kept_mass(kept))] if kept else []
     more += [("cut at max_tokens", f"{cut:.1%} of the responses")]
     more += [("answers to test prompts", answers)] if answering else []

@@ -5,15 +5,17 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from random import Random
 
 from pipeline import console
 from pipeline.errors import UserError
 from pipeline.models import load_tokenizer, word_tokenizer
-from pipeline.outputs import replacing, require_own_file, require_own_folder
+from pipeline.outputs import is_results, replacing, require_own_file, require_own_folder
 from pipeline.params import Params, Prepare
 from pipeline.prompts import SPLITS, Prompt, PromptFormat, is_prompt_file, prompt_id, write_prompts
+from pipeline.provenance import write_results
 from pipeline.records import load_records
 from pipeline.shards.files import write_json_atomically
 from pipeline.tasks import Task, get_task
@@ -64,11 +66,16 @@ def check_disjoint(prompts: list[Prompt]) -> None:
             raise UserError(f"prompt '{prompt.id}' is in {seen[prompt.prompt]} and in {prompt.split}")
 
 
-def prepare(params: Params, prompts_path: Path, tokenizer_path: Path) -> None:
-    """Write the prompt file, beside it `counts.json` (kept and left out, by reason), and the tokenizer folder."""
+def prepare(params: Params, prompts_path: Path, tokenizer_path: Path, results: Path | None = None) -> None:
+    """Write the prompt file, beside it `counts.json` (kept and left out, by reason), and the tokenizer folder.
+
+    results: file for what the prompts are of and what it took.
+    """
     require_own_file(prompts_path, is_prompt_file)
     require_own_file(prompts_path.with_name(_COUNTS), _are_counts)
     require_own_folder(tokenizer_path, _TOKENIZER, "--tokenizer")
+    if results is not None:
+        require_own_file(results, partial(is_results, stage="prepare"))
     settings: Prepare = params.prepare
     task = get_task(settings.task)
     sizes = {split: getattr(settings, split) for split in SPLITS}
@@ -85,6 +92,10 @@ def prepare(params: Params, prompts_path: Path, tokenizer_path: Path) -> None:
     write_json_atomically(prompts_path.with_name(_COUNTS), counts)
     with replacing(tokenizer_path, _TOKENIZER, "--tokenizer") as made:
         tokenizer.save_pretrained(made)
+    if results is not None:
+        data = {"path": settings.dataset.path or "built-in", "config": settings.dataset.config, "task": task.name}
+        read = {"template": params.template, "chat": params.chat, "system": params.system}
+        write_results(results, "prepare", {"data": data, "prompt_format": read, "counts": counts})
     console.facts(
         f"task {task.name} (version {task.version})",
         [

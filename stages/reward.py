@@ -182,17 +182,10 @@ def _write_rewards(path: Path, rows: Sequence[Row], posterior: RewardPosterior) 
     pq.write_table(pa.table(columns, schema=schema), path, compression="zstd")
 
 
-def _headline(metrics: dict) -> dict:
-    """What `dvc metrics` shows: fit, calibration and every AUC; the intervals are in results.json."""
-    shown: dict = {
-        td: {name: metrics[td][name] for name in ("heldout_nll", "inside_1_sigma", "inside_2_sigma", "sigma_at_floor")}
-        for td in POSTERIORS
-    }
-    for ranking, judges in metrics.get("audit", {}).items():
-        shown[f"auc_{ranking}"] = {
-            judge: {how: values["auc"] for how, values in found.items()} for judge, found in judges.items()
-        }
-    return shown
+def _headline(metrics: dict) -> dict[str, float]:
+    """What `dvc metrics` shows: the reward's AUC within prompts on each ranking; all else is in results.json."""
+    rankings = metrics.get("audit", {})
+    return {f"auc_{ranking}": judges["reward"]["within_mean"]["auc"] for ranking, judges in rankings.items()}
 
 
 def _report(metrics: dict, out: Path, audit_out: Path) -> None:

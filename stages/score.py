@@ -15,8 +15,8 @@ from pipeline.models import best_device, load_lm, load_tokenizer, require_contex
 from pipeline.outputs import is_results, require_own_file
 from pipeline.params import Params
 from pipeline.prompts import PromptFormat, read_prompts
-from pipeline.provenance import fingerprint, git_commit, versions
-from pipeline.shards.files import digest, write_json_atomically
+from pipeline.provenance import fingerprint, write_results
+from pipeline.shards.files import digest
 from pipeline.shards.identity import Sampling, sample_seed
 from pipeline.shards.replaceable import require_own_selection
 from pipeline.shards.selection import write_selection
@@ -75,13 +75,7 @@ def score(
     asking.leave_word(orders, out, complete=True)
     cost = asking.cost_of(summary, manifest, orders, took) | {"prompts_overlapping": overlapping}
     if results is not None:
-        provenance = {
-            "stage": "score",
-            "parameters": params.score.model_dump(),
-            "student": student,
-            "versions": versions(),
-        }
-        write_json_atomically(results, {"cost": cost, "provenance": provenance | {"git_commit": git_commit()}})
+        write_results(results, "score", {"cost": cost}, parameters=params.score.model_dump(), student=student)
     asking.report("scored by the teacher", summary, parts, orders, out, cost)
     return summary
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 from pipeline import console
@@ -25,10 +26,10 @@ from pipeline.models import (
     tokenizer_identity,
     weights_digest,
 )
-from pipeline.outputs import require_can_write
+from pipeline.outputs import is_results, require_can_write, require_own_file
 from pipeline.params import Params, Role, Teach
 from pipeline.prompts import PromptFormat, encode_response, read_prompts
-from pipeline.provenance import code_fingerprint, fingerprint
+from pipeline.provenance import code_fingerprint, fingerprint, write_results
 from pipeline.shards.files import digest
 from stages.batches import from_references
 from stages.dropout import set_dropout
@@ -39,16 +40,28 @@ CONTEXT = 256  # longest sequence of new models
 _SEED_OFFSET = {"teacher": 0, "student": 1}  # the two must not start from the same weights
 
 
-def teach(params: Params, role: Role, prompts_path: Path, tokenizer_path: Path, out: Path, runs: Path) -> None:
+def teach(
+    params: Params,
+    role: Role,
+    prompts_path: Path,
+    tokenizer_path: Path,
+    out: Path,
+    runs: Path,
+    results: Path | None = None,
+) -> None:
     """Make the model for `role` and save it to `out`: new or from a base, cut, trained on the references of its split.
 
-    A base that is neither cut nor trained is not copied: `out` becomes a link to it.
+    A base that is neither cut nor trained is not copied: `out` becomes a link to it. results: file for what it took.
     """
     settings: Teach = getattr(params.teach, role)
     require_own_model(out)
+    if results is not None:
+        require_own_file(results, partial(is_results, stage="teach"))
     require_can_write(runs)
     if settings.base and not settings.layers and not settings.optimisation.steps and has_weights(settings.base):
         link_model(out, settings.base, weights_digest(local_folder(settings.base)))
+        if results is not None:
+            write_results(results, "teach", {"role": role})
         console.facts(f"{role} taken as it is", [("model", settings.base), ("link", out)])
         return
     seed = params.seed + _SEED_OFFSET[role]
@@ -61,6 +74,8 @@ def teach(params: Params, role: Role, prompts_path: Path, tokenizer_path: Path, 
     save_model(out, model, tokenizer, _card(role, settings), stops)
     if run is not None:
         shutil.rmtree(run, ignore_errors=True)
+    if results is not None:
+        write_results(results, "teach", {"role": role})
     console.facts(f"{role} made", [*facts, ("model", out)])
 
 

@@ -81,7 +81,7 @@ def test_a_killed_run_goes_on_though_it_is_now_observed_otherwise(cache, student
     run.wait_for(lambda: list(tmp_path.glob("runs/distill/*/checkpoint-*/trainer_state.json")))
     run.send(signal.SIGKILL)
     run.wait()
-    observed = {"log_every": 7, "report_to": "[tensorboard]", "workers": 1, "chunk": 16}
+    observed = {"log_every": 7, "report_to": "[tensorboard]", "workers": 1, "chunk": 16, "plain": "false"}
     assert observed.keys() == OBSERVING
     for name, value in observed.items():
         command += ["--set", f"distill.{name}={value}"]

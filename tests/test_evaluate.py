@@ -49,7 +49,7 @@ def test_results_say_what_they_were_made_of(results, cache, teacher):
 def test_answers_are_kept_with_their_prompts_and_references_and_whether_they_were_cut(results, cache):
     frame = pl.read_parquet(cache / "evaluation" / "predictions.parquet")
     assert frame.columns == [
-        "model", "mode", "prompt_id", "sample", "prompt", "response", "tokens", "cut", "references",
+        "model", "mode", "prompt_id", "sample", "prompt", "response", "score", "tokens", "cut", "references",
     ]  # fmt: skip
     assert frame.filter(pl.col("mode") == "greedy").height == 3 * 12
     assert frame.filter(pl.col("mode") == "sampled").height == 3 * 6 * 2

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.params import OBSERVING, Distill
+from pipeline.params import OBSERVING, X_TERM, Distill
 from tests.conftest import ROOT, run_cli
 from tests.test_layering import definition
 
@@ -76,24 +76,35 @@ def changed_by_parameters(project: Path, *settings: str) -> set[str]:
 def test_a_remark_in_the_mathematics_of_distillation_reruns_distillation_and_its_evaluation(project):
     assert changed(project) == set()
     for name in ("divergences", "outcomes", "sparse"):
-        assert changed_by_comment(project, f"stages/objectives/{name}.py") == {"distill", "evaluate"}
+        assert changed_by_comment(project, f"stages/objectives/{name}.py") == {"distill", "plain", "evaluate"}
 
 
 def test_a_remark_in_the_store_does_not_train_the_teacher_or_the_starting_point_again(project):
     for name in ("store", "reading", "exporting"):
         stages = changed_by_comment(project, f"pipeline/shards/{name}.py")
         assert not {"prepare", "teach@teacher", "teach@student"} & stages
-        assert ("distill" in stages) == (name != "exporting")
+        assert ("distill" in stages) == ("plain" in stages) == (name != "exporting")
 
 
 def test_to_observe_a_run_is_not_to_redo_it(project):
     values = {"log_every": 7, "report_to": "[tensorboard]", "workers": 2, "chunk": 64}
-    assert values.keys() == OBSERVING
+    assert {*values, "plain"} == OBSERVING
     assert changed_by_parameters(project, *(f"distill.{name}={value}" for name, value in values.items())) == set()
+    assert changed_by_parameters(project, "distill.plain=false") == {"plain"}
 
 
 def test_every_other_parameter_of_distillation_redoes_it(project):
-    listed = [name.removeprefix("distill.") for name in definition("distill")["params"] if name.startswith("distill.")]
-    assert sorted(listed) == sorted(Distill.model_fields.keys() - OBSERVING)
-    for setting in ("distill.lora.rank=2", "distill.residual.gamma=0.9", "distill.window=4"):
-        assert changed_by_parameters(project, setting) == {"distill"}
+    every = Distill.model_fields.keys() - OBSERVING
+    for stage, expected in (("distill", every), ("plain", every - X_TERM | {"plain"})):
+        params = definition(stage)["params"]
+        listed = [name.removeprefix("distill.") for name in params if name.startswith("distill.")]
+        assert sorted(listed) == sorted(expected)
+    for setting in ("distill.lora.rank=2", "distill.window=4"):
+        assert changed_by_parameters(project, setting) == {"distill", "plain"}
+
+
+def test_the_x_term_does_not_redo_the_plain_student(project):
+    values = {"lam": 0.1, "reward": "zero", "td": "soft", "kl_weight": 2, "residual.gamma": 0.9}
+    assert {name.partition(".")[0] for name in values} == X_TERM
+    for name, value in values.items():
+        assert changed_by_parameters(project, f"distill.{name}={value}") == {"distill"}

@@ -13,9 +13,10 @@ from pipeline.models.loading import (
     require_context,
     require_loadable,
     resolve,
+    source_of,
     stop_token_ids,
 )
-from pipeline.models.saving import require_own_model, save_model
+from pipeline.models.saving import require_own_model, save_model, save_note
 from pipeline.models.tokenizers import load_tokenizer, require_same_tokenizer, tokenizer_identity, word_tokenizer
 
 __all__ = [
@@ -40,6 +41,8 @@ __all__ = [
     "require_same_tokenizer",
     "resolve",
     "save_model",
+    "save_note",
+    "source_of",
     "stop_token_ids",
     "tokenizer_identity",
     "weights_digest",

@@ -43,6 +43,12 @@ def resolve(source: str | Path) -> str | Path:
     return read_link(source)["source"]
 
 
+def source_of(source: str | Path) -> str:
+    """A model's name for people: hub name, or folder without what is above it, of what a link stands for."""
+    named = resolve(source)
+    return Path(named).name if named != source and Path(named).is_dir() else str(named)
+
+
 def has_weights(source: str | Path) -> bool:
     """False for a folder that holds a configuration alone; a hub name is taken to have weights."""
     folder = Path(resolve(source))

@@ -17,6 +17,12 @@ def replacing_model(folder: Path):
     return replacing(folder, _MODEL)
 
 
+def save_note(folder: Path, note: str) -> None:
+    """In the place of a model that is not made: why, for people. An earlier model goes."""
+    with replacing_model(folder) as made:
+        (made / "README.md").write_text(note + "\n", encoding="utf-8")
+
+
 def save_model(folder: Path, model, tokenizer, card: str, stops: tuple[int, ...] | None = None) -> None:
     """A plain Hugging Face folder: safetensors, configuration, tokenizer, model card; whole or absent.
 

@@ -17,9 +17,10 @@ from pipeline.params.base import (
 )
 
 TOKEN_OBJECTIVES = ("sft", "seqkd")  # losses on tokens alone, without a teacher's distribution
-# Of `distill`: how a run is watched and how fast it goes, not what comes out of it (but for the rounding of sums).
-# DVC does not follow them, and a killed run goes on with others.
-OBSERVING = frozenset({"chunk", "log_every", "report_to", "workers"})
+# Of `distill`: how a run is watched, how fast it goes (but for the rounding of sums) and what is trained beside it, not
+# what comes out of it. DVC does not follow them there, and a killed run goes on with others.
+OBSERVING = frozenset({"chunk", "log_every", "plain", "report_to", "workers"})
+X_TERM = frozenset({"reward", "lam", "kl_weight", "td", "residual"})  # of `distill`, without effect on the plain loss
 
 
 class Residual(Section):
@@ -89,6 +90,8 @@ class Distill(Section):
     """Weight of the negative log-likelihood of the teacher's tokens, added to the loss."""
     reward: Literal["none", "frozen", "joint", "scratch", "zero", "shuffled"] = "frozen"
     """none: the plain loss; else X-: the fitted posterior, that trained on, a new one, or a control without meaning."""
+    plain: bool = True
+    """Train the plain loss too, from the same start on the same cache: what the X term is to be compared with."""
     lam: NonNegativeFloat = 0.01
     """Weight of the TD consistency term."""
     kl_weight: NonNegativeFloat = 1.0
@@ -97,7 +100,7 @@ class Distill(Section):
     """Form of the TD residual."""
     residual: Residual = Residual(q_source="logits", gamma=1.0, terminal="drop")
     """Must be what the reward was fitted with."""
-    optimisation: Optimisation = Optimisation(steps=800, batch_size=32, learning_rate=3e-3)
+    optimisation: Optimisation = Optimisation(steps=1600, batch_size=32, learning_rate=3e-3)
     chunk: Count = 0
     """Response positions that go through the language-model head at once; 0: as many as make 64 MiB of logits."""
     workers: Count = 0

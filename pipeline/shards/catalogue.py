@@ -6,12 +6,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import pyarrow.parquet as pq
+
 from pipeline.errors import UserError
 from pipeline.shards.checking import SHARD, UNREADABLE
+from pipeline.shards.kept_mass import KeptMass
 from pipeline.shards.schema import Malformed, read_metadata
 from pipeline.shards.storage import Found, Storage
 from pipeline.shards.store import SKIPPED
 
+_MEASURED = 8  # shards of each k in which the mass of the kept tokens is looked at
 IDENTITY = re.compile(r"[0-9a-f]{16}")
 _REQUEST = re.compile(rf"({IDENTITY.pattern}/{IDENTITY.pattern})/")
 
@@ -123,6 +127,22 @@ def _add(info: RequestInfo, storage: Storage, name: str, file: Found) -> None:
         return
     info.shards.append(shard)
     info.teacher, info.request = metadata["teacher"], metadata["request"]
+
+
+def kept_masses(storage: Storage, info: RequestInfo) -> list[tuple[dict, str]]:
+    """For each k: the mass of the kept tokens, and of how many shards that is. A few are read, evenly spread."""
+    found = []
+    for k in filter(None, info.ks):
+        shards = [shard.name for shard in info.shards if shard.k == k]
+        some = shards[:: -(-len(shards) // _MEASURED)]
+        kept = KeptMass()
+        for shard in some:
+            with storage.open(f"{info.name}/{shard}") as stream:
+                for batch in pq.ParquetFile(stream).iter_batches(columns=["topk_logprobs"]):
+                    kept.add(batch.column(0).flatten().to_numpy().reshape(-1, k))
+        if described := kept.describe(k):
+            found.append((described, f"{len(some)} of {len(shards)} shards"))
+    return found
 
 
 def find_request(storage: Storage, prefix: str) -> str:

@@ -21,14 +21,11 @@ class AucInterval(TypedDict):
     high: float
 
 
-class Heldout(TypedDict):
-    kl_to_teacher: Interval
-
-
 class Difference(TypedDict):
     greedy: dict[str, Interval]
     sampled: dict[str, Interval]
-    heldout: NotRequired[Heldout]
+    heldout: NotRequired[dict[str, Interval]]
+    own: NotRequired[dict[str, Interval]]
 
 
 class Diversity(TypedDict):
@@ -56,6 +53,17 @@ class Seconds(TypedDict):
     seconds: float
 
 
+class KeptMass(TypedDict):
+    k: int
+    mean: float
+    worst_tenth: float
+
+
+class Lengths(TypedDict):
+    tokens: float
+    cut: float
+
+
 class Evaluation(TypedDict):
     """results.json of `evaluate`."""
 
@@ -66,6 +74,12 @@ class Evaluation(TypedDict):
     differences: NotRequired[dict[str, Difference]]
     counts: NotRequired[dict[str, int]]
     cost: NotRequired[Seconds]
+    kl: NotRequired[str | None]
+    kept_mass: NotRequired[KeptMass | None]
+    answers: NotRequired[dict[str, dict[str, Lengths]]]
+    parameters: NotRequired[dict[str, int | None]]
+    sources: NotRequired[dict[str, str]]
+    checked: NotRequired[bool]
 
 
 class DistillCost(Seconds):
@@ -130,6 +144,38 @@ class Asking(TypedDict):
     """results.json of `generate` and of `score`."""
 
     cost: AskingCost
+    kept_mass: NotRequired[KeptMass | None]
+    cut: NotRequired[float]
+    provenance: dict[str, Any]
+
+
+class Data(TypedDict):
+    path: str
+    config: str
+    task: str
+
+
+class Format(TypedDict):
+    template: str
+    chat: bool
+    system: str
+
+
+class Prepared(TypedDict):
+    """results.json of `prepare`."""
+
+    data: Data
+    prompt_format: Format
+    counts: dict[str, dict[str, int]]
+    cost: Seconds
+    provenance: dict[str, Any]
+
+
+class Taught(TypedDict):
+    """results.json of `teach`."""
+
+    role: str
+    cost: Seconds
     provenance: dict[str, Any]
 
 
