@@ -1,14 +1,21 @@
 """`xkd-pipeline cache ...`: look at the teacher store, verify it, tidy it, take something out of it."""
 
-import time
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pipeline import console
-from pipeline.options import ANSWERS, SCORED, SELECTION, StoreOption, example
+from pipeline.cache_listings import (
+    GARBAGE_COLUMNS,
+    REFERENCE_COLUMNS,
+    SHARD_COLUMNS,
+    describe,
+    request_columns,
+    say_user,
+)
+from pipeline.listing import Form, Listing, shown
+from pipeline.options import ANSWERS, SCORED, SELECTION, CsvOption, JsonOption, StoreOption, example
 
 cache = typer.Typer(
     name="cache",
@@ -21,53 +28,46 @@ RequestArgument = Annotated[
 ]
 
 
-def _date(seconds: float | None) -> str:
-    return "?" if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
-
-
-def _age(seconds: float | None) -> str:
-    return "?" if seconds is None else f"{(time.time() - seconds) / 86400:,.0f} days"
-
-
-@cache.command(epilog=example("xkd-pipeline cache ls", "xkd-pipeline cache ls --store s3://bucket/teachers"))
-def ls(request: RequestArgument = "", store: StoreOption = None) -> None:
+@cache.command(
+    epilog=example(
+        "xkd-pipeline cache ls", "xkd-pipeline cache ls --store s3://bucket/teachers", "xkd-pipeline cache ls --json"
+    )
+)
+def ls(
+    request: RequestArgument = "",
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+    as_csv: CsvOption = False,
+) -> None:
     """List the requests in the store: who was asked what, how much is there."""
-    from pipeline.shards.catalogue import catalogue, describe_request
+    form = Form.of(as_json, as_csv)
+    from pipeline.shards.catalogue import catalogue
     from pipeline.shards.store import open_store
 
     storage = open_store(store)
     found = list(catalogue(storage, request))
+    listing = Listing(request_columns(), found)
+    if form is not Form.TEXT:
+        return listing.write(form)
     if not found:
-        console.say(f"{storage.name} holds nothing{f' that begins with {request}' if request else ''}")
-        return
-    rows = [
-        (
-            info.name,
-            info.teacher.get("name") or "local model",
-            describe_request(info.request) if info.request else "?",
-            f"{info.rows:,}",
-            f"{info.tokens:,}",
-            ", ".join(map(str, info.ks)) or "-",
-            console.size(info.size),
-            f"{info.size / info.tokens:,.0f}" if info.tokens else "-",
-            info.skipped,
-            info.damaged + len(info.unreadable),
-            _date(info.modified),
-        )
-        for info in found
-    ]
-    columns = ("teacher/request", "teacher", "asked", "rows", "tokens", "k", "size", "bytes a token", "left out")
-    console.table(f"teacher store {storage.name}", (*columns, "damaged", "changed"), rows, whole=True)
+        return console.result(f"{storage.name} holds nothing{f' that begins with {request}' if request else ''}")
+    listing.show(f"teacher store {storage.name}")
     total = sum(info.size for info in found)
-    console.say(f"{len(found)} requests, {sum(info.rows for info in found):,} rows, {console.size(total)}")
+    console.result(f"{len(found)} requests, {sum(info.rows for info in found):,} rows, {console.size(total)}")
 
 
-@cache.command(epilog=example("xkd-pipeline cache show 3f2a"))
+@cache.command(epilog=example("xkd-pipeline cache show 3f2a", "xkd-pipeline cache show 3f2a --csv"))
 def show(
     request: Annotated[str, typer.Argument(help="The beginning of a request's name, or of its identity.")],
     store: StoreOption = None,
+    as_json: JsonOption = False,
+    as_csv: CsvOption = False,
 ) -> None:
-    """Show one request: its teacher, what was asked, engines and versions, every shard, and who uses it."""
+    """Show one request: its teacher, what was asked, engines and versions, every shard, and who uses it.
+
+    CSV has the shards.
+    """
+    form = Form.of(as_json, as_csv)
     from pipeline.shards.catalogue import catalogue, find_request, kept_masses, to_json
     from pipeline.shards.kept_mass import kept_mass_warning, say_kept_mass
     from pipeline.shards.references import references
@@ -78,6 +78,9 @@ def show(
     (info,) = [info for info in catalogue(storage, name) if info.name == name]
     masses = kept_masses(storage, info)
     users = [user for user in references(storage)[0] if name in (f"{user.teacher}/{each}" for each in user.requests)]
+    shards = Listing(SHARD_COLUMNS, sorted(info.shards, key=lambda shard: shard.modified or 0.0))
+    if form is not Form.TEXT:
+        return shards.write(form, "shards", **describe(info, storage, users), kept_mass=[kept for kept, _ in masses])
     console.facts(
         name,
         [
@@ -85,33 +88,20 @@ def show(
             ("rows", f"{info.rows:,}"),
             ("tokens", f"{info.tokens:,}"),
             ("size", console.size(info.size)),
-            ("k", ", ".join(map(str, info.ks)) or "-"),
+            ("k", shown(info.ks)),
             *((f"mass of the {kept['k']} kept tokens", f"{say_kept_mass(kept)} ({of})") for kept, of in masses),
             ("left out", f"{info.skipped:,} rows (skipped.jsonl)"),
             ("damaged", f"{info.damaged} set aside, {len(info.unreadable)} unreadable {' '.join(info.unreadable)}"),
             *((("waiting", f"{info.waiting} shards that {storage.name} does not have yet"),) if info.waiting else ()),
             *(("made by", f"{engine or 'unknown'}: {rows:,} rows") for engine, rows in info.engines.items()),
-            *(("used by", _user(user)) for user in users),
+            *(("used by", say_user(user)) for user in users),
         ],
     )
     for word in filter(None, (kept_mass_warning(kept) for kept, _ in masses)):
         console.warn(word)
-    console.say(f"teacher {to_json(info.teacher)}")
-    console.say(f"request {to_json(info.request)}")
-    console.table(
-        "shards",
-        ("shard", "rows", "tokens", "k", "size", "changed"),
-        [
-            (s.name, f"{s.rows:,}", f"{s.tokens:,}", s.k, console.size(s.size), _date(s.modified))
-            for s in sorted(info.shards, key=lambda shard: shard.modified or 0.0)
-        ],
-        whole=True,
-    )
-
-
-def _user(user) -> str:
-    state = "not at its place" if user.absent else "" if user.complete else "not finished"
-    return f"{user.selection} on {user.host}" + (f" ({state})" if state else "")
+    console.result(f"teacher {to_json(info.teacher)}")
+    console.result(f"request {to_json(info.request)}")
+    shards.show("shards")
 
 
 @cache.command(
@@ -147,12 +137,12 @@ def verify(
         found += verify_selection(folder, store, not dry_run)
     looked = f"{total:,} files of {storage.name}" + "".join(f", {folder}" for folder in selections)
     if not found:
-        console.say(f"all is well: {looked}" if total or selections else f"nothing to verify: {storage.name} is empty")
-        return
+        well = f"all is well: {looked}" if total or selections else f"nothing to verify: {storage.name} is empty"
+        return console.result(well)
     for problem in found:
         state = " (set aside)" if problem.aside else ""
-        console.warn(f"{problem.file}: {problem.what}{state}. Then: {problem.repair}")
-    console.say(f"{len(found)} problems in {looked}")
+        console.result(f"{problem.file}: {problem.what}{state}. Then: {problem.repair}")
+    console.result(f"{len(found)} problems in {looked}")
     raise typer.Exit(1)
 
 
@@ -199,27 +189,18 @@ def gc(
     absent = [reference for reference in forgotten if reference.absent]
     users = in_use(storage, given, forgotten)
     found = list(garbage(storage, users))
-    kept = sorted({*map(_user, users.kept), *map(str, given)})
-    console.say(f"kept is what these refer to: {', '.join(kept) or 'nothing is known to refer to this store'}")
+    kept = sorted({*map(say_user, users.kept), *map(str, given)})
+    console.result(f"kept is what these refer to: {', '.join(kept) or 'nothing is known to refer to this store'}")
     if users.absent:
-        console.table(
-            "selections that are not at their place; `--forget SELECTION` gives one up, `--forget all` all of them",
-            ("selection", "host", "last recorded", "age"),
-            [(each.selection, each.host, _date(each.recorded), _age(each.recorded)) for each in users.absent],
-            whole=True,
-        )
+        title = "selections that are not at their place; `--forget SELECTION` gives one up, `--forget all` all of them"
+        Listing(REFERENCE_COLUMNS, list(users.absent)).show(title)
     if not found:
-        console.say(f"nothing to remove in {storage.name}")
+        console.result(f"nothing to remove in {storage.name}")
         return
-    console.table(
-        f"nothing refers to these files of {storage.name}",
-        ("file", "size", "why"),
-        [(each.name, console.size(each.size), each.why) for each in found],
-        whole=True,
-    )
+    Listing(GARBAGE_COLUMNS, found).show(f"nothing refers to these files of {storage.name}")
     total = f"{len(found)} files, {console.size(sum(each.size for each in found))}"
-    if not yes and not (console.console.is_terminal and typer.confirm(f"Remove {total}?")):
-        console.say(f"nothing was removed; `--yes` removes {total}")
+    if not yes and not console.agrees(f"Remove {total}?"):
+        console.result(f"nothing was removed; `--yes` removes {total}")
         return
     # Meanwhile somebody may have begun to use some of it, or an absent selection may have come back.
     forgotten = [reference for reference in forgotten if reference.absent or reference not in absent]
@@ -228,7 +209,7 @@ def gc(
     for each in found:
         storage.remove(each.name)
     storage.remove_empty({each.name.rpartition("/")[0] for each in found})
-    console.say(f"removed {len(found)} files, {console.size(sum(each.size for each in found))}")
+    console.result(f"removed {len(found)} files, {console.size(sum(each.size for each in found))}")
 
 
 @cache.command(

@@ -5,6 +5,7 @@ from pipeline import interrupts
 if interrupts.is_command_line(__name__):  # before the imports below, which take longer than somebody's second thought
     interrupts.install()
 
+import errno
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from rich.markup import escape
 from pipeline import __version__, console
 from pipeline.caching import cache
 from pipeline.errors import Interrupted, UserError, reason_of
+from pipeline.listing import Form
 from pipeline.options import (
     ANSWERS,
     AUDIT,
@@ -32,8 +34,10 @@ from pipeline.options import (
     START,
     STUDENT,
     TOKENIZER,
+    CsvOption,
     GpuMemoryOption,
     GpusOption,
+    JsonOption,
     ParamsOption,
     PromptsOption,
     RateOption,
@@ -51,6 +55,7 @@ from pipeline.options import (
     require_unicode,
 )  # fmt: skip
 from pipeline.params import Role
+from pipeline.streams import STDOUT
 from pipeline.tools import COMMANDS
 
 LEFT_OUT = 3  # exit code: done, but more rows were left out than generate.max_skipped allows
@@ -132,6 +137,7 @@ def teach(
         "xkd-pipeline generate --teacher path/to/model --prompts questions.jsonl --samples 4 -k 32 --out cache",
         "xkd-pipeline generate --responses answers.jsonl --engine text --out answers",
         "xkd-pipeline generate --dry-run",
+        "xkd-pipeline generate --dry-run --json",
         "xkd-pipeline generate --dry-run --teacher folder/with/config --tokens 1e9 -k 32 --rate 2500 --gpus 64",
     )
 )
@@ -179,6 +185,8 @@ def generate(
     rate: RateOption = None,
     gpus: GpusOption = None,
     gpu_memory: GpuMemoryOption = None,
+    as_json: JsonOption = False,
+    as_csv: CsvOption = False,
     retry_skipped: RetryOption = False,
 ) -> None:
     """Run the teacher on what the store does not hold yet, and select this experiment's rows.
@@ -197,6 +205,9 @@ def generate(
     assumed = {name: value for name, value in assumed.items() if value is not None}
     if assumed and not dry_run:
         raise UserError("--tokens, --rate, --gpus and --gpu-memory are for planning: add --dry-run")
+    form = Form.of(as_json, as_csv)
+    if form is not Form.TEXT and not dry_run:
+        raise UserError("--json and --csv are for what a dry run finds: add --dry-run")
     default = DATA / "generate" / "results.json" if results is None and out == SELECTION else None
     default_answers = ANSWERS if answers is None and out == SELECTION else None
     answers = answers or default_answers
@@ -207,7 +218,7 @@ def generate(
         from stages.dry_run import Plan
         from stages.dry_run import dry_run as run_dry
 
-        summary = run_dry(loaded, prompts, store, retry_skipped, Plan(**assumed), answers is not None)
+        summary = run_dry(loaded, prompts, store, retry_skipped, Plan(**assumed), form, answers is not None)
         return _require_few_skipped(summary.skipped, loaded.generate.max_skipped)
     from stages.generate import generate as run
 
@@ -415,6 +426,7 @@ def report(
     run(loaded.report, data, out, store)
 
 
+_STAGES = {command.callback.__name__ for command in app.registered_commands if command.callback}
 for _command, _examples in COMMANDS.items():
     app.command(epilog=_examples)(_command)
 app.add_typer(cache)
@@ -457,8 +469,8 @@ def _say_error(message: str) -> None:
 
 
 def _run() -> int:
-    """The exit code of the command; 1 where nobody reads what it prints any more."""
-    code = 0
+    """The exit code of the command; 1 where what it was asked to print was not read to its end."""
+    code, together = 0, _is_one_file(1, 2)
     try:
         try:
             interrupts.begin()
@@ -469,12 +481,24 @@ def _run() -> int:
         if isinstance(ended.code, str):
             raise
         code = int(ended.code or 0)
+    STDOUT.flush()
+    lost = STDOUT.failure
+    if lost is None or lost.errno == errno.EIO:  # how a terminal ends; the run does not
+        return code
+    if lost.errno != errno.EPIPE:
+        console.warn(f"not all could be printed on stdout: {lost.strerror}")
+    elif together:  # the reader of both has seen enough
+        return code
+    # What a stage was asked for is its files.
+    is_stage = next((word for word in sys.argv[1:] if not word.startswith("-")), "") in _STAGES
+    return code if is_stage else code or 1
+
+
+def _is_one_file(*descriptors: int) -> bool:
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return code or 1
-    return code
+        return os.path.sameopenfile(*descriptors)
+    except OSError:  # one of them was closed from the start
+        return False
 
 
 if __name__ == "__main__":

@@ -1,65 +1,42 @@
-"""What a person sees: one console, progress with rate and estimate, closing tables; libraries kept quiet."""
+"""What a person sees: results on stdout; words, questions and progress on stderr; libraries kept quiet.
+
+A result is what the command was asked for: its tables, its closing facts, its list. All else goes to stderr, so that a
+pipe or a file gets the results alone. Without a terminal nothing is wrapped or redrawn, unless COLUMNS gives a width.
+"""
 
 import os
 import sys
 import tempfile
+import textwrap
+import time
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
-from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.text import Text
 
 from pipeline import interrupts
 from pipeline.errors import Interrupted
+from pipeline.streams import STDERR, STDOUT, Stream
 
 PLAIN = bool(os.environ.get("NO_COLOR"))  # no escape codes at all: no colours, no bold, nothing that is redrawn
+_PATIENCE = 10  # seconds that progress says nothing where it cannot be redrawn: short runs have a closing line alone
+_SILENCE = 30  # seconds without a line there
+_NOTHING = Text()
 
 
-class StandardError:
-    """sys.stderr as long as somebody reads it. What is written afterwards goes nowhere: that is no error of the run."""
-
-    @property
-    def stream(self):
-        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # also while a progress bar stands before it
-
-    def write(self, text: str) -> int:
-        return self._unless_gone("write", text) or 0
-
-    def flush(self) -> None:
-        self._unless_gone("flush")
-
-    def isatty(self) -> bool:
-        return self.stream is not None and self.stream.isatty()
-
-    @property
-    def encoding(self) -> str | None:
-        return getattr(self.stream, "encoding", None)
-
-    def _unless_gone(self, method: str, *arguments):
-        stream = self.stream
-        if stream is None:  # the process was started without it
-            return None
-        try:
-            return getattr(stream, method)(*arguments)
-        except OSError:  # the reader of a pipe, or the terminal, is gone: libraries and the interpreter write there too
-            with suppress(OSError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream.fileno())
-                os.close(nowhere)
-
-
-def make_console(**options) -> Console:
-    """A console on stderr."""
+def make_console(stream: Stream = STDERR, **options) -> Console:
+    """A console on stdout or stderr."""
     plain = {"color_system": None, "force_terminal": False} if PLAIN else {}
-    return Console(file=StandardError(), stderr=True, highlight=False, **plain, **options)
+    return Console(file=stream, stderr=stream is STDERR, highlight=False, **plain, **options)
 
 
-console = make_console()
+console = make_console()  # words
+results = make_console(STDOUT)
 
 
 def quiet_libraries() -> None:
@@ -76,8 +53,8 @@ def quiet_libraries() -> None:
 @contextmanager
 def muted():
     """Keep what libraries (C++ code included) write to the terminal away from it; show it if the block fails."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    STDOUT.flush()
+    STDERR.flush()
     saved = os.dup(1), os.dup(2)
     with tempfile.TemporaryFile() as heard:
         os.dup2(heard.fileno(), 1)
@@ -90,8 +67,8 @@ def muted():
             failed = False
             raise
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            STDOUT.flush()
+            STDERR.flush()
             for number, copy in enumerate(saved, start=1):
                 os.dup2(copy, number)
                 os.close(copy)
@@ -100,36 +77,107 @@ def muted():
                 say(heard.read().decode(errors="replace")[-4000:])
 
 
-class _Rate(ProgressColumn):
-    """Items a second."""
-
-    def render(self, task):
-        from rich.text import Text
-
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.1f}/s", style="dim")
+# Progress
 
 
 @contextmanager
 def progress(description: str, total: int):
-    """A bar; yields `advance(n=1, **shown)`. On a terminal it is redrawn, in a log it leaves one closing line."""
+    """Yields `advance(n=1, note=None)`. On a terminal a bar; else a line at each further tenth or half minute."""
+    redrawn = console.is_terminal and not console.is_dumb_terminal
+    with (_bar if redrawn else _lines)(description, total) as move:
+
+        def advance(n: int = 1, note: str | None = None) -> None:
+            interrupts.check()
+            move(n, note)
+
+        yield advance
+
+
+class _Rate(ProgressColumn):
+    """Items a second."""
+
+    def render(self, task):
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else _per_second(speed), style="dim")
+
+
+@contextmanager
+def _bar(description: str, total: int):
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", style="dim"),
     )  # fmt: skip
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(escape(description), total=total, note="")
+        yield lambda n, note: bar.update(task, advance=n, **({} if note is None else {"note": escape(note)}))
 
-        def advance(n: int = 1, note: str | None = None) -> None:
-            interrupts.check()
-            bar.update(task, advance=n, **({} if note is None else {"note": escape(note)}))
 
-        yield advance
+class _Lines:
+    """Lines about how far something is, for logs."""
+
+    def __init__(self, description: str, total: int):
+        self.description, self.total = description, total
+        self.done, self.note = 0, ""
+        self.before: int | None = None  # what an earlier run had done, which comes at once
+        self.started = time.monotonic()
+        self.said, self.tenth = self.started, 0  # when the last line was, and at which tenth
+
+    def move(self, n: int, note: str | None) -> None:
+        if self.before is None:
+            self.before = n if n > 1 else 0
+            self.tenth = self._tenth(self.before)
+        self.done += n
+        self.note = self.note if note is None else note
+        now = time.monotonic()
+        due = self._tenth(self.done) > self.tenth or now - self.said >= _SILENCE
+        if due and self.done < self.total and now - self.started >= _PATIENCE:
+            self._say(now, closing=False)
+
+    def close(self) -> None:
+        self._say(time.monotonic(), closing=True)
+
+    def _tenth(self, done: int) -> int:
+        return done * 10 // max(self.total, 1)
+
+    def _say(self, now: float, closing: bool) -> None:
+        self.said, self.tenth = now, self._tenth(self.done)
+        made, seconds = self.done - (self.before or 0), now - self.started
+        parts = [f"{self.done:,}/{self.total:,}" + ("" if closing else f" ({100 * self.done // self.total} %)")]
+        if made and seconds:
+            parts.append(_per_second(made / seconds))
+        if closing:
+            parts.append(_duration(seconds))
+        elif made:
+            parts.append(f"about {_duration((self.total - self.done) * seconds / made)} left")
+        say(f"{self.description}: {', '.join([*parts, *filter(None, [self.note])])}")
+
+
+@contextmanager
+def _lines(description: str, total: int):
+    lines = _Lines(description, total)
+    try:
+        yield lines.move
+    finally:
+        lines.close()
+
+
+def _per_second(speed: float) -> str:
+    return f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.1f}/s" if speed >= 0.1 else f"{speed:.2g}/s"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+# Words
 
 
 def say(message: str) -> None:
     """One plain line; nothing in it is markup."""
-    console.print(message, markup=False)
+    _print(console, message)
 
 
 def warn(message: str) -> None:
@@ -137,29 +185,55 @@ def warn(message: str) -> None:
     console.print(f"[yellow]warning:[/yellow] {escape(message)}", soft_wrap=True)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], whole: bool = False) -> None:
-    """A closing table; first column left, the others right.
+def agrees(question: str) -> bool:
+    """Whether somebody at a terminal says yes."""
+    if not STDERR.isatty():
+        return False
+    console.print(f"{question} [y/N]: ", markup=False, end="")
+    return sys.stdin is not None and sys.stdin.readline().strip().lower() in ("y", "yes")
 
-    whole: no cell is broken, however narrow the terminal, so that names can be copied.
-    """
-    console.print(f"[bold]{escape(title)}[/bold]")
-    drawn = Table(header_style="dim", box=box.SIMPLE_HEAD)
-    for number, column in enumerate(columns):
-        drawn.add_column(escape(column), justify="right" if number else "left", no_wrap=whole)
-    for row in rows:
-        drawn.add_row(*(escape(str(cell)) for cell in row))
-    if whole:  # wider than the terminal if need be, which then breaks the lines itself
-        natural = Measurement.get(console, console.options.update(max_width=1000), drawn).maximum
-        console.width = max(natural, console.width)
-    console.print(drawn)
+
+# Results
+
+
+def result(message: str, mark: str = "", style: str = "") -> None:
+    """One line of results. mark: what stands before it, in that style; further lines begin below the message."""
+    _print(results, message, lead=Text(mark, style))
+
+
+def write(text: str) -> None:
+    """A text as it is."""
+    STDOUT.write(text)
+    STDOUT.flush()
 
 
 def facts(title: str, rows: Sequence[tuple[str, object]]) -> None:
-    """A closing summary of names and values; paths stay on one line so that they can be copied."""
-    console.print(f"[bold]{escape(title)}[/bold]")
+    """A closing summary of names and values. Words are never broken; a path is one line, so that it can be copied."""
+    _print(results, title, style="bold")
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        console.print(f"  {name:{width}}  {value}", markup=False, soft_wrap=True)
+        _print(results, value, lead=Text(f"  {name:{width}}  "))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], names: int = 1) -> None:
+    """A table; the first `names` columns say which row it is, and are left, the others right.
+
+    No cell is ever broken. What is too wide becomes several tables with the names in each; where a column does not fit
+    beside the names, each row becomes lines of its own.
+    """
+    cells = [[" ".join(str(cell).splitlines()) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
+    _print(results, title, style="bold")
+    results.print()
+    blocks = _blocks(widths, names, _room(results))
+    for block in blocks or ():
+        _draw([[row[place] for place in block] for row in [columns, *cells]], [widths[i] for i in block], names)
+    if blocks is None:
+        width = max(map(cell_len, columns))
+        for row in cells:
+            for heading, cell in zip(columns, row, strict=True):
+                _print(results, Text(cell), lead=Text(f"  {heading}{' ' * (width - cell_len(heading))}  ", "dim"))
+            results.print()
 
 
 def size(count: float) -> str:
@@ -169,3 +243,53 @@ def size(count: float) -> str:
     while count >= 1024 and power + 1 < len(units):
         count, power = count / 1024, power + 1
     return f"{count:,.{min(power, 1)}f} {units[power]}"
+
+
+def _room(console: Console) -> int | None:
+    """Columns of the terminal, or what COLUMNS says; None: as many as are needed."""
+    given = os.environ.get("COLUMNS", "").isdigit()
+    return console.width if given or console.file.isatty() else None
+
+
+def _print(console: Console, value: object, lead: Text = _NOTHING, style: str = "") -> None:
+    """A value after `lead`. Text is folded between words, below where it begins; a path or a Text never is."""
+    room = _room(console)
+    lines: list[str | Text] = [value if isinstance(value, Text) else str(value)]
+    if isinstance(value, str) and room and room - lead.cell_len >= 20:
+        fold = textwrap.TextWrapper(room - lead.cell_len, break_long_words=False, break_on_hyphens=False)
+        lines = [part for line in value.splitlines() or [""] for part in fold.wrap(line) or [""]]
+    for number, line in enumerate(lines):
+        start = Text(" " * lead.cell_len) if number else lead
+        console.print(Text.assemble(start, (line, style) if isinstance(line, str) else line), soft_wrap=True)
+
+
+def _blocks(widths: Sequence[int], names: int, room: int | None) -> list[list[int]] | None:
+    """Which columns stand together so that each table fits; None where one does not fit beside the names."""
+
+    def fits(places: Sequence[int]) -> bool:
+        return room is None or sum(widths[place] for place in places) + 3 * len(places) <= room
+
+    lead = list(range(names))
+    blocks = [lead]
+    for place in range(names, len(widths)):
+        if fits([*blocks[-1], place]):
+            blocks[-1] = [*blocks[-1], place]
+        elif fits([*lead, place]):
+            blocks.append([*lead, place])
+        else:
+            return None
+    return blocks
+
+
+def _draw(rows: Sequence[Sequence[str]], widths: Sequence[int], names: int) -> None:
+    """One table, with its headings in the first row."""
+    rule = "─" if (STDOUT.encoding or "").lower().startswith("utf") else "-"
+    lines: list[str] = []
+    for row in rows:
+        gaps = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        padded = [cell + gap if i < names else gap + cell for i, (cell, gap) in enumerate(zip(row, gaps, strict=True))]
+        lines.append(f"  {'   '.join(padded)}".rstrip())
+    lines.insert(1, " " + rule * (sum(widths) + 3 * len(widths) - 1))
+    for number, line in enumerate(lines):
+        results.print(Text(line, "dim" if number < 2 else ""), soft_wrap=True)
+    results.print()

@@ -96,6 +96,10 @@ GpuMemoryOption = Annotated[
     float | None,
     typer.Option("--gpu-memory", callback=_finite, min=1, help="With --dry-run: GiB a GPU.  [dim]default: 80[/dim]"),
 ]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print JSON, and nothing else on stdout: numbers as numbers, sizes in bytes.")
+]
+CsvOption = Annotated[bool, typer.Option("--csv", help="Print CSV, likewise: a line of names, then one a row.")]
 
 
 def require_unicode(arguments: Iterable[str]) -> None:
@@ -107,9 +111,12 @@ def require_unicode(arguments: Iterable[str]) -> None:
 
 def load(params: Path | None, overrides: list[str] | None) -> Params:
     """The parameters of a command: its file, else the current folder's, and what `--set` changes."""
-    if params is None and PARAMS_FILE.exists():
-        params = PARAMS_FILE
-    return load_params(params, overrides or [])
+    return load_params(file_of(params), overrides or [])
+
+
+def file_of(params: Path | None) -> Path | None:
+    """The parameter file of a command, if there is one: the option's, else the current folder's."""
+    return PARAMS_FILE if params is None and PARAMS_FILE.exists() else params
 
 
 def keep_default(ctx: typer.Context, output: str, path: Path, *beside: Path | None) -> None:

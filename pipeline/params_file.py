@@ -29,6 +29,15 @@ def load_params(path: Path | None = None, overrides: list[str] | tuple[str, ...]
     return _validate(_merge(Params().model_dump(), tree), source)
 
 
+def is_params_file(path: Path) -> bool:
+    """Whether a file is one, complete or partial, without a slip in it."""
+    try:
+        load_params(path)
+    except UserError:
+        return False
+    return True
+
+
 def _read(path: Path) -> dict:
     """The mapping in a parameter file. Pipes and devices other than /dev/null, which may never end, are not read."""
     if not path.is_file() and str(path) != os.devnull:

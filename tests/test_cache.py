@@ -70,7 +70,7 @@ def test_ls_and_show_say_what_is_there_and_where_it_came_from(teacher, prompts, 
 
 def test_the_names_that_ls_shows_are_whole_in_a_narrow_terminal_too(teacher, prompts, tmp_path, own_store):
     generate(stub_params(teacher), prompts, tmp_path / "a")
-    said = run_cli("cache", "ls", env={"COLUMNS": "40"}).stderr
+    said = run_cli("cache", "ls", env={"COLUMNS": "40"}).stdout
     requests = {path.parent.relative_to(own_store).as_posix() for path in own_store.glob("*/*/request.json")}
     assert len(requests) == 2 and all(name in said for name in requests) and "…" not in said
 

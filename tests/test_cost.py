@@ -133,7 +133,7 @@ def test_expected_length_and_bytes_are_those_of_the_store(teacher, prompts, tmp_
     before, size = stored(own_store, k=8)
     capsys.readouterr()
     assert dry_run(params("generate.samples=4"), prompts).missing == 40
-    found = printed(capsys.readouterr().err)
+    found = printed(capsys.readouterr().out)
     assert found["responses"] == ["40", "40"] and counted(found["response tokens"][0]) == 40 * 6
     assert counted(found["response tokens"][1]) == pytest.approx(40 * before.mean, abs=1)
     assert found["expected length"][0].endswith("the mean of 45 stored responses")
@@ -149,7 +149,7 @@ def test_rows_to_rescore_count_with_the_length_that_they_have(teacher, prompts, 
     tokens = sum(sum(stored(own_store, 8, kind)[0].lengths.values()) for kind in ("sample", "score"))
     capsys.readouterr()
     dry_run(params("generate.k=16"), prompts)
-    assert printed(capsys.readouterr().err)["response tokens"] == [f"{tokens:,}"] * 2
+    assert printed(capsys.readouterr().out)["response tokens"] == [f"{tokens:,}"] * 2
 
 
 def test_shards_with_another_k_are_scaled(teacher, prompts, tmp_path, own_store):
@@ -163,10 +163,10 @@ def test_a_teacher_without_weights_is_planned_for_and_not_looked_up(teacher, pro
     generate(params, prompts, tmp_path / "a")
     shutil.rmtree(tmp_path / "store")
     dry_run(params, prompts)
-    here = printed(capsys.readouterr().err)
+    here = printed(capsys.readouterr().out)
     folder = without_weights(teacher, tmp_path / "paper")
     assert dry_run(make_params(folder), prompts) == Summary(0, 0, 0, missing=60)
-    there = printed(capsys.readouterr().err)
+    there = printed(capsys.readouterr().out)
     same = ("responses", "prompt tokens", "response tokens", "bytes in the store", "one copy")
     assert all(there[name] == here[name] for name in same)
     assert "not looked up" in there["teacher"][0] and "everything is missing" in there["teacher"][0]
@@ -177,7 +177,7 @@ def test_without_a_tokenizer_four_characters_are_a_token(teacher, tmp_path, caps
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "12345678"}\n{"prompt": "12345678x"}\n')
     assert dry_run(make_params(folder, "generate.samples=3", "chat=true"), path).missing == 6
-    text = capsys.readouterr().err
+    text = capsys.readouterr().out
     assert re.search(r"prompt tokens +15 +15\b", text) and f"4 characters each: {folder} has no tokenizer" in text
 
 
@@ -185,7 +185,7 @@ def test_a_billion_tokens_need_no_prompts(teacher, tmp_path, capsys):
     folder = without_weights(teacher, tmp_path / "paper", tokenizer=False)
     plan = Plan(tokens=1e9, rate=2500, gpus=64)
     dry_run(make_params(folder, "generate.k=32", "max_tokens=500"), tmp_path / "none", plan=plan)
-    found = printed(capsys.readouterr().err)
+    found = printed(capsys.readouterr().out)
     assert found["responses"] == ["2,000,000"] * 2 and found["response tokens"] == ["1,000,000,000"] * 2
     assert found["bytes in the store"][0] == f"{bytes_per_token(32) * 1e9 / GIB:,.1f} GiB"
     assert found["GPU-hours"] == ["111.1"] * 2 and found["hours on 64 GPUs"] == ["1.7"] * 2
@@ -197,7 +197,7 @@ def test_tokens_to_plan_for_have_the_length_and_the_bytes_of_the_store(teacher, 
     held, _ = stored(own_store, k=8)
     capsys.readouterr()
     dry_run(params, prompts, plan=Plan(tokens=1e6))
-    found = printed(capsys.readouterr().err)
+    found = printed(capsys.readouterr().out)
     assert counted(found["responses"][1]) == round(1e6 / held.mean)
     assert found["bytes in the store"][1] == f"{held.bytes_per_token * 1e6 / 2**20:,.1f} MiB"
 
@@ -211,13 +211,13 @@ def test_too_few_or_too_small_gpus_are_refused(teacher, prompts):
 def test_a_copy_has_the_gpus_that_the_parameters_give_it(teacher, prompts, capsys):
     params = make_params(teacher, "generate.engine=vllm", "generate.tensor_parallel=2", "generate.quantization=fp8")
     dry_run(params, prompts)
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert "2 GPUs of 80 GiB" in said and "fp8 takes less" in said
 
 
 def test_gpus_that_make_no_whole_copy_stay_idle(teacher, prompts, capsys):
     dry_run(make_params(teacher), prompts, plan=Plan(rate=1, gpus=5, memory=0.001))
-    found = printed(capsys.readouterr().err)
+    found = printed(capsys.readouterr().out)
     assert found["response tokens"][0] == "345" and found["GPU-hours"][0] == "0.096"
     assert found["hours on 4 GPUs"][0] == "0.024"
 
@@ -228,7 +228,7 @@ def test_responses_of_another_tool_need_no_gpu(teacher, prompts, tmp_path, capsy
     folder = without_weights(teacher, tmp_path / "paper")
     params = make_params(folder, "generate.engine=text", f"generate.responses={given}")
     dry_run(params, prompts, plan=Plan(rate=100))
-    found = printed(capsys.readouterr().err)
+    found = printed(capsys.readouterr().out)
     assert found["response tokens"] == ["4", "4"] and "one copy" not in found and "GPU-hours" not in found
     with pytest.raises(UserError, match="--tokens plans what a teacher is to say"):
         dry_run(params, prompts, plan=Plan(tokens=1e9))
@@ -286,7 +286,7 @@ def test_a_hub_name_needs_no_weights_to_be_planned_for(teacher, prompts, tmp_pat
         server.shutdown()
     assert done.returncode == 0, done.stderr
     assert {"config.json", "tokenizer.json"} <= handler.asked and "model.safetensors" not in handler.asked
-    assert "not looked up" in done.stderr and printed(done.stderr)["responses"] == ["60", "60"]
+    assert "not looked up" in done.stdout and printed(done.stdout)["responses"] == ["60", "60"]
 
 
 @pytest.mark.slow

@@ -163,7 +163,7 @@ def test_prepare_reads_a_data_set_and_leaves_counts(tmp_path, teacher):
     options = [option for key, value in given.items() for option in ("--set", f"prepare.{key}={value}")]
     done = run_cli("prepare", "--params", "/dev/null", *options, "--out", tmp_path / "p" / "p.parquet", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "20 prompts" in done.stderr
+    assert "20 prompts" in done.stdout
     assert len(read_prompts(tmp_path / "p" / "p.parquet", ("train",))) == 20
     counts = json.loads((tmp_path / "p" / "counts.json").read_text())
     assert counts["test"]["kept"] == 6 and counts["teach"] == {}

@@ -97,7 +97,7 @@ def test_the_cost_page_shows_what_its_command_prints(tmp_path):
     program, *arguments = shlex.split(command)
     done = run_cli(*arguments, cwd=tmp_path)
     assert program == "xkd-pipeline" and done.returncode == 0, done.stderr
-    lines = ([line.rstrip() for line in text.splitlines() if line.strip()] for text in (done.stderr, shown))
+    lines = ([line.rstrip() for line in text.splitlines() if line.strip()] for text in (done.stdout, shown))
     assert next(lines) == next(lines)
 
 

@@ -576,7 +576,7 @@ def test_descriptions_that_are_not_of_their_folder(filled, note):
     shards(filled.store)[0].unlink()
     assert filled.finish() > 0
     code, said = filled.verify()
-    assert said.count("warning") == 1 and "no entries" in said, said
+    assert said.count("Then: ") == 1 and "1 problems" in said and "no entries" in said, said
     note(
         "teacher.json, request.json or skipped.jsonl is damaged",
         "named, set aside or ignored, written anew",

@@ -122,7 +122,7 @@ def test_a_row_says_where_it_came_from(teacher, prompts, tmp_path):
 def test_a_dry_run_counts_and_writes_nothing(teacher, prompts, own_store, capsys):
     assert dry_run(stub_params(teacher), prompts) == Summary(0, 0, 0, missing=60)
     assert not own_store.exists()
-    assert "nothing was generated" in capsys.readouterr().err
+    assert "nothing was generated" in capsys.readouterr().out
 
 
 def test_an_engine_that_dies_loses_nothing_and_the_same_command_goes_on(teacher, prompts, tmp_path):

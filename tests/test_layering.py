@@ -13,7 +13,7 @@ STAGES = ("prepare", "teach", "generate", "score", "reward", "distill", "evaluat
 # What every stage runs and no result depends on: changing it reruns nothing.
 EVERYWHERE = {
     f"pipeline/{name}.py"
-    for name in ("__init__", "console", "errors", "interrupts", "outputs", "params_file", "provenance")
+    for name in ("__init__", "console", "errors", "interrupts", "outputs", "params_file", "provenance", "streams")
 }
 EVERYWHERE |= {f"pipeline/params/{name}.py" for name in ("__init__", "base", "data", "student", "teacher")}
 EVERYWHERE |= {"stages/__init__.py"}
