@@ -1,0 +1,81 @@
+"""Results of experiments, wherever they are: folders that `evaluate` filled, DVC experiments, git revisions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.shards.files import parse_json, read_json, require_shape
+from stages.reporting.results import read_evaluation
+
+_EVALUATION = "evaluation/results.json"
+_DISTILL = "distill/results.json"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What `evaluate` found, and the objective of the student that it ends with where that is known."""
+
+    name: str
+    evaluation: dict
+    objective: str | None
+
+    @property
+    def set(self) -> tuple[str, ...]:
+        """What must be equal for two results to be comparable."""
+        provenance = self.evaluation["provenance"]
+        return provenance["task"]["name"], provenance["prompts"], provenance["teacher"]
+
+    @property
+    def headline(self) -> str:
+        """The task's first metric."""
+        return next(iter(self.evaluation["higher_is_better"]))
+
+    def objective_of(self, model: str) -> str | None:
+        return self.objective if model == self.evaluation["candidate"] else None
+
+
+def read_experiments(names: Sequence[str], data: Path) -> list[Experiment]:
+    """Each once. A name is a results.json, the folder it is in, the folder above (as `data`), or a DVC experiment or
+    git revision, whose `data` is read. Raises UserError for a name that is none of these.
+    """
+    return [_read(name, data) for name in dict.fromkeys(names)]
+
+
+def _read(name: str, data: Path) -> Experiment:
+    path = Path(name)
+    for file in (path, path / "results.json", path / _EVALUATION):
+        if file.is_file():
+            evaluation = read_evaluation(file)
+            beside = file.parents[1] / _DISTILL if file.parent.name == "evaluation" else None
+            known = beside is not None and beside.is_file()
+            return Experiment(name, evaluation, _objective(read_json(beside), beside) if known else None)
+    if path.exists():
+        raise UserError(f"{name} holds no results of `xkd-pipeline evaluate`")
+    return _read_revision(name, data)
+
+
+def _read_revision(name: str, data: Path) -> Experiment:
+    import dvc.api
+    from dvc.exceptions import DvcException
+    from scmrepo.exceptions import SCMError
+
+    try:
+        evaluation, distillation = (
+            dvc.api.read((data / file).as_posix(), rev=name) for file in (_EVALUATION, _DISTILL)
+        )
+    except (DvcException, SCMError, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{name} is neither a folder with results nor an experiment or revision that has them: {reason}"
+        ) from error
+    beside = f"{data / _DISTILL} of {name}"
+    found = read_evaluation(f"{data / _EVALUATION} of {name}", evaluation)
+    return Experiment(name, found, _objective(parse_json(distillation, beside), beside))
+
+
+def _objective(distillation: Any, source: Path | str) -> str | None:
+    require_shape(distillation, dict, f"{source} holds no results of `xkd-pipeline distill`")
+    found = distillation.get("objective")
+    return None if found is None else str(found)
