@@ -409,13 +409,27 @@ def evaluate(
     run(loaded, prompts, models, selection, out, store, answers)
 
 
-@app.command(epilog=example("xkd-pipeline report", "xkd-pipeline report --set report.samples=20 --out report.html"))
+@app.command(
+    epilog=example(
+        "xkd-pipeline report",
+        "xkd-pipeline report --also jsd --also other/data --out comparison.html",
+        "xkd-pipeline report --set report.samples=20 --out report.html",
+    )
+)
 def report(
     ctx: typer.Context,
     params: ParamsOption = None,
     set: SetOption = None,
     data: Annotated[Path, typer.Option("--data", help="Folder that the stages filled.")] = DATA,
     out: Annotated[Path, typer.Option("--out", help="Page to write.")] = DATA / "report.html",
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--also",
+            metavar="RESULT",
+            help="Folder with results, DVC experiment or git revision whose students are shown beside; repeatable.",
+        ),
+    ] = None,
     store: StoreOption = None,
 ) -> None:
     """Write one self-contained HTML page about an experiment: tables, curves, rewarded tokens, samples, costs."""
@@ -423,7 +437,7 @@ def report(
     keep_default(ctx, "out", out)
     from stages.report import report as run
 
-    run(loaded.report, data, out, store)
+    run(loaded.report, data, out, store, also or ())
 
 
 _STAGES = {command.callback.__name__ for command in app.registered_commands if command.callback}

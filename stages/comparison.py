@@ -1,8 +1,6 @@
 """Any set of results in one table: folders that `evaluate` filled, DVC experiments, git revisions."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,45 +10,7 @@ from pipeline.listing import Column, Form, Listing
 from pipeline.shards.kept_mass import kept_mass_warning
 from stages.bootstrap import say_interval
 from stages.headline import KL_NAMES
-from stages.reporting.experiments import Experiment, read_experiments
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A model as one result has it."""
-
-    experiment: Experiment
-    model: str
-
-    @property
-    def modes(self) -> dict:
-        return self.experiment.evaluation["metrics"][self.model]
-
-    @property
-    def identity(self) -> tuple:
-        """Equal for a model that several results share, with equal numbers."""
-        provenance = self.experiment.evaluation["provenance"]
-        return self.experiment.set, provenance["models"][self.model], json.dumps(self.modes, sort_keys=True)
-
-    def answers(self, name: str) -> float | None:
-        """`tokens` or `cut` of the greedy answers."""
-        found = (self.experiment.evaluation.get("answers") or {}).get(self.model, {})
-        return found.get("greedy", {}).get(name)
-
-
-def models_of(experiments: Sequence[Experiment]) -> list[Scored]:
-    """Every model of every experiment; one that several share is there once."""
-    found: dict[tuple, Scored] = {}
-    for experiment in experiments:
-        for model in experiment.evaluation["metrics"]:
-            scored = Scored(experiment, model)
-            found.setdefault(scored.identity, scored)
-    return list(found.values())
-
-
-def differ(experiments: Sequence[Experiment]) -> bool:
-    """Whether the experiments' numbers do not compare."""
-    return len({experiment.set for experiment in experiments}) > 1
+from stages.reporting.experiments import Scored, differ, models_of, read_experiments
 
 
 def compare(names: list[str], data: Path, form: Form = Form.TEXT) -> Listing:
@@ -84,14 +44,14 @@ def _columns(rows: Sequence[Scored]) -> Iterator[Column]:
             ".1f",
             f"{metric}, sampled",
         )
-    for mode, key, on in (("heldout", "", ""), ("own", "own_", ", own samples")):
+    shown = {"kl", "reverse_kl"} if all(_read("heldout", "kl", row) for row in rows) else {"kl", "kl_bound"}
+    for mode, key in (("heldout", ""), ("own", "own_")):
         for name, heading in KL_NAMES.items():
-            read = partial(_read, mode, name)
-            if any(read(row) for row in rows):
-                yield _measure(key + name, read, ".3f", heading + on)
+            heading = heading if mode == "heldout" and name in shown else None  # the others are for programs
+            yield _measure(key + name, partial(_read, mode, name), ".3f", heading)
     yield Column("kept_mass", _kept_mass, "kept mass", "{:.3f}".format)
     yield Column("cut", lambda row: row.answers("cut"), "cut", "{:.0%}".format)
-    yield Column("tokens", lambda row: row.answers("tokens"), "tokens", "{:.1f}".format)
+    yield Column("tokens", lambda row: row.answers("tokens"), None)
     yield Column("self_bleu", lambda row: row.modes["diversity"]["self_bleu"], "Self-BLEU", "{:.1f}".format)
 
 
@@ -103,6 +63,6 @@ def _kept_mass(row: Scored) -> float | None:
     return (row.experiment.evaluation.get("kept_mass") or {}).get("mean")
 
 
-def _measure(key: str, read: Callable[[Scored], Any], form: str, heading: str) -> Column:
+def _measure(key: str, read: Callable[[Scored], Any], form: str, heading: str | None) -> Column:
     """A column of values with intervals."""
     return Column(key, read, heading, partial(say_interval, form=form), interval=True)

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 KL_NAMES = {
-    "kl": "KL(teacher ‖ model)",
-    "reverse_kl": "KL(model ‖ teacher)",
-    "kl_bound": "KL(teacher ‖ model), bound",
+    "kl": "KL(T‖S)",
+    "reverse_kl": "KL(S‖T)",
+    "kl_bound": "KL(T‖S), bound",
     "cross_entropy": "cross-entropy",
 }
 

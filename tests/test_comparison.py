@@ -26,7 +26,7 @@ def write(folder: Path, distilled: float, objective: str, prompts: str = "p") ->
         model: {
             "greedy": {"rouge2": interval(score)},
             "sampled": {"rouge2": interval(score / 2)},
-            "heldout": {"kl_to_teacher": interval(1 / score)},
+            "heldout": {"kl": interval(1 / score), "reverse_kl": interval(2 / score)},
             "diversity": {"distinct_1": 0.5, "distinct_2": 0.7, "self_bleu": 10.0},
         }
         for model, score in (("teacher", 50.0), ("distilled", distilled))
@@ -53,8 +53,26 @@ def test_folders_and_files_are_put_side_by_side_and_a_shared_model_is_shown_once
     assert "do not compare" not in said.err
     shown = [re.split(r"\s{2,}", line.strip()) for line in said.out.splitlines() if "distilled" in line]
     assert [row[2:] for row in shown] == [
-        ["fkl", "30.0 [29.0, 31.0]", "15.0 [14.0, 16.0]", "0.033 [-0.967, 1.033]", "10.0"],
-        ["x-rkl (frozen)", "40.0 [39.0, 41.0]", "20.0 [19.0, 21.0]", "0.025 [-0.975, 1.025]", "10.0"],
+        [
+            "fkl",
+            "30.0 [29.0, 31.0]",
+            "15.0 [14.0, 16.0]",
+            "0.033 [-0.967, 1.033]",
+            "0.067 [-0.933, 1.067]",
+            "-",
+            "-",
+            "10.0",
+        ],
+        [
+            "x-rkl (frozen)",
+            "40.0 [39.0, 41.0]",
+            "20.0 [19.0, 21.0]",
+            "0.025 [-0.975, 1.025]",
+            "0.050 [-0.950, 1.050]",
+            "-",
+            "-",
+            "10.0",
+        ],
     ]
 
 

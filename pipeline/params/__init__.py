@@ -33,7 +33,7 @@ class Evaluate(Section):
 
 class Report(Section):
     samples: Count = 6
-    """Test prompts whose answers are shown side by side."""
+    """Test prompts whose answers are shown side by side: half drawn at random, half of those that fail."""
     rewarded_prompts: Count = 3
     """Held-out prompts whose responses are shown with the reward at every token."""
 

@@ -1,5 +1,6 @@
 """Results of experiments, wherever they are: folders that `evaluate` filled, DVC experiments, git revisions."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,44 @@ class Experiment:
 
     def objective_of(self, model: str) -> str | None:
         return self.objective if model == self.evaluation["candidate"] else None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model as one result has it."""
+
+    experiment: Experiment
+    model: str
+
+    @property
+    def modes(self) -> dict:
+        return self.experiment.evaluation["metrics"][self.model]
+
+    @property
+    def identity(self) -> tuple:
+        """Equal for a model that several results share, with equal numbers."""
+        provenance = self.experiment.evaluation["provenance"]
+        return self.experiment.set, provenance["models"][self.model], json.dumps(self.modes, sort_keys=True)
+
+    def answers(self, name: str) -> float | None:
+        """`tokens` or `cut` of the greedy answers."""
+        found = (self.experiment.evaluation.get("answers") or {}).get(self.model, {})
+        return found.get("greedy", {}).get(name)
+
+
+def models_of(experiments: Sequence[Experiment]) -> list[Scored]:
+    """Every model of every experiment; one that several share is there once."""
+    found: dict[tuple, Scored] = {}
+    for experiment in experiments:
+        for model in experiment.evaluation["metrics"]:
+            scored = Scored(experiment, model)
+            found.setdefault(scored.identity, scored)
+    return list(found.values())
+
+
+def differ(experiments: Sequence[Experiment]) -> bool:
+    """Whether the experiments' numbers do not compare."""
+    return len({experiment.set for experiment in experiments}) > 1
 
 
 def read_experiments(names: Sequence[str], data: Path) -> list[Experiment]:

@@ -18,6 +18,7 @@ class Table:
     columns: list[str]
     rows: list[list[str]]
     title: str = ""
+    prose: bool = False  # cells are sentences: they are broken into lines
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,21 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Answered:
+    """What a model or a reference says, and how that is marked."""
+
+    name: str
+    text: str
+    mark: str = ""
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One prompt with what the references and the models say."""
+    """One prompt with what the references and the models say, and why it is shown."""
 
     prompt: str
-    answers: list[tuple[str, str]]
+    answers: list[Answered]
+    why: str
 
 
 @dataclass(frozen=True)
