@@ -228,14 +228,15 @@ def _report(results: dict, out: Path) -> None:
             for name, d in ((name, modes["diversity"]) for name, modes in metrics.items())
         ],
     )
-    console.table(
-        f"{headline} of {candidate} minus that of (paired over prompts, 95 % intervals)",
-        ("model", "greedy", "sampled"),
-        [
-            (name, say_interval(d["greedy"][headline]), say_interval(d["sampled"][headline]))
-            for name, d in results["differences"].items()
-        ],
-    )
+    if results["differences"]:
+        console.table(
+            f"{headline} of {candidate} minus that of (paired over prompts, 95 % intervals)",
+            ("model", "greedy", "sampled"),
+            [
+                (name, say_interval(d["greedy"][headline]), say_interval(d["sampled"][headline]))
+                for name, d in results["differences"].items()
+            ],
+        )
     kept = results["kept_mass"]
     console.facts(
         "evaluated",

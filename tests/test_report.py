@@ -15,7 +15,7 @@ from pipeline.shards.selection import Selection
 from stages.distill import distill
 from stages.evaluate import evaluate
 from stages.report import report
-from tests.conftest import make_params
+from tests.conftest import make_model, make_params
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -31,7 +31,8 @@ def data(cache, fitted, teacher, student, tmp_path_factory) -> Path:
     shutil.copytree(student, folder / "models" / "student")
     distill(params, folder / "teacher", student, fitted, folder / "student", folder / "distill", folder / "runs")
     models = {EVIL: teacher, "undistilled": student, "distilled": folder / "student"}
-    evaluate(params, cache / "prompts.parquet", models, folder / "teacher", folder / "evaluation")
+    paths = cache / "prompts.parquet", models, folder / "teacher", folder / "evaluation"
+    evaluate(params, *paths, answers_path=cache / "answers")
     path = folder / "evaluation" / "predictions.parquet"
     pl.read_parquet(path).with_columns(response=pl.col("response") + EVIL).write_parquet(path)
     return folder
@@ -76,12 +77,23 @@ def test_the_page_loads_nothing(page):
 def test_every_section_is_there_and_its_numbers_are_those_of_the_files(page, data):
     parsed = Parsed(page)
     assert {attrs["id"] for tag, attrs in parsed.tags if tag == "section"} == {
-        "quality", "diversity", "training", "reward", "samples", "costs", "provenance",
+        "setting", "quality", "closeness", "diversity", "training", "reward", "samples", "costs", "glossary",
+        "provenance",
     }  # fmt: skip
     evaluation = json.loads((data / "evaluation" / "results.json").read_text())
     for modes in evaluation["metrics"].values():
-        kl = modes["heldout"]["kl_to_teacher"]
-        assert f"{kl['value']:.3f} [{kl['low']:.3f}, {kl['high']:.3f}]" in parsed.text
+        for mode, names in (("heldout", ("kl", "reverse_kl", "kl_bound", "cross_entropy")), ("own", ("kl",))):
+            for name in names:
+                kl = modes[mode][name]
+                assert f"{kl['value']:.3f} [{kl['low']:.3f}, {kl['high']:.3f}]" in parsed.text
+    for model, parameters in evaluation["parameters"].items():
+        assert f"{parameters:,} parameters" in parsed.text
+        cut = evaluation["answers"][model]["greedy"]["cut"]
+        assert f"{cut:.1%}" in parsed.text
+    assert f"{evaluation['kept_mass']['mean']:.3f} of the teacher's" in parsed.text
+    assert evaluation["provenance"]["date"] in parsed.text
+    for word in ("sarsa, soft", "c", "phi_kl", "lam, lam_eff"):
+        assert f">{word}</td>" in page
     assert evaluation["provenance"]["versions"]["torch"] in parsed.text
     assert f"{json.loads((data / 'distill' / 'results.json').read_text())['cost']['seconds']:,.0f}" in parsed.text
 
@@ -103,6 +115,49 @@ def test_the_reward_is_drawn_over_every_token_of_a_response_of_each_kind(page, d
     assert len(titled) >= 3 * 3 * min(len(rows[key].response_ids) for key in shown)
 
 
+def test_answers_are_drawn_at_random_and_from_the_failures_and_marked(data, tmp_path):
+    """A checked task: every second prompt is answered rightly by all models, and no answer is right elsewhere."""
+    copy = shutil.copytree(data, tmp_path / "data")
+    path = copy / "evaluation" / "predictions.parquet"
+    frame = pl.read_parquet(path)
+    ids = frame["prompt_id"].unique(maintain_order=True).to_list()
+    right = pl.when(pl.col("prompt_id").is_in(ids[::2])).then(100.0).otherwise(0.0)
+    both = pl.lit(["first reference", "second reference"])
+    frame.with_columns(score=right, prompt=pl.col("prompt_id"), references=both).write_parquet(path)
+    results = json.loads((copy / "evaluation" / "results.json").read_text())
+    (copy / "evaluation" / "results.json").write_text(json.dumps(results | {"checked": True}))
+    report(Report(samples=6), copy, tmp_path / "page.html")
+    text = Parsed((tmp_path / "page.html").read_text()).text
+    assert text.count("first reference") == text.count("second reference") == 6
+    shown = re.findall(r"prompt, (drawn at random|distilled fails, or does worst)\s*(\w+)", text)
+    assert len({identity for _, identity in shown}) == 6
+    failing = [identity for why, identity in shown if why.startswith("distilled")]
+    assert len(failing) == 3 and set(failing) <= set(ids[1::2])
+    wrong = sum(identity in ids[1::2] for _, identity in shown)
+    marks = re.findall(r">(right|wrong)(?:, cut)?</b>", (tmp_path / "page.html").read_text())
+    assert marks.count("wrong") == 3 * wrong and marks.count("right") == 3 * (6 - wrong)
+
+
+def test_students_of_several_experiments_are_shown_side_by_side(data, cache, teacher, tmp_path):
+    """A folder of another student of the same teacher, and one on other prompts, which is said."""
+    params = make_params(teacher, "prepare.task=summarisation")
+    paths = cache / "selection", tmp_path / "other" / "evaluation"
+    other = make_model(tmp_path / "model", seed=9, width=32, layers=1)
+    evaluate(params, cache / "prompts.parquet", {"jsd": other}, *paths)
+    report(Report(), data, tmp_path / "page.html", also=[str(tmp_path / "other")])
+    page = (tmp_path / "page.html").read_text()
+    section = re.search(r'<section id="beside">(.*?)</section>', page, re.S)[1]
+    results = json.loads((data / "evaluation" / "results.json").read_text())
+    for model in ("undistilled", "distilled"):
+        value = results["metrics"][model]["heldout"]["kl"]
+        assert f"<td>{model}</td>" in section and f"{value['value']:.3f} [" in section
+    assert str(tmp_path / "other") in section and "do not compare" not in section
+    path = tmp_path / "other" / "evaluation" / "results.json"
+    path.write_text(path.read_text().replace(results["provenance"]["prompts"], "others"))
+    report(Report(), data, tmp_path / "page.html", also=[str(tmp_path / "other")])
+    assert "do not compare" in (tmp_path / "page.html").read_text()
+
+
 def test_the_same_files_give_the_same_page(page, data, tmp_path):
     report(Report(), data, tmp_path / "again.html")
     assert (tmp_path / "again.html").read_text() == page
@@ -114,6 +169,6 @@ def test_what_is_missing_is_left_out_and_without_an_evaluation_there_is_no_repor
     report(Report(samples=0), partial, tmp_path / "partial.html")
     assert "left out of the report" in capsys.readouterr().err
     sections = {attrs.get("id") for tag, attrs in Parsed((tmp_path / "partial.html").read_text()).tags}
-    assert {"quality", "diversity"} <= sections and not {"training", "reward", "samples"} & sections
+    assert {"quality", "diversity"} <= sections and not {"training", "reward", "samples", "beside"} & sections
     with pytest.raises(UserError, match="no evaluation at"):
         report(Report(), tmp_path / "nothing", tmp_path / "none.html")

@@ -1,6 +1,7 @@
 """The page's tables of numbers: quality, closeness to the teacher, diversity, and other experiments beside this one."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from stages.bootstrap import say_interval
 from stages.headline import KL_NAMES, headline_kl
@@ -8,6 +9,7 @@ from stages.reporting import figures
 from stages.reporting.experiments import Experiment, Scored, differ, models_of
 from stages.reporting.page import Figure, Section, Table
 
+_LONGEST = 32  # characters of a name in a figure
 _MEANINGS = {
     "kl": "KL(T‖S) is exact, over the whole vocabulary: teacher T and model S both ran over held-out samples of T.",
     "kl_bound": "KL(T‖S), bound: the teacher could not run, so this is the lower bound that its cached tokens give.",
@@ -158,4 +160,6 @@ def _beside(scored: Scored, metric: str) -> list[str]:
 
 
 def _name(scored: Scored) -> str:
-    return f"{scored.experiment.name}: {scored.experiment.objective_of(scored.model) or scored.model}"
+    """For figures, where there is little room."""
+    name = f"{Path(scored.experiment.name).name}: {scored.experiment.objective_of(scored.model) or scored.model}"
+    return name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"

@@ -5,7 +5,7 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 from pipeline.shards.files import parse_json, read_json, require_shape
 
 
@@ -199,6 +199,8 @@ def read_evaluation(source: Path | str, text: str | None = None) -> dict:
         absent += [f"{name}, sampled" for name in names[:1] if name not in modes["sampled"]]
         if absent:
             raise UserError(f"{what}: {model} has no {', '.join(absent)}")
+    if evaluation["candidate"] not in metrics:
+        raise UserError(f"{what}: its candidate {shown(evaluation['candidate'])} is none of its models")
     if unknown := metrics.keys() - evaluation["provenance"]["models"].keys():
         raise UserError(f"{what}: it does not say what {', '.join(sorted(unknown))} is")
     return evaluation

@@ -80,11 +80,8 @@ def costs(found: dict[str, dict]) -> Section:
                 ],
             )
         )
-    rows = [
-        [stage, f"{found[key]['cost']['seconds']:,.0f}"]
-        for stage, key in STAGES.items()
-        if "cost" in found.get(key, {})
-    ]
+    times = {stage: found[key]["cost"]["seconds"] for stage, key in STAGES.items() if "cost" in found.get(key, {})}
+    rows = [[stage, f"{seconds:,.0f}"] for stage, seconds in times.items()]
     if first := found["distill"].get("cost", {}).get("seconds_to_first_step"):
         rows.append(["distill, from its start to the first step", f"{first:,.1f}"])
     section.tables.append(Table(["stage", "seconds"], rows))
