@@ -15,6 +15,7 @@ import struct
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,18 +32,26 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 Chat = list[dict[str, str]]
 
 
-def render_chats(tokenizer, chats: Sequence[Chat], names: Sequence[str]) -> list[str]:
+def prints_the_date(tokenizer, chat: Chat) -> bool:
+    """Whether the template's text is another one on another day."""
+    days = datetime(2001, 2, 3, 4, 5, 6), datetime(2024, 11, 25, 17, 58, 59)
+    one, other = (render_chats(tokenizer, [chat], ["of no data"], strftime_now=day.strftime) for day in days)
+    return one != other
+
+
+def render_chats(tokenizer, chats: Sequence[Chat], names: Sequence[str], **variables) -> list[str]:
     """The text of each chat, as `apply_chat_template(chat, add_generation_prompt=True, tokenize=False)` gives it.
 
-    names: of the chats' prompts, for messages. Raises UserError that names tokenizer and prompt where the template
-    fails or exceeds the bounds. On systems without /proc only time and text are bounded.
+    names: of the chats' prompts, for messages; variables: what the template reads beside the messages. Raises
+    UserError that names tokenizer and prompt where the template fails or exceeds the bounds. On systems without /proc
+    only time and text are bounded.
     """
     if not chats:
         return []
     texts: list[str] = []
     answer: tuple[bool, bytes] | None = (True, b"")
     with mmap.mmap(-1, _PLACE.size) as place:
-        process, pipe = _forked(lambda pipe: _answer_all(tokenizer, chats, place, pipe))
+        process, pipe = _forked(lambda pipe: _answer_all(tokenizer, chats, variables, place, pipe))
         try:
             while len(texts) < len(chats) and (answer := _read_answer(pipe)) and answer[0]:
                 texts.append(answer[1].decode())
@@ -100,7 +109,7 @@ def _run(work: Callable[[BinaryIO], None], reading: int, writing: int, signals: 
         os._exit(code)
 
 
-def _answer_all(tokenizer, chats: Sequence[Chat], place: mmap.mmap, pipe: BinaryIO) -> None:
+def _answer_all(tokenizer, chats: Sequence[Chat], variables: dict, place: mmap.mmap, pipe: BinaryIO) -> None:
     """Write the answers, up to the first that is none. Every rendering has its own time.
 
     place: shared memory that says which chat is being rendered, so that answers can be written many at once.
@@ -110,7 +119,7 @@ def _answer_all(tokenizer, chats: Sequence[Chat], place: mmap.mmap, pipe: Binary
     for number, (chat, size) in enumerate(zip(chats, sizes, strict=True)):
         _PLACE.pack_into(place, 0, number)
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
-        fine, text = _render(tokenizer, chat, TEXT + 4 * size)
+        fine, text = _render(tokenizer, chat, variables, TEXT + 4 * size)
         pipe.write(_HEADER.pack(fine, len(text)))
         pipe.write(text)
         if not fine:
@@ -125,10 +134,10 @@ def _limit_memory(more: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
-def _render(tokenizer, chat: Chat, longest: int) -> tuple[bool, bytes]:
+def _render(tokenizer, chat: Chat, variables: dict, longest: int) -> tuple[bool, bytes]:
     """The text and true, or why there is none and false."""
     try:
-        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **variables)
         if len(text) > longest:
             return False, f"its text has {len(text):,} characters, more than {longest:,}".encode()
         return True, text.encode()

@@ -199,7 +199,8 @@ def generate(
         "generate.responses": responses,
         "generate.temperature": temperature, "max_tokens": max_tokens, "template": template,
     }  # fmt: skip
-    overrides = [*(set or []), *(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)]
+    quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in given.items() if value is not None}
+    overrides = [*(set or []), *(f"{key}={value}" for key, value in quoted.items())]
     loaded = load(params, overrides)
     assumed = {"tokens": tokens, "rate": rate, "gpus": gpus, "memory": gpu_memory}
     assumed = {name: value for name, value in assumed.items() if value is not None}

@@ -5,14 +5,16 @@
 
 import difflib
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
 
 from pipeline.errors import UserError, in_one_line, is_printable, shown
 from pipeline.params import Params, Section
+from pipeline.params.hints import hint_for
 
 _DEEPEST, _DIGITS, _LONGEST = 10, 100, 2**20  # of a parameter file: levels, digits of a number, bytes
 
@@ -97,12 +99,32 @@ def _apply(tree: dict, override: str) -> None:
     key, mark, value = override.partition("=")
     if not mark:
         raise UserError(f"--set {shown(override)}: expected key=value, for instance distill.objective=rkl")
-    *parents, last = key.strip().split(".")
+    *parents, last = path = key.strip().split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
             raise UserError(f"--set {shown(override)}: '{shown(parent)}' is a value, not a section")
-    tree[last] = _parse(value, f"--set {shown(override)}: the value is not valid YAML")
+    literal = _takes_text(path) and not _is_quoted(value)
+    tree[last] = value if literal else _parse(value, f"--set {shown(override)}: the value is not valid YAML")
+    if literal and (not is_printable(value) or "\0" in value):
+        raise UserError(f"--set {shown(override)}: a text with half a surrogate pair or a null character")
+
+
+def _takes_text(path: Sequence[str]) -> bool:
+    """Whether a parameter is a text, or one of several: then what is given is meant as it stands, braces included."""
+    section: Any = Params
+    for part in path:
+        if not (isinstance(section, type) and issubclass(section, Section) and part in section.model_fields):
+            return False
+        section = section.model_fields[part].annotation
+    return section is str or (
+        get_origin(section) is Literal and all(isinstance(each, str) for each in get_args(section))
+    )
+
+
+def _is_quoted(value: str) -> bool:
+    value = value.strip()
+    return len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
 
 
 def _merge(default: Any, given: Any) -> Any:
@@ -121,22 +143,42 @@ def _validate(tree: dict, source: str) -> Params:
     try:
         return Params.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(problem, tree) for problem in error.errors()]
+        lines = [_explain(problem) for problem in error.errors()]
         raise UserError("\n".join([f"bad parameters in {source}:", *lines])) from None
 
 
-def _explain(problem: dict, tree: dict) -> str:
+def _explain(problem: dict) -> str:
     key = ".".join(str(part) for part in problem["loc"]) or "(file)"
-    if problem["type"] != "extra_forbidden":
-        return f"  {key}: {problem['msg']}" + (
-            "" if isinstance(problem["input"], dict) else f", found {shown(repr(problem['input']))}"
-        )
-    schema: Any = Params().model_dump()
-    for part in problem["loc"][:-1]:
-        schema = schema[part]
-    close = difflib.get_close_matches(str(problem["loc"][-1]), list(schema), n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(schema)}"
-    return f"  {key}: unknown parameter; {hint}"
+    if problem["type"] == "extra_forbidden":
+        return f"  {key}: unknown parameter; {_place(problem['loc'])}"
+    value = problem["input"]
+    hint = hint_for(key, value)
+    if problem["type"] == "string_type" and isinstance(value, dict):
+        hint = "a text that begins with { needs quotes: '{...}'"
+    whole_section = isinstance(value, dict) and problem["type"] == "value_error"
+    found = "" if whole_section else f", found {shown(repr(value))}"
+    return f"  {key}: {problem['msg']}{found}" + (f"; {hint}" if hint else "")
+
+
+def _place(unknown: Sequence) -> str:
+    """Where a parameter of this name is, or one of a similar name, or what there is in its section."""
+    *parents, name = map(str, unknown)
+    prefix, tree = ".".join([*parents, ""]), Params().model_dump()
+    same = [key for key in _keys(tree) if key.rpartition(".")[2] == name]
+    nearer = [key for key in same if parents and key.startswith(f"{parents[0]}.")]
+    if same:
+        return "it is " + " or ".join(nearer or same)
+    known = [key.removeprefix(prefix) for key in _keys(tree) if key.rpartition(".")[0] == prefix.rstrip(".")]
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
+
+
+def _keys(tree: dict, prefix: str = "") -> Iterator[str]:
+    """Every section and parameter, each with the sections that it is in."""
+    for name, value in tree.items():
+        yield prefix + name
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{name}.")
 
 
 def to_yaml(params: Params) -> str:

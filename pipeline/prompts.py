@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.chat import render_chats
+from pipeline.chat import Chat, prints_the_date, render_chats
 from pipeline.errors import UserError, in_one_line, is_printable, printable, shown
 from pipeline.params import Params
 from pipeline.shards.files import digest, parse_json, write_atomically
@@ -55,9 +55,17 @@ class PromptFormat:
         if not self.chat:
             return texts
         self._require_template(tokenizer)
+        return render_chats(tokenizer, [self._chat(text) for text in texts], [prompt.id for prompt in prompts])
+
+    def _chat(self, text: str) -> Chat:
         lead = [{"role": "system", "content": self.system}] if self.system else []
-        chats = [[*lead, {"role": "user", "content": text}] for text in texts]
-        return render_chats(tokenizer, chats, [prompt.id for prompt in prompts])
+        return [*lead, {"role": "user", "content": text}]
+
+    def prints_the_date(self, tokenizer) -> bool:
+        """Whether another day's prompts are other ones."""
+        if self.chat:
+            self._require_template(tokenizer)
+        return self.chat and prints_the_date(tokenizer, self._chat(self.template))
 
     def encode(self, tokenizer, prompts: Sequence[Prompt]) -> list[np.ndarray]:
         """Token ids, int32 each; special tokens are the tokenizer's own, or those of the chat template."""
@@ -166,16 +174,13 @@ def read_responses(path: Path) -> dict[str, list[GivenResponse]]:
         raise UserError(f"no file of responses at {path}")
     found: dict[str, list[GivenResponse]] = {}
     for number, row in enumerate(_read_rows(path), start=1):
-        for column in ("prompt", "response"):
-            if not isinstance(row.get(column), str) or not row[column].strip():
-                raise UserError(f"{path}: row {number} has no text in column '{column}'")
-            _require_unicode(row[column], path, number, column)
+        prompt, response = (_text(row, column, path, number) for column in ("prompt", "response"))
         finish = row.get("finish") or "stop"
         if finish not in ("stop", "length"):
             raise UserError(f"{path}: row {number} has finish '{shown(finish)}'; known: stop, length")
-        given = GivenResponse(row["response"], finish == "stop")
-        if given not in found.setdefault(row["prompt"], []):
-            found[row["prompt"]].append(given)
+        given = GivenResponse(response, finish == "stop")
+        if given not in found.setdefault(prompt, []):
+            found[prompt].append(given)
     return found
 
 
@@ -201,8 +206,22 @@ def _read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def _require_unicode(text: str, path: Path, number: int, column: str) -> None:
-    """Raises UserError for text that no file can hold and no tokenizer read."""
+def _text(row: dict, column: str, path: Path, number: int) -> str:
+    """The text in a column. Raises UserError where there is none."""
+    if column not in row:
+        raise UserError(f"{path}: row {number} has no column '{column}'; found {shown(', '.join(row)) or 'nothing'}")
+    text = row[column]
+    _require_text(text, path, number, column)
+    if not text.strip():
+        raise UserError(f"{path}: row {number} has an empty {column}: remove the row or fill it in")
+    return text
+
+
+def _require_text(text: object, path: Path, number: int, column: str) -> None:
+    """Raises UserError for what is no text, or one that no file can hold and no tokenizer read."""
+    if not isinstance(text, str):
+        found = "null" if text is None else f"{shown(repr(text))} ({type(text).__name__})"
+        raise UserError(f"{path}: row {number}: '{column}' must be text, found {found}")
     if not is_printable(text):
         raise UserError(
             f"{path}: row {number} has half a surrogate pair in '{column}': {shown(text)}. It is not valid Unicode: "
@@ -211,17 +230,11 @@ def _require_unicode(text: str, path: Path, number: int, column: str) -> None:
 
 
 def _parse(row: dict, path: Path, number: int) -> Prompt:
-    if "prompt" not in row:
-        raise UserError(f"{path}: row {number} has no column 'prompt'; found {shown(', '.join(row)) or 'nothing'}")
-    text = row["prompt"]
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{path}: row {number} has an empty prompt: remove the row or fill it in")
-    _require_unicode(text, path, number, "prompt")
-    references = row.get("references") or []
-    if not isinstance(references, list) or not all(isinstance(reference, str) for reference in references):
-        raise UserError(f"{path}: row {number}: 'references' must be a list of strings")
+    text = _text(row, "prompt", path, number)
+    given = row.get("references")
+    references = given if isinstance(given, list) else [] if given in (None, "") else [given]
     for reference in references:
-        _require_unicode(reference, path, number, "references")
+        _require_text(reference, path, number, "references")
     split = row.get("split") or "train"
     if split not in SPLITS:
         raise UserError(f"{path}: row {number} has split '{shown(split)}'; known: {', '.join(SPLITS)}")

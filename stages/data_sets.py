@@ -7,10 +7,11 @@ from hashlib import sha256
 from itertools import count, islice
 from typing import Any
 
+from pipeline import console
 from pipeline.errors import UserError, in_one_line, is_printable, shown
 from pipeline.params import DataSet
 from pipeline.prompts import SPLITS, Prompt, PromptFormat, encode_response, prompt_id
-from pipeline.records import fill, texts_at
+from pipeline.records import fill, find_split, texts_at
 
 # Held-out prompts are drawn first, so that training loses what overlaps with them and not the other way round.
 _ORDER = ("test", "validation", "train", "teach")
@@ -62,7 +63,7 @@ def draw_records(
             taken += [prompt for prompt, reason in zip(batch, reasons, strict=True) if reason is None]
         return taken
 
-    shots = take("shots", settings.train_split, settings.shots, lambda prompts: [None] * len(prompts))
+    shots = take("shots", sources["train"], settings.shots, lambda prompts: [None] * len(prompts))
     lead = "".join(
         settings.shot.replace("{prompt}", shot.prompt).replace("{reference}", shot.references[0]) for shot in shots
     )
@@ -91,14 +92,27 @@ def draw_records(
 
 
 def _sources(records: Mapping[str, Any], settings: DataSet) -> dict[str, str]:
-    """Our split -> the data set's; held-out prompts come from the training split where it has no other."""
-    train = settings.train_split
-    if train not in records:
-        raise UserError(f"{settings.path} has no split '{train}' (dataset.train_split); found {', '.join(records)}")
-    held_out = {"validation": settings.validation_split, "test": settings.test_split}
-    return {"teach": train, "train": train} | {
-        split: name if name in records else train for split, name in held_out.items()
-    }
+    """Our split -> the data set's; held-out prompts come from the training split where it has no other.
+
+    Raises UserError where a split is absent that was asked for by a name of its own.
+    """
+    train = find_split(records, settings.train_split)
+    if train is None:
+        raise _no_split(records, settings, "train")
+    sources = {"teach": train, "train": train}
+    for split, name in (("validation", settings.validation_split), ("test", settings.test_split)):
+        source = find_split(records, name)
+        if source is None and name != split:
+            raise _no_split(records, settings, split)
+        if source is None:
+            console.say(f"{settings.path} has no split '{name}': prompts of '{train}' are held out for it")
+        sources[split] = source or train
+    return sources
+
+
+def _no_split(records: Mapping[str, Any], settings: DataSet, split: str) -> UserError:
+    name = getattr(settings, f"{split}_split")
+    return UserError(f"{settings.path} has no split '{name}' (dataset.{split}_split); found {', '.join(records)}")
 
 
 def _shuffled(rows, split: str, settings: DataSet, seed: int) -> Iterator[Prompt]:
@@ -124,8 +138,8 @@ def _numbered(rows, where: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
 def _prompt(row: Mapping[str, Any], where: str, split: str, settings: DataSet) -> Prompt:
     try:
         text, references = fill(settings.prompt, row).strip(), texts_at(row, settings.references)
-    except KeyError as error:
-        raise UserError(f"{where}: {error.args[0]}") from None
+    except LookupError as error:
+        raise UserError(f"{where}: {error}") from None
     for each in (text, *references):
         if not is_printable(each):
             raise UserError(f"{where} has half a surrogate pair, which is not valid Unicode: {shown(each)}")

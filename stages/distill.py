@@ -34,7 +34,7 @@ from stages.rows import collate_rows
 from stages.students import StudentLearner, require_plain_head
 from stages.training import FirstStep, seed_everything, train
 
-LAM_EFF_WARNING = 0.1
+LAM_EFF_LEAST, LAM_EFF_MOST = 1e-4, 0.1  # outside of them the TD term does not act, or acts against the loss
 
 
 def distill(
@@ -238,11 +238,16 @@ def _write_curves(settings: Distill, history: list[dict], scale: float, out: Pat
     for row in [*training, *held_out]:
         if "precision" in row:
             row["lam_eff"] = settings.lam * row.pop("precision") / scale**2
-    strongest = max((row.get("lam_eff", 0.0) for row in training), default=0.0)
-    if strongest > LAM_EFF_WARNING:
+    strongest = max((row["lam_eff"] for row in training if "lam_eff" in row), default=None)
+    if strongest is not None and strongest > LAM_EFF_MOST:
         console.warn(
-            f"lam_eff reached {strongest:.2g}: above {LAM_EFF_WARNING} the TD term works against the distillation "
+            f"lam_eff reached {strongest:.2g}: above {LAM_EFF_MOST} the TD term works against the distillation "
             "loss; lower distill.lam"
+        )
+    if strongest is not None and strongest < LAM_EFF_LEAST:
+        console.warn(
+            f"lam_eff stayed at or below {strongest:.2g}: under {LAM_EFF_LEAST} the X term does not act, and the "
+            "student is that of the plain loss; raise distill.lam, or set distill.reward=none"
         )
     write_csv(out / "training.csv", training)
     write_csv(out / "heldout.csv", held_out)

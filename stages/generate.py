@@ -21,6 +21,7 @@ from pipeline.teachers import Engine
 from pipeline.teachers.orders import Order, Wanted
 from stages import asking
 from stages.asking import Asked, Summary, Teacher
+from stages.prompt_warnings import warn_of_prompts
 
 ANSWER_K = 1  # tokens a position of answers to test prompts: they are read as text
 CUT_WARNING = 0.05  # share of responses that may be cut at max_tokens without a word
@@ -51,7 +52,9 @@ def generate(
     prompts = prompts_to_ask(params, prompts_path)
     teacher = Teacher.of(settings)
     task = get_task(params.prepare.task)
-    asked, overlapping = asking.rendered(prompts, PromptFormat.of(params), teacher.tokenizer)
+    form = PromptFormat.of(params)
+    asked, overlapping = asking.rendered(prompts, form, teacher.tokenizer)
+    warn_of_prompts(form, teacher.tokenizer, [prompt for prompt, _, _ in asked], [ids for _, _, ids in asked])
     orders = orders_of(params, asked, teacher, storage)
     answering = [] if answers is None else answers_of(params, asked, teacher, storage)
     cached, _ = asking.look_up([*orders, *answering], retry_skipped)

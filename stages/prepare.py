@@ -20,6 +20,7 @@ from pipeline.records import load_records
 from pipeline.shards.files import write_json_atomically
 from pipeline.tasks import Task, get_task
 from stages.data_sets import draw_records
+from stages.prompt_warnings import warn_of_prompts
 
 # A prompt's split is a function of its text, so no prompt can be in two splits, whatever the sizes and seeds.
 _SHARES = {"teach": 0.8, "train": 0.1, "validation": 0.03, "test": 0.07}
@@ -80,14 +81,16 @@ def prepare(params: Params, prompts_path: Path, tokenizer_path: Path, results: P
     task = get_task(settings.task)
     sizes = {split: getattr(settings, split) for split in SPLITS}
     tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else _word_tokenizer(task, params.template)
+    form = PromptFormat.of(params)
     if settings.dataset.path:
         records = load_records(settings.dataset.path, settings.dataset.config)
-        form = PromptFormat.of(params)
         prompts, counts = draw_records(records, settings.dataset, sizes, tokenizer, form, params.seed)
     else:
         prompts = list(draw(task, sizes, params.seed))
         counts = {split: Counter(kept=size) for split, size in sizes.items()}
     check_disjoint(prompts)
+    if tokenizer.chat_template or not form.chat:  # else it is another tokenizer that will render them
+        warn_of_prompts(form, tokenizer, prompts)
     write_prompts(prompts_path, prompts)
     write_json_atomically(prompts_path.with_name(_COUNTS), counts)
     with replacing(tokenizer_path, _TOKENIZER, "--tokenizer") as made:

@@ -110,7 +110,7 @@ def make_params(teacher: Path, *overrides: str) -> Params:
         "score.validation_samples=6", "distill.optimisation.steps=10", "distill.log_every=5",
         "distill.evaluate_every=5", "distill.save_every=5", "evaluate.samples=2", "evaluate.bootstrap=20",
     ]  # fmt: skip
-    return load_params(None, [*(o.replace("template={prompt}", "template='{prompt}'") for o in given), *overrides])
+    return load_params(None, [*given, *overrides])
 
 
 @pytest.fixture(scope="session")

@@ -111,6 +111,33 @@ def test_unknown_objectives_and_typos_are_refused(tmp_path):
     assert "--model nonsense: expected NAME=FOLDER" in refused("evaluate", "--model", "nonsense")
 
 
+def test_bad_parameters_are_refused_before_anything_heavy_is_imported():
+    """Of every command that reads parameters, in one process."""
+    commands = [*COMMANDS, "score", "report", "generate --dry-run"]
+    code = f"""
+import sys
+from pipeline.cli import main
+for command in {commands}:
+    name, *flags = command.split()
+    sys.argv = ["xkd-pipeline", name, *["teacher"] * (name == "teach"), *flags, "--set", "distill.objective=foo"]
+    try:
+        main()
+    except SystemExit as ended:
+        print(command, ended.code, [module for module in {HEAVY} if module in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"{command} 2 []" for command in commands]
+    assert done.stderr.count("found 'foo'") == len(commands)
+
+
+@pytest.mark.slow
+def test_a_template_with_characters_beyond_the_basic_plane_is_taken(teacher, tmp_path):
+    prompts = make_prompts(tmp_path / "p.parquet", train=1)
+    arguments = ("--teacher", teacher, "--prompts", prompts, "--engine", "stub", "--out", tmp_path / "out")
+    found = run_cli("generate", *arguments, "--template", "\U0001f600 {prompt}")
+    assert found.returncode == 0, found.stderr
+
+
 def test_bad_prompts_are_refused_by_file_and_row(teacher, tmp_path):
     path = tmp_path / "prompts.jsonl"
     for text, message in (
@@ -163,7 +190,8 @@ def test_a_student_with_another_tokenizer_is_refused(teacher, tmp_path):
 def test_libraries_are_kept_quiet(teacher, tmp_path):
     """Nothing but our own lines on the terminal, with transformers running the teacher."""
     prompts = make_prompts(tmp_path / "p.parquet", train=6, validation=2)
-    found = run_cli("generate", "--teacher", teacher, "--prompts", prompts, "--out", tmp_path / "out", "--engine", "hf")
+    arguments = ("--teacher", teacher, "--prompts", prompts, "--engine", "hf", "--template", "{prompt}")
+    found = run_cli("generate", *arguments, "--out", tmp_path / "out")
     assert found.returncode == 0
     words, results = re.compile(r"loading the teacher|sampling|scoring"), re.compile(r"teacher cached|  \S")
     assert [line for line in found.stderr.splitlines() if not words.match(line)] == []

@@ -10,10 +10,11 @@ from pipeline.errors import UserError
 from pipeline.models import load_tokenizer
 from pipeline.params import DataSet
 from pipeline.prompts import PromptFormat, read_prompts
-from pipeline.records import fill, load_records, texts_at
+from pipeline.records import fill, find_split, load_records, texts_at
 from pipeline.tasks.gsm8k import extract
 from stages.data_sets import draw_records
 from tests.conftest import WORDS, run_cli
+from tests.published import write_dialogsum, write_jsonl, write_lines, write_multi30k
 
 PLAIN = PromptFormat("{prompt}")
 
@@ -43,12 +44,12 @@ def tokenizer(teacher):
     return load_tokenizer(teacher)
 
 
-@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet", "folder", "datasets"])
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "csv", "parquet", "folder", "datasets"])
 def test_every_common_form_gives_the_same_records(tmp_path, form):
     frame = pl.DataFrame(rows(9))
     path = tmp_path / f"data.{form}"
-    if form == "jsonl":
-        frame.write_ndjson(path)
+    if form.startswith("jsonl"):
+        write_jsonl(path, rows(9))
     elif form == "csv":
         frame.write_csv(path)
     elif form == "parquet":
@@ -60,7 +61,7 @@ def test_every_common_form_gives_the_same_records(tmp_path, form):
     else:
         datasets.DatasetDict({"train": datasets.Dataset.from_list(rows(9))}).save_to_disk(path)
     found = load_records(str(path), config="ignored here")
-    assert found["train"].to_list() == rows(9)
+    assert list(found["train"]) == rows(9)
     assert set(found) == ({"train", "validation"} if form == "folder" else {"train"})
 
 
@@ -80,18 +81,116 @@ def test_columns_are_mapped_without_running_anything_in_the_data():
     record = {"translation": {"en": "a {dog}", "de": "ein Hund"}, "source": ["One.", "Two."], "n": 3, "none": None}
     assert fill("Translate: {translation.en} ({n}){none}", record) == "Translate: a {dog} (3)"
     assert fill("{source}", record) == "One. Two."
-    assert texts_at(record, "translation.de") == ["ein Hund"]
-    assert texts_at(record, "source") == ["One.", "Two."]
+    assert texts_at(record, ["translation.de"]) == ["ein Hund"]
+    assert texts_at(record, ["source"]) == ["One.", "Two."]
     for bad in ("translation.fr", "n.real", "__class__"):
-        with pytest.raises(KeyError, match="no column"):
+        with pytest.raises(LookupError, match="no column"):
             fill(f"{{{bad}}}", record)
 
 
 def test_a_missing_column_names_file_split_and_row(tokenizer):
     with pytest.raises(UserError, match=r"here, split train, row 1: no column 'text'; found question, answer"):
         draw_records(records(rows(9)), settings(prompt="{text}"), SIZES, tokenizer, PLAIN, 0)
-    with pytest.raises(UserError, match=r"no split 'training'.*found train"):
-        draw_records(records(rows(9)), settings(train_split="training"), SIZES, tokenizer, PLAIN, 0)
+    with pytest.raises(UserError, match=r"no split 'fit'.*found train"):
+        draw_records(records(rows(9)), settings(train_split="fit"), SIZES, tokenizer, PLAIN, 0)
+
+
+def test_a_column_that_is_no_text_says_what_is_in_it():
+    record = {"translation": {"en": "a", "de": "b"}, "image": b"\x00", "answers": [{"text": "a"}]}
+    for template, message in (
+        ("{translation}", "inside it are en, de"),
+        ("{image}", "found b'"),
+        ("{answers}", "text"),
+    ):
+        with pytest.raises(LookupError, match=message):
+            fill(template, record)
+    with pytest.raises(LookupError, match=r"no column 'translation.fr'; found en, de"):
+        fill("{translation.fr}", record)
+
+
+def test_of_several_columns_those_that_a_row_has_are_used():
+    record = {"a": "one", "b": None, "c": ["two", "three"], "d.e": "four"}
+    assert texts_at(record, ["a", "b", "c", "z"]) == ["one", "two", "three"]
+    assert fill("{z|b|a} {d.e}", record) == "one four" and fill("{b}", record) == ""
+    for read in (lambda: texts_at(record, ["y", "z"]), lambda: fill("{y|z}", record)):
+        with pytest.raises(LookupError, match=r"none of the columns y, z; found a, b, c, d\.e"):
+            read()
+
+
+def test_dialogsum_is_read_as_its_authors_ship_it(tmp_path):
+    found = load_records(str(write_dialogsum(tmp_path)))
+    assert list(found) == ["train", "validation", "test"]
+    mapped = settings(prompt="{dialogue}", references=["summary", "summary1", "summary2", "summary3"])
+    prompts, counts = draw_records(found, mapped, {"teach": 0, "train": 20, "validation": 5, "test": 6}, None, PLAIN, 0)
+    assert {split: counts[split]["kept"] for split in ("train", "validation", "test")} == dict(
+        train=20, validation=5, test=6
+    )
+    assert {(p.split, len(p.references)) for p in prompts} == {("train", 1), ("validation", 1), ("test", 3)}
+    (first,) = (p for p in prompts if "w25 w2" in p.prompt)
+    assert first.references == ("w25 w5 w1", "w25 w5 w2", "w25 w5 w3") and first.prompt.startswith("#Person1#: w25 w2")
+    with pytest.raises(UserError, match=r"split test, row 1: no column 'summary'; found fname, dialogue, summary1"):
+        draw_records(found, settings(prompt="{dialogue}", references="summary"), SIZES, None, PLAIN, 0)
+
+
+def test_a_list_in_one_file_and_a_text_in_another_are_both_references(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"question": f"w{i}", "answer": f"w{i}"} for i in range(9)])
+    write_jsonl(tmp_path / "test.jsonl", [{"question": f"w{i}", "answer": ["a", "b"]} for i in range(9, 12)])
+    prompts, _ = draw_records(load_records(str(tmp_path)), settings(), REST | {"test": 3}, None, PLAIN, 0)
+    assert {(p.split, len(p.references)) for p in prompts} == {("train", 1), ("validation", 1), ("test", 2)}
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_multi30k_is_read_as_its_authors_ship_it(tmp_path, packed):
+    """A file a language; a line ends with a line feed, whatever else Unicode calls a line."""
+    write_multi30k(tmp_path, packed=packed)
+    write_lines(tmp_path / "README.md", ["about"])
+    write_lines(tmp_path / f"val.en{'.gz' * packed}", ["w20 \u2028 w2\r", "w21 \x85", "w22 \x0b", "", "w24"])
+    found = load_records(str(tmp_path))
+    assert sorted(found) == ["test_2016_flickr", "test_2017_flickr", "train", "val"]
+    mapped = settings(test_split="test_2016_flickr", prompt="{en}", references="de")
+    prompts, counts = draw_records(found, mapped, {"teach": 0, "train": 20, "validation": 5, "test": 6}, None, PLAIN, 0)
+    assert {p.prompt: p.references for p in prompts if p.split == "test"}["w26 w2 ."] == ("w26 w5 .",)
+    assert {p.prompt: p.references for p in prompts if p.split == "validation"} == {
+        text: (f"w{i} w5 .",) for text, i in (("w20 \u2028 w2", 20), ("w21", 21), ("w22", 22), ("w24", 24))
+    }
+    assert counts["validation"] == {"kept": 4, "without prompt or reference": 1}
+    with pytest.raises(UserError, match=r"set dataset\.test_split to test_2016_flickr or test_2017_flickr"):
+        draw_records(found, settings(prompt="{en}", references="de"), SIZES, None, PLAIN, 0)
+    with pytest.raises(UserError, match="no column 'nl'; found de, en, fr"):
+        draw_records(found, mapped.model_copy(update={"references": ["nl"]}), SIZES, None, PLAIN, 0)
+
+
+def test_parallel_files_of_unequal_length_are_named_both(tmp_path):
+    write_lines(tmp_path / "train.en", ["a", "b"])
+    write_lines(tmp_path / "train.de", ["a", "b", "c"])
+    with pytest.raises(UserError, match=r"train\.de has 3, .*train\.en has 2"):
+        list(load_records(str(tmp_path))["train"])
+    (tmp_path / "train.en").write_bytes(b"a\n\xff\nc\n")
+    with pytest.raises(UserError, match=r"train\.en cannot be read as UTF-8 text"):
+        list(load_records(str(tmp_path))["train"])
+    write_lines(tmp_path / "train.en.gz", ["a", "b", "c"])
+    (tmp_path / "train.en").unlink()
+    assert [row["en"] for row in load_records(str(tmp_path))["train"]] == ["a", "b", "c"]
+    (tmp_path / "train.en.gz").write_bytes(b"not packed")
+    with pytest.raises(UserError, match=r"train\.en\.gz cannot be read"):
+        list(load_records(str(tmp_path))["train"])
+
+
+def test_a_split_is_found_by_the_word_for_it_in_its_name():
+    assert find_split({"corpus.dev.tok": 1, "train_v2": 1}, "validation") == "corpus.dev.tok"
+    assert find_split({"corpus.dev.tok": 1, "train_v2": 1}, "train") == "train_v2"
+    assert find_split({"latest": 1, "train": 1}, "test") is None
+    assert find_split({"test_b": 1}, "test_a") is None  # a name of its own means this one and no other
+    assert find_split({"test_a": 1, "test": 1}, "test") == "test"
+    with pytest.raises(UserError, match=r"set dataset\.test_split to test_a or test_b"):
+        find_split({"test_a": 1, "test_b": 1}, "test")
+
+
+def test_held_out_prompts_come_from_the_training_split_only_where_none_was_asked_for(capsys):
+    draw_records(records(rows(99)), settings(), SIZES, None, PLAIN, 0)
+    assert "no split 'test': prompts of 'train' are held out for it" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"no split 'tset' \(dataset.test_split\); found train"):
+        draw_records(records(rows(99)), settings(test_split="tset"), SIZES, None, PLAIN, 0)
 
 
 def test_splits_are_disjoint_whatever_the_data_set_has():
@@ -157,7 +256,7 @@ def test_prepare_reads_a_data_set_and_leaves_counts(tmp_path, teacher):
     pl.DataFrame(rows(60)).write_ndjson(tmp_path / "data.jsonl")
     given = {
         "task": "gsm8k", "tokenizer": str(teacher), "dataset.path": str(tmp_path / "data.jsonl"),
-        "dataset.prompt": "'{question}'", "dataset.references": "answer", "teach": 0, "train": 20, "validation": 4,
+        "dataset.prompt": "{question}", "dataset.references": "answer", "teach": 0, "train": 20, "validation": 4,
         "test": 6,
     }  # fmt: skip
     options = [option for key, value in given.items() for option in ("--set", f"prepare.{key}={value}")]

@@ -234,6 +234,14 @@ def test_a_strong_td_term_is_warned_about(cache, teacher, student, tmp_path, cap
     assert "lam_eff reached" in capsys.readouterr().err
 
 
+def test_a_td_term_that_does_not_act_is_warned_about(cache, teacher, student, tmp_path, capsys):
+    run_distill(cache, teacher, student, tmp_path / "weak", "distill.reward=zero", "distill.lam=0.000001")
+    found = " ".join(capsys.readouterr().err.split())
+    assert "under 0.0001 the X term does not act" in found and "raise distill.lam, or set distill.reward=none" in found
+    run_distill(cache, teacher, student, tmp_path / "plain", "distill.reward=none", "distill.lam=0.000001")
+    assert "lam_eff" not in capsys.readouterr().err
+
+
 def test_a_shard_of_a_larger_vocabulary_trains_a_smaller_student(cache, student):
     """Padded vocabularies of one family: the teacher's ids beyond the student's embedding belong to the tail."""
 

@@ -87,7 +87,9 @@ def test_a_teacher_scores_the_responses_of_another_tool(given, teacher, tmp_path
 
 def test_bad_rows_and_text_without_responses_are_refused(tmp_path, teacher):
     prompts = make_prompts(tmp_path / "prompts.parquet", train=2)
-    for row, message in (({"prompt": "w1"}, "row 1 has no text in column 'response'"),
+    for row, message in (({"prompt": "w1"}, "row 1 has no column 'response'; found prompt"),
+                         ({"prompt": "w1", "response": 5}, r"row 1: 'response' must be text, found 5 \(int\)"),
+                         ({"prompt": "w1", "response": ""}, "row 1 has an empty response"),
                          ({"prompt": "w1", "response": "w2", "finish": "eos"}, "row 1 has finish 'eos'")):  # fmt: skip
         (tmp_path / "bad.jsonl").write_text(json.dumps(row))
         with pytest.raises(UserError, match=message):

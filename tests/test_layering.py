@@ -15,7 +15,7 @@ EVERYWHERE = {
     f"pipeline/{name}.py"
     for name in ("__init__", "console", "errors", "interrupts", "outputs", "params_file", "provenance", "streams")
 }
-EVERYWHERE |= {f"pipeline/params/{name}.py" for name in ("__init__", "base", "data", "student", "teacher")}
+EVERYWHERE |= {f"pipeline/params/{name}.py" for name in ("__init__", "base", "data", "hints", "student", "teacher")}
 EVERYWHERE |= {"stages/__init__.py"}
 
 

@@ -1,7 +1,11 @@
 """What holds for parameters: one place for defaults, and clear refusals."""
 
+import re
+import shutil
+
 import pytest
 import yaml
+from dvc.utils.hydra import apply_overrides
 
 from pipeline.errors import UserError
 from pipeline.params import Params
@@ -51,6 +55,22 @@ def test_a_partial_file_is_filled_with_defaults_and_options_win(tmp_path):
         ("seed=-1", "greater than or equal to 0, found -1"),
         ("distill.lam=[", "the value is not valid YAML"),
         ("lam", "expected key=value"),
+        ("distill.objective=x-skew-fkl", "write skew_fkl with distill.reward=frozen"),
+        ("distill.objective=kl", "fkl is KL(teacher || student), rkl is KL(student || teacher)"),
+        ("distill.objective=JS", "write jsd"),
+        ("distill.objective=ce", "sft learns references"),
+        ("distill.objective=gkd", "GKD is not there yet; its divergence on the teacher's samples is jsd"),
+        ("distill.objective=MiniLLM", "MiniLLM is not there yet; its divergence on the teacher's samples is rkl"),
+        ("distill.objective=distillm", "write skew_fkl or skew_rkl"),
+        ("distill.objective=x-kd", "fkl with distill.reward=frozen"),
+        ("distill.temperature=1", "unknown parameter; it is generate.temperature or score.temperature or evaluate.te"),
+        ("generate.max_tokens=9", "generate.max_tokens: unknown parameter; it is max_tokens"),
+        ("distill.learning_rate=1", "unknown parameter; it is distill.optimisation.learning_rate"),
+        ("k=3", "k: unknown parameter; it is generate.k"),
+        ("prepare.dataset.references={de}", "Input should be a valid list, found {'de': None}"),
+        ("prepare.dataset.references=[]", "should have at least 1 item"),
+        ('template="{prompt}" =>"', "the value is not valid YAML"),
+        ("template={prompt} \0", "half a surrogate pair or a null character"),
         ("seed.x=1", "seed"),
     ],
 )
@@ -58,6 +78,42 @@ def test_a_slip_is_named_with_what_is_allowed(override, message):
     with pytest.raises(UserError) as error:
         load_params(None, ["seed=1", override])
     assert message in str(error.value)
+
+
+def test_a_text_needs_no_quotes_of_its_own():
+    """YAML reads {en} as a mapping, and 1 as a number: a text is taken as it stands, unless it is quoted."""
+    for given, text in (
+        ("{en}", "{en}"),
+        ("Q: {en}  # not a comment", "Q: {en}  # not a comment"),
+        ("[1]", "[1]"),
+        ("null", "null"),
+        ("", ""),
+        ("'{en}'", "{en}"),
+        ('"{en}\\n"', "{en}\n"),
+        ('"{en}', '"{en}'),
+    ):
+        assert load_params(None, [f"prepare.dataset.prompt={given}"]).prepare.dataset.prompt == text
+    assert load_params(None, ["teach.teacher.base=7", "distill.best="]).teach.teacher.base == "7"
+
+
+def test_a_text_in_a_file_that_yaml_reads_as_a_mapping_is_named_with_the_way_to_write_it(tmp_path):
+    (tmp_path / "p.yaml").write_text("prepare: {dataset: {prompt: {en}}}")
+    with pytest.raises(UserError, match=r"prompt: .*found \{'en': None\}; a text that begins with \{ needs quotes"):
+        load_params(tmp_path / "p.yaml")
+
+
+def test_what_the_readme_shows_for_dvc_exp_run_sets_texts_and_lists(tmp_path):
+    """Hydra, which reads the values of -S, takes no text that begins with a brace without quotes of its own."""
+    shown = re.findall(r"`-S \"(.+?)\"`", (ROOT / "README.md").read_text())
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    apply_overrides(tmp_path / "params.yaml", shown)
+    found = load_params(tmp_path / "params.yaml").prepare.dataset
+    assert (found.prompt, found.references) == ("{en}", ["summary", "summary1"]) and len(shown) == 2
+
+
+def test_references_are_one_column_or_several():
+    for given, columns in (("answer", ["answer"]), ("[a, b]", ["a", "b"])):
+        assert load_params(None, [f"prepare.dataset.references={given}"]).prepare.dataset.references == columns
 
 
 def test_a_reward_without_a_lower_bound_is_refused_with_the_reason():

@@ -18,6 +18,7 @@ from stages.report import report
 from stages.reward import reward
 from stages.teach import teach
 from tests.conftest import ROOT, make_chat_model, make_seq2seq_model
+from tests.published import write_dialogsum, write_jsonl, write_multi30k
 
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 TINY = (
@@ -40,6 +41,15 @@ def row(preset: str, i: int) -> dict:
     return {"source": [f"w{i} w2 .", "w3 ."], "target": [f"w{i} w5 w6", "w7 w8"]}
 
 
+def write_set(preset: str, folder: Path) -> None:
+    """The preset's data set as it is published, with made-up rows."""
+    if "dialogsum" in preset or "multi30k" in preset:
+        (write_dialogsum if "dialogsum" in preset else write_multi30k)(folder)
+    else:
+        for split, rows in (("train", range(20)), ("test", range(20, 24))):
+            write_jsonl(folder / f"{split}.jsonl", [row(preset, i) for i in rows])
+
+
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_says_how_to_run_it_and_resolves(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
@@ -59,9 +69,7 @@ def test_a_preset_starts_and_goes_to_its_end(path, tmp_path):
         for seed, role in enumerate(("teacher", "student"))
     )
     data = tmp_path / "data"
-    (tmp_path / "set").mkdir()
-    for split, rows in (("train", range(20)), ("test", range(20, 24))):
-        pl.DataFrame([row(path.stem, i) for i in rows]).write_ndjson(tmp_path / "set" / f"{split}.jsonl")
+    write_set(path.stem, tmp_path / "set")
     base = {"prepare.dataset.path": tmp_path / "set", "prepare.tokenizer": teacher, "teach.teacher.base": teacher}
     tiny = [
         *TINY,
@@ -77,6 +85,8 @@ def test_a_preset_starts_and_goes_to_its_end(path, tmp_path):
     prompts = data / "prompts" / "prompts.parquet"
     prepare(params, prompts, data / "tokenizer")
     assert "<<" not in read_prompts(prompts)[0].references[0]
+    references = {"dialogsum": 3, "scitldr": 2}.get(path.stem.partition("-")[2], 1)
+    assert {len(prompt.references) for prompt in read_prompts(prompts, ("test",))} == {references}
     for role in ("teacher", "student"):
         teach(params, role, prompts, data / "tokenizer", data / "models" / role, tmp_path / "runs")
     assert ((data / "models" / "teacher" / "link.json").is_file()) != t5  # taken as it is, or fine-tuned

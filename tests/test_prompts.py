@@ -30,6 +30,13 @@ def test_jsonl_needs_only_a_prompt(tmp_path):
     assert (found.prompt, found.references, found.split) == ("hello", (), "train") and len(found.id) == 16
 
 
+def test_references_are_a_list_or_one_text(tmp_path):
+    rows = [{"prompt": "a", "references": ["b", "c"]}, {"prompt": "d", "references": "e"}, {"prompt": "f"}]
+    rows += [{"prompt": "g", "references": None}, {"prompt": "h", "references": ""}]
+    found = read_prompts(write_jsonl(tmp_path / "p.jsonl", *rows))
+    assert [prompt.references for prompt in found] == [("b", "c"), ("e",), (), (), ()]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -37,8 +44,11 @@ def test_jsonl_needs_only_a_prompt(tmp_path):
         ([{"prompt": "a"}, {"prompt": " "}], "row 2 has an empty prompt"),
         ([{"prompt": "a", "id": 7}, {"prompt": "b", "id": "7"}], "row 2 repeats id '7' of row 1"),
         ([{"prompt": "a", "id": 0}, {"prompt": "a", "id": 1}], "row 2 repeats the prompt of row 1"),
-        ([{"prompt": "a", "references": 5}], "row 1: 'references' must be a list"),
-        ([{"prompt": "a", "references": "not a list"}], "row 1: 'references' must be a list"),
+        ([{"prompt": None}], "row 1: 'prompt' must be text, found null"),
+        ([{"prompt": 5}], "row 1: 'prompt' must be text, found 5 (int)"),
+        ([{"prompt": ["a", "b"]}], "row 1: 'prompt' must be text, found ['a', 'b'] (list)"),
+        ([{"prompt": "a", "references": 5}], "row 1: 'references' must be text, found 5"),
+        ([{"prompt": "a", "references": ["b", None]}], "row 1: 'references' must be text, found null"),
         ([{"prompt": "a", "split": "dev"}], "row 1 has split 'dev'; known: teach, train"),
         (["{broken"], "row 1 is not JSON"),
         (["[1]"], "row 1 is not a JSON object"),

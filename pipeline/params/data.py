@@ -1,18 +1,21 @@
 """Parameters of prompts and of the two models that the pipeline makes."""
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from pipeline.params.base import Count, Dropout, Optimisation, Positive, Section
 
 Role = Literal["teacher", "student"]
+Columns = Annotated[
+    list[str], Field(min_length=1), BeforeValidator(lambda name: [name] if isinstance(name, str) else name)
+]
 
 
 class DataSet(Section):
     path: str = ""
-    """Hub name, `datasets` folder, folder of files, or a .jsonl, .csv or .parquet file; empty: the built-in task."""
+    """Hub name, .jsonl, .csv or .parquet file, folder of these or of train.en and train.de; empty: a built-in task."""
     config: str = ""
     """Configuration of a hub data set, for instance main or de-en."""
     train_split: str = "train"
@@ -22,9 +25,9 @@ class DataSet(Section):
     test_split: str = "test"
     """Its split for the final scores."""
     prompt: str = "{prompt}"
-    """Text of a prompt, made of columns; {translation.en} looks inside a column, a list of texts is joined."""
-    references: str = "references"
-    """Column of the reference or references."""
+    """Text of a prompt, made of columns; {a.b} looks inside a column, {a|b} is the first that a row has."""
+    references: Columns = ["references"]
+    """Columns of references, each a text or a list; of several, those that a row has."""
     remove: str = ""
     """Regular expression of what is removed from references."""
     shots: Count = 0
