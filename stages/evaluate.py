@@ -168,13 +168,7 @@ def _scores(task_metrics, outputs: Mapping[str, Outputs], prompts, settings: Eva
             {n: metric.statistics(o.greedy, references) for n, o in outputs.items()},
             metric.score,
         )
-        sampled = {
-            name: np.mean(
-                [metric.statistics(column, references[: len(column)]) for column in zip(*o.sampled, strict=True)],
-                axis=0,
-            )
-            for name, o in outputs.items()
-        }
+        sampled = {name: metric.pooled(o.sampled, references[: len(o.sampled)]) for name, o in outputs.items()}
         add("sampled", metric.name, sampled, metric.score)
     if all(len(o.kl) for o in outputs.values()):
         add("heldout", "kl_to_teacher", {n: o.kl for n, o in outputs.items()}, lambda mean: float(mean[0] / mean[1]))
