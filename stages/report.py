@@ -76,7 +76,7 @@ def _subtitle(found: dict) -> str:
     name = teacher.get("name") or "a local model"
     counts = evaluation.get("counts", {})
     test = f"{counts['test']:,} test prompts, " if counts else ""
-    return f"Teacher: {name} ({evaluation['provenance']['teacher']}). {test}95 % bootstrap intervals over prompts."
+    return f"Teacher: {name} ({evaluation['provenance']['teacher']}). {test}95 % intervals over prompts."
 
 
 def _cards(found: dict) -> list[Card]:
