@@ -1,10 +1,19 @@
-"""Intervals by resampling prompts: of one model's score, and of the difference of two on the same prompts."""
+"""95 % intervals over prompts: of one model's score, and of the difference of two on the same prompts.
+
+Scores with ends (percentages) have intervals in closed form, which hold near the ends, where resampling fails: no
+resample of 40 right answers has a wrong one. Scores without ends are resampled. Coverage: docs/metrics.md.
+"""
 
 from collections.abc import Callable, Mapping
+from math import sqrt
+from statistics import NormalDist
 
 import numpy as np
 
-Score = Callable[[np.ndarray], float]
+Score = Callable[[np.ndarray], float]  # may have `ends`, its least and greatest value
+
+Z = NormalDist().inv_cdf(0.975)
+DOUBT = 0.1  # of a prompt as different as can be, added to what was seen: the scale of few differences is unknown
 
 
 def resample(prompts: int, resamples: int, seed: int) -> np.ndarray:
@@ -18,25 +27,75 @@ def intervals(
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     """Scores of models with 95 % intervals, and the differences of model `against` minus each other one.
 
-    statistics: model -> [n, D], the same n prompts in the same order; score: mean statistics [D] -> score. The same
-    resampled prompts serve all models, so a difference's interval is paired.
+    statistics: model -> [n, D], the same n prompts in the same order; score: mean statistics [D] -> score. Differences
+    are paired. One of exactly zero has an interval too: what other prompts could show after n that show nothing.
     """
     (prompts,) = {len(values) for values in statistics.values()}
-    weights = resample(prompts, resamples, seed)
-    estimates = {model: score(values.mean(axis=0)) for model, values in statistics.items()}
-    drawn = {model: np.array([score(mean) for mean in weights @ values]) for model, values in statistics.items()}
-    scores = {model: _summary(estimates[model], drawn[model]) for model in statistics}
+    ends = getattr(score, "ends", None)
+    value = {model: score(values.mean(axis=0)) for model, values in statistics.items()}
+    if ends is None:
+        weights = resample(prompts, resamples, seed)
+        drawn = {model: np.array([score(mean) for mean in weights @ values]) for model, values in statistics.items()}
+        single = {model: np.percentile(drawn[model], [2.5, 97.5]) for model in statistics}
+        paired = {model: np.percentile(drawn[against] - drawn[model], [2.5, 97.5]) for model in statistics}
+    else:
+        low, span = ends[0], ends[1] - ends[0]
+        shares = {model: (contributions(values, score) - low) / span for model, values in statistics.items()}
+        single = {model: low + span * share_interval(shares[model]) for model in statistics}
+        paired = {model: span * difference_interval(shares[against], shares[model]) for model in statistics}
+    scores = {model: _summary(value[model], single[model]) for model in statistics}
     differences = {
-        model: _summary(estimates[against] - estimates[model], drawn[against] - drawn[model])
-        for model in statistics
-        if model != against
+        model: _summary(value[against] - value[model], paired[model]) for model in statistics if model != against
     }
     return scores, differences
 
 
-def _summary(value: float, drawn: np.ndarray) -> dict[str, float]:
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return {"value": float(value), "low": float(low), "high": float(high)}
+def contributions(values: np.ndarray, score: Score) -> np.ndarray:
+    """A score as a mean of what each prompt adds to it [n], by leaving it out (centred jackknife pseudo-values)."""
+    n, mean = len(values), values.mean(axis=0)
+    if n == 1:
+        return np.array([score(mean)])
+    without = np.array([score(rest) for rest in (n * mean - values) / (n - 1)])
+    return score(mean) + (n - 1) * (without.mean() - without)
+
+
+def share_interval(shares: np.ndarray) -> np.ndarray:
+    """Of the mean of shares [n]: Agresti and Coull (1998), which adds two prompts at either end, near enough.
+
+    It is made for prompts that are right or wrong. Others vary less about the same mean, and count for as many
+    prompts as make up for it (the effective sample size of Korn and Graubard 1998).
+    """
+    mean = min(max(float(shares.mean()), 0.0), 1.0)
+    n = len(shares) / _ratio(shares)
+    center = (n * mean + Z**2 / 2) / (n + Z**2)
+    half = Z * sqrt(center * (1 - center) / (n + Z**2))
+    return np.clip([center - half, center + half], 0, 1)
+
+
+def difference_interval(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Of the mean of `first` - `second`, shares [n] of the same prompts: Bonett and Price (2012).
+
+    It adds a prompt that is won by the one and a prompt that is won by the other. Differences other than 0 and 1
+    count as in `share_interval`; where next to none is seen, their scale is that of the two models' own shares.
+    """
+    difference = first - second
+    won, lost = np.maximum(difference, 0).mean(), np.maximum(-difference, 0).mean()
+    worst = len(difference) * (won + lost - (won - lost) ** 2)
+    scale = max(_ratio(first), _ratio(second))
+    n = len(difference) * (worst + DOUBT) / (len(difference) * difference.var() + DOUBT * scale)
+    won, lost = (n * won + 1) / (n + 2), (n * lost + 1) / (n + 2)
+    half = Z * sqrt((won + lost - (won - lost) ** 2) / (n + 2))
+    return np.clip([won - lost - half, won - lost + half], -1, 1)
+
+
+def _ratio(shares: np.ndarray) -> float:
+    """The variance of shares over that of right and wrong prompts with their mean: 1 for these, less for others."""
+    mean = min(max(float(shares.mean()), 0.0), 1.0)
+    return (len(shares) * float(shares.var()) + DOUBT) / (len(shares) * mean * (1 - mean) + DOUBT)
+
+
+def _summary(value: float, interval: np.ndarray) -> dict[str, float]:
+    return {"value": float(value), "low": float(interval[0]), "high": float(interval[1])}
 
 
 def say_interval(found: Mapping[str, float], form: str = ".1f", sign: str = "", of: str = "value") -> str:

@@ -43,7 +43,7 @@ def draw(task: Task, sizes: dict[str, int], seed: int) -> Iterator[Prompt]:
 
     Raises UserError where the task has not enough distinct prompts.
     """
-    rng = Random(f"{task.name} {task.version} {seed}")
+    rng = Random(f"{task.name} {task.generator.version} {seed}")
     found: dict[str, dict[str, Prompt]] = {split: {} for split in sizes}
     idle = 0
     while any(len(found[split]) < size for split, size in sizes.items()):
@@ -100,7 +100,7 @@ def prepare(params: Params, prompts_path: Path, tokenizer_path: Path, results: P
         read = {"template": params.template, "chat": params.chat, "system": params.system}
         write_results(results, "prepare", {"data": data, "prompt_format": read, "counts": counts})
     console.facts(
-        f"task {task.name} (version {task.version})",
+        f"task {task.name}",
         [
             *((split, _say_counts(count)) for split, count in counts.items() if count),
             ("prompts", prompts_path),

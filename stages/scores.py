@@ -48,12 +48,7 @@ def scores(
     sampled = {name: [texts(answers) for answers in o.answers.sampled] for name, o in outcomes.items()}
     for metric in metrics:
         add("greedy", metric.name, {n: metric.statistics(each, references) for n, each in greedy.items()}, metric.score)
-        drawn = {
-            name: np.mean(
-                [metric.statistics(column, references[: len(column)]) for column in zip(*each, strict=True)], axis=0
-            )
-            for name, each in sampled.items()
-        }
+        drawn = {name: metric.pooled(each, references[: len(each)]) for name, each in sampled.items()}
         add("sampled", metric.name, drawn, metric.score)
     for mode in ("heldout", "own"):
         sums = {name: getattr(outcome, mode) for name, outcome in outcomes.items()}

@@ -1,4 +1,4 @@
-"""What holds for the benchmarks of the store's cost: they measure what they say, at the size of a test."""
+"""What holds for the benchmarks: they measure what they say, at the size of a test."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.params import Generate
 from stages.asking import Teacher
-from tests.benchmarks import bytes_a_token, capture, fidelity, growth, layouts, loader
+from tests.benchmarks import bytes_a_token, capture, fidelity, growth, intervals, layouts, loader
 from tests.benchmarks.texts import arguments, read_texts, start, to_draw
 from tests.conftest import ROOT, WORDS
 
@@ -150,3 +150,21 @@ def test_growth_measures_whole_runs_and_the_reading_and_size_of_what_they_made(t
     monkeypatch.setattr(loader, "BATCH", 8)
     measured = loader.main(selection, student)
     assert measured["rows"] == 40 and measured["steps"] == 5 and measured["share_of_step"] > 0
+
+
+def test_intervals_near_the_ends_hold_what_percentiles_of_resamples_do_not(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["intervals", "--quick"])
+    intervals.main()
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert head.count("|") == 6 and len(lines) == 2
+    for line in lines:
+        for before, now in (cell.split(" / ") for cell in line.strip("| ").split(" | ")[2:]):
+            assert int(now) >= 91, line
+            assert int(before) < 80 or line.startswith("| ROUGE"), line
+
+
+def test_the_page_of_metrics_shows_the_coverage_of_every_case():
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    for name in intervals.CASES:
+        for size in intervals.SIZES:
+            assert f"| {name} | {size} |" in page

@@ -11,7 +11,6 @@ from pipeline.models import load_tokenizer
 from pipeline.params import DataSet
 from pipeline.prompts import PromptFormat, read_prompts
 from pipeline.records import fill, find_split, load_records, texts_at
-from pipeline.tasks.gsm8k import extract
 from stages.data_sets import draw_records
 from tests.conftest import WORDS, run_cli
 from tests.published import write_dialogsum, write_jsonl, write_lines, write_multi30k
@@ -267,20 +266,3 @@ def test_prepare_reads_a_data_set_and_leaves_counts(tmp_path, teacher):
     counts = json.loads((tmp_path / "p" / "counts.json").read_text())
     assert counts["test"]["kept"] == 6 and counts["teach"] == {}
     assert load_tokenizer(tmp_path / "data" / "tokenizer").convert_tokens_to_ids(WORDS[0]) > 3
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("so 3 + 4 = 7\n#### 7", "7"),
-        ("#### 1,200.00", "1200"),
-        ("The total is $1,234.50.", "1234.5"),
-        ("first 3, then 5 apples.", "5"),
-        ("#### -4 and not 5", "-4"),
-        ("#### 0.0", "0"),
-        ("no number", None),
-        ("9 #### none", None),
-    ],
-)
-def test_the_answer_of_a_word_problem_is_the_marked_or_the_last_number(text, answer):
-    assert extract(text) == answer

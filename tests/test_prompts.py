@@ -1,6 +1,7 @@
 """What holds for prompt files and for the splits of the built-in tasks."""
 
 import json
+from hashlib import sha256
 
 import polars as pl
 import pytest
@@ -94,6 +95,16 @@ def test_splits_are_disjoint_by_construction(name):
 def test_more_prompts_leave_the_first_ones_as_they_are():
     small, large = ([*draw(TASKS["arithmetic"], {"train": n, "test": 5}, 0)] for n in (20, 40))
     assert [p for p in large if p.split == "train"][:20] == small[:20]
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [("arithmetic", "ed48cec91fbd"), ("translation", "0376f287d516"), ("summarisation", "c874817588149")],
+)
+def test_a_seed_draws_the_prompts_that_it_always_drew(name, digest):
+    """Whatever happens to a task's metrics: cached answers stay those of the same prompts."""
+    prompts = draw(TASKS[name], {"train": 30, "test": 10}, 0)
+    assert sha256("\n".join(prompt.prompt for prompt in prompts).encode()).hexdigest().startswith(digest)
 
 
 def test_a_task_that_runs_out_of_prompts_says_so():

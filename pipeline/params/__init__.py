@@ -25,8 +25,10 @@ class Evaluate(Section):
     """Test prompts that are also sampled, from the first."""
     temperature: Temperature = 1.0
     """Temperature of the sampled responses, at least 0.01."""
+    stemmer: bool = True
+    """ROUGE compares the stems of English words (Porter), as most published scores do; false for other languages."""
     bootstrap: Positive = 1000
-    """Resamples for the intervals."""
+    """Resamples for the intervals of divergences; those of metrics need none."""
     batch_size: Positive = 128
     """Sequences generated together."""
 

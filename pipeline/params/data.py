@@ -58,7 +58,7 @@ class DataSet(Section):
 
 class Prepare(Section):
     task: Literal["arithmetic", "translation", "summarisation", "gsm8k"] = "arithmetic"
-    """Metrics and, without a data set, the prompts; gsm8k (the last number counts) has no built-in prompts."""
+    """Metrics and, without a data set, the prompts; gsm8k (as in lm-eval) has no built-in prompts."""
     dataset: DataSet = DataSet()
     """A data set in place of the built-in prompts; the sizes below are then upper limits."""
     tokenizer: str = ""

@@ -6,9 +6,9 @@ from pipeline.tasks.base import Example, Generator, Task
 
 __all__ = ["TASKS", "Example", "Generator", "Task", "get_task"]
 
-TASKS = {
-    task.name: task
-    for task in (
+
+def _tasks(stemmer: bool) -> dict[str, Task]:
+    tasks = (
         Task(
             "arithmetic",
             1,
@@ -16,20 +16,33 @@ TASKS = {
             Generator(arithmetic.example, arithmetic.lexicon),
             checked=True,
         ),
-        Task("translation", 1, (metrics.bleu(), metrics.chrf()), Generator(translation.example, translation.lexicon)),
+        Task("translation", 2, (metrics.bleu(), metrics.chrf()), Generator(translation.example, translation.lexicon)),
         Task(
             "summarisation",
-            1,
-            tuple(metrics.rouge(name) for name in ("rouge2", "rouge1", "rougeL")),
+            2,
+            tuple(metrics.rouge(name, stemmer) for name in ("rouge2", "rouge1", "rougeL")),
             Generator(summarisation.example, summarisation.lexicon),
         ),
-        Task("gsm8k", 1, (metrics.accuracy(gsm8k.extract),), checked=True),
+        Task(
+            "gsm8k",
+            2,
+            (
+                metrics.accuracy(gsm8k.strict, gsm8k.target, rule="lm-eval gsm8k 3.0|filter:strict-match"),
+                metrics.accuracy(
+                    gsm8k.flexible, gsm8k.target, "flexible", rule="lm-eval gsm8k 3.0|filter:flexible-extract"
+                ),
+            ),
+            checked=True,
+        ),
     )
-}
+    return {task.name: task for task in tasks}
 
 
-def get_task(name: str) -> Task:
-    """Raises UserError with the known names where `name` is none of them."""
+TASKS = _tasks(stemmer=True)
+
+
+def get_task(name: str, stemmer: bool = True) -> Task:
+    """A task; `stemmer` is that of its ROUGE. Raises UserError with the known names where `name` is none of them."""
     if name not in TASKS:
         raise UserError(f"unknown task '{name}': choose one of {', '.join(TASKS)}")
-    return TASKS[name]
+    return TASKS[name] if stemmer else _tasks(stemmer)[name]

@@ -17,15 +17,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Generator:
-    """A source of built-in prompts."""
+    """A source of built-in prompts. `version` changes whenever the same seed would give other examples."""
 
     example: Callable[[Random], Example]  # draws one example
     lexicon: Callable[[], list[str]]  # every token that an example can contain, sorted
+    version: int = 1
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task. `version` changes whenever the same seed would give other examples, or the same answer another score."""
+    """A task. `version` changes whenever the same answers would get another score; its prompts have their own."""
 
     name: str
     version: int

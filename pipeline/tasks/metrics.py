@@ -1,12 +1,14 @@
-"""Metrics as per-prompt statistics, so that one bootstrap serves accuracy, BLEU, chrF and ROUGE alike.
+"""Metrics as per-prompt statistics, so that the same intervals serve accuracy, BLEU, chrF and ROUGE.
 
 A metric turns each (hypothesis, references) pair into a row of numbers; its score is a function of their mean over
-prompts. Resampling prompts is then a matrix product, and two models are compared on the same resampled prompts.
+prompts, also where a prompt has several hypotheses. docs/metrics.md defines each and names its reference tool.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
+from typing import ClassVar
 
 import numpy as np
 
@@ -15,58 +17,86 @@ References = Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
+class Percentage:
+    """A score from 0 to 100 as a function of the mean statistics [D]; its `ends` bound its intervals."""
+
+    of: Callable[[np.ndarray], float]
+    ends: ClassVar[tuple[float, float]] = (0.0, 100.0)
+
+    def __call__(self, mean: np.ndarray) -> float:
+        return self.of(mean)
+
+
+@dataclass(frozen=True)
 class Metric:
     """A named score in 0..100.
 
     statistics: (hypotheses [n], references [n][r]) -> float64 [n, D]
     score: float64 [D], the mean of the statistics over prompts -> the score
+    signature: references [n][r] -> what another tool has to be set to for the same score
     """
 
     name: str
     statistics: Callable[[Hypotheses, References], np.ndarray]
-    score: Callable[[np.ndarray], float]
+    score: Percentage
+    signature: Callable[[References], str]
     higher_is_better: bool = True
 
     def __call__(self, hypotheses: Hypotheses, references: References) -> float:
         return self.score(self.statistics(hypotheses, references).mean(axis=0))
 
+    def pooled(self, samples: Sequence[Hypotheses], references: References) -> np.ndarray:
+        """Statistics [n, D] of s samples [n][s] of each prompt, whose score is that of all n * s pairs."""
+        counts = [len(hypotheses) for hypotheses in samples]
+        hypotheses = [hypothesis for row in samples for hypothesis in row]
+        repeated = [refs for refs, count in zip(references, counts, strict=True) for _ in range(count)]
+        return self.statistics(hypotheses, repeated).reshape(len(counts), max(counts), -1).mean(axis=1)
 
-def _percent(mean: np.ndarray) -> float:
-    return 100.0 * float(mean[0])
+
+_share = Percentage(lambda mean: 100.0 * float(mean[0]))
 
 
-def accuracy(extract: Callable[[str], str | None]) -> Metric:
-    """Exact match of the extracted answer with that of any reference."""
+def accuracy(
+    answer: Callable[[str], str | None],
+    target: Callable[[str], str | None] | None = None,
+    name: str = "accuracy",
+    rule: str = "exact match",
+) -> Metric:
+    """Whether a hypothesis has an answer and it is that of any reference; `target` takes it from a reference."""
+    target = target or answer
 
     def statistics(hypotheses: Hypotheses, references: References) -> np.ndarray:
         right = [
-            (answer := extract(hypothesis)) is not None and answer in {extract(r) for r in refs}
+            (said := answer(hypothesis)) is not None and said in {target(reference) for reference in refs}
             for hypothesis, refs in zip(hypotheses, references, strict=True)
         ]
         return np.asarray(right, dtype=np.float64)[:, None]
 
-    return Metric("accuracy", statistics, _percent)
+    return Metric(name, statistics, _share, lambda references: rule)
 
 
-def rouge(name: str) -> Metric:
+def rouge(name: str, stemmer: bool = True) -> Metric:
     """F1 of ROUGE `name` (rouge1, rouge2, rougeL; rouge-score's own tokenizer), the best of the references."""
 
     def statistics(hypotheses: Hypotheses, references: References) -> np.ndarray:
-        scorer = _rouge_scorer(name)
+        scorer = _rouge_scorer(name, stemmer)
         best = [
             max(scorer.score(reference, hypothesis)[name].fmeasure for reference in refs)
             for hypothesis, refs in zip(hypotheses, references, strict=True)
         ]
         return np.asarray(best, dtype=np.float64)[:, None]
 
-    return Metric(name, statistics, _percent)
+    def signature(references: References) -> str:
+        return f"F1|refs:best|stemmer:{'Porter' if stemmer else 'none'}|rouge-score:{version('rouge-score')}"
+
+    return Metric(name, statistics, _share, signature)
 
 
 @cache
-def _rouge_scorer(name: str):
+def _rouge_scorer(name: str, stemmer: bool):
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer([name], use_stemmer=False)
+    return RougeScorer([name], use_stemmer=stemmer)
 
 
 def bleu() -> Metric:
@@ -94,10 +124,10 @@ def _sacrebleu_chrf():
 
 
 def _corpus_metric(name: str, scorer: Callable) -> Metric:
-    """A sacrebleu metric through its own per-segment statistics, whose sums give the corpus score.
+    """A sacrebleu metric through its own per-segment counts, whose sums give the corpus score.
 
     BLEU and chrF depend on ratios of these sums alone, except that BLEU smooths zero counts; so the mean is scaled
-    back to a sum over `scale` prompts, which is kept as the last statistic.
+    back to the sum over all segments, whose number is kept as the last statistic.
     """
 
     def statistics(hypotheses: Hypotheses, references: References) -> np.ndarray:
@@ -108,7 +138,14 @@ def _corpus_metric(name: str, scorer: Callable) -> Metric:
         return np.hstack([rows, np.full((len(rows), 1), len(rows), dtype=np.float64)])
 
     def score(mean: np.ndarray) -> float:
-        total = np.rint(mean[:-1] * mean[-1])
-        return float(scorer()._compute_score_from_stats([int(v) for v in total]).score)
+        # Sums of a part of the prompts need not be whole; but what is zero must be exactly zero.
+        sums = np.round(mean[:-1] * mean[-1], 6)
+        return float(scorer()._compute_score_from_stats(sums.tolist()).score)
 
-    return Metric(name, statistics, score)
+    def signature(references: References) -> str:
+        counts = {len(refs) for refs in references}
+        tool = type(scorer())()
+        tool.num_refs = counts.pop() if len(counts) == 1 else -1  # as a corpus score would find it; -1: they vary
+        return str(tool.get_signature())
+
+    return Metric(name, statistics, Percentage(score), signature)
