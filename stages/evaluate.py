@@ -54,7 +54,7 @@ def evaluate(
     of them, are read from the selection `answers_path`; without it the teacher is asked like any other model.
     """
     require_own_results(out, "evaluate")
-    task = get_task(params.prepare.task)
+    task = get_task(params.prepare.task, params.evaluate.stemmer)
     prompts = [prompt for prompt in read_prompts(prompts_path, ("test",)) if prompt.references]
     if not prompts:
         raise UserError(f"{prompts_path} has no test prompts with references")
@@ -102,6 +102,9 @@ def evaluate(
         "counts": {"test": len(prompts), "heldout": len({row.prompt_id for row in rows})},
         "checked": task.checked,
         "higher_is_better": {metric.name: metric.higher_is_better for metric in task.metrics},
+        "signatures": {
+            metric.name: metric.signature([prompt.references for prompt in prompts]) for metric in task.metrics
+        },
         "cost": {"seconds": seconds_since_start()},
         "provenance": provenance,
     }
@@ -241,6 +244,7 @@ def _report(results: dict, out: Path) -> None:
     console.facts(
         "evaluated",
         [
+            *((name, signature) for name, signature in results["signatures"].items()),
             *([("mass of the kept tokens", say_kept_mass(kept))] if kept else []),
             ("metrics", out / "metrics.json"),
             ("results", out / "results.json"),

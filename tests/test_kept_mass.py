@@ -55,6 +55,7 @@ def test_generate_and_cache_show_say_it(teacher, tmp_path, own_store, capsys):
     assert "mass of the kept tokens" in said.out and "of the teacher's probability" in said.err
     request = next(path.parent for path in own_store.glob("*/*/part-*.parquet"))
     shown = run_cli("cache", "show", request.name, "--json")
+    assert shown.returncode == 0, shown.stderr
     (kept,) = json.loads(shown.stdout)["kept_mass"]
     assert kept["k"] == 8 and 0 < kept["worst_tenth"] < kept["mean"] < 0.9
     assert "mass of the 8 kept tokens" in run_cli("cache", "show", request.name).stdout

@@ -26,6 +26,8 @@ def quality(evaluation: dict) -> Section:
     metrics, names = evaluation["metrics"], list(evaluation["higher_is_better"])
     measure, _ = headline_kl(metrics[evaluation["candidate"]])
     section = Section("quality", "Quality", [_MEANINGS[measure] + " In nats per token."])
+    if signatures := evaluation.get("signatures"):
+        section.texts.append(" ".join(f"{name}: {signature}." for name, signature in signatures.items()))
     columns = ["model", *names, f"{names[0]}, sampled", KL_NAMES[measure]]
     title = "Scores on the test prompts, greedy unless said otherwise"
     section.tables.append(Table(columns, [[model, *_scores(modes, names)] for model, modes in metrics.items()], title))

@@ -80,6 +80,7 @@ class Evaluation(TypedDict):
     parameters: NotRequired[dict[str, int | None]]
     sources: NotRequired[dict[str, str]]
     checked: NotRequired[bool]
+    signatures: NotRequired[dict[str, str]]
 
 
 class DistillCost(Seconds):
