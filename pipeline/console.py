@@ -279,9 +279,10 @@ def _groups(widths: Sequence[int], room: int) -> list[list[int]]:
 def _draw(rows: Sequence[tuple], widths: tuple, stacked: bool, room: int) -> None:
     """Rows of names and values, the headings first, with the widths of both."""
     lines: list[str] = []
+    fits = _INDENT + 2 + sum(widths[1]) < room  # else it begins where it can be seen
     for names, values in rows:
         left = "   ".join(_pad(name, width) for name, width in zip(names, widths[0], strict=True))
-        right = "   ".join(_pad(value, width, right=True) for value, width in zip(values, widths[1], strict=True))
+        right = "   ".join(_pad(value, width, right=fits) for value, width in zip(values, widths[1], strict=True))
         both = [f"  {left}", f"{' ' * _INDENT}  {right}"] if stacked else [f"  {left}   {right}"]
         lines += [line.rstrip() for line in both]
     headings = 2 if stacked else 1

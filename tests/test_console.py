@@ -117,6 +117,11 @@ def test_names_that_are_wider_than_the_terminal_stay_whole(table):
     ]
 
 
+def test_values_that_are_wider_than_the_terminal_begin_where_they_can_be_seen(table):
+    lines = table(80, "files", ("file", "why"), [("a", "x" * 90), ("b", "short")])
+    assert lines[2:] == ["  file", "    why", " " + "─" * 79, "  a", "    " + "x" * 90, "  b", "    short", ""]
+
+
 def test_wide_characters_and_line_breaks_do_not_shift_columns(table):
     lines = table(80, "t", ("name", "n"), [("日本語", 1), ("ab", 22), ("a\nb", 3)])
     assert lines[4:7] == ["  日本語    1", "  ab       22", "  a b       3"]
