@@ -78,7 +78,7 @@ def show(
     users = [user for user in references(storage)[0] if name in (f"{user.teacher}/{each}" for each in user.requests)]
     shards = Listing(SHARD_COLUMNS, sorted(info.shards, key=lambda shard: shard.modified or 0.0))
     if form is not Form.TEXT:
-        return shards.write(form, "shards", **describe(info, storage, users))
+        return shards.write(form, "shards", describe(info, storage, users))
     console.facts(
         name,
         [

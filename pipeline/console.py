@@ -27,6 +27,7 @@ PLAIN = bool(os.environ.get("NO_COLOR"))  # no escape codes at all: no colours, 
 _PATIENCE = 10  # seconds that progress says nothing where it cannot be redrawn: short runs have a closing line alone
 _SILENCE = 30  # seconds without a line there
 _NOTHING = Text()
+_INDENT = 2  # of values below their names
 
 
 def make_console(stream: Stream = STDERR, **options) -> Console:
@@ -218,22 +219,23 @@ def facts(title: str, rows: Sequence[tuple[str, object]]) -> None:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], names: int = 1) -> None:
     """A table; the first `names` columns say which row it is, and are left, the others right.
 
-    No cell is ever broken. What is too wide becomes several tables with the names in each; where a column does not fit
-    beside the names, each row becomes lines of its own.
+    No cell is ever broken. What is too wide becomes two tables with the names in each; where two do not do, the names
+    get lines of their own, with the values below them.
     """
-    cells = [[" ".join(str(cell).splitlines()) for cell in row] for row in rows]
-    widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
+    cells = [list(columns), *([" ".join(str(cell).splitlines()) for cell in row] for row in rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    room, lead = _room(results) or sys.maxsize, sum(widths[:names]) + 3 * names
+    groups = _groups(widths[names:], room - lead)
+    stacked = len(groups) > 2 or max((sum(group) + 3 * len(group) for group in groups), default=0) > room - lead
+    if stacked:
+        groups = _groups(widths[names:], room - _INDENT)
     _print(results, title, style="bold")
     results.print()
-    blocks = _blocks(widths, names, _room(results))
-    for block in blocks or ():
-        _draw([[row[place] for place in block] for row in [columns, *cells]], [widths[i] for i in block], names)
-    if blocks is None:
-        width = max(map(cell_len, columns))
-        for row in cells:
-            for heading, cell in zip(columns, row, strict=True):
-                _print(results, Text(cell), lead=Text(f"  {heading}{' ' * (width - cell_len(heading))}  ", "dim"))
-            results.print()
+    first = names
+    for group in groups or [[]]:
+        last = first + len(group)
+        _draw([(row[:names], row[first:last]) for row in cells], (widths[:names], group), stacked, room)
+        first = last
 
 
 def size(count: float) -> str:
@@ -263,33 +265,34 @@ def _print(console: Console, value: object, lead: Text = _NOTHING, style: str = 
         console.print(Text.assemble(start, (line, style) if isinstance(line, str) else line), soft_wrap=True)
 
 
-def _blocks(widths: Sequence[int], names: int, room: int | None) -> list[list[int]] | None:
-    """Which columns stand together so that each table fits; None where one does not fit beside the names."""
-
-    def fits(places: Sequence[int]) -> bool:
-        return room is None or sum(widths[place] for place in places) + 3 * len(places) <= room
-
-    lead = list(range(names))
-    blocks = [lead]
-    for place in range(names, len(widths)):
-        if fits([*blocks[-1], place]):
-            blocks[-1] = [*blocks[-1], place]
-        elif fits([*lead, place]):
-            blocks.append([*lead, place])
+def _groups(widths: Sequence[int], room: int) -> list[list[int]]:
+    """The widths in groups that fit into `room`, at least one in each."""
+    groups: list[list[int]] = []
+    for width in widths:
+        if groups and sum(groups[-1]) + width + 3 * (len(groups[-1]) + 1) <= room:
+            groups[-1].append(width)
         else:
-            return None
-    return blocks
+            groups.append([width])
+    return groups
 
 
-def _draw(rows: Sequence[Sequence[str]], widths: Sequence[int], names: int) -> None:
-    """One table, with its headings in the first row."""
-    rule = "─" if (STDOUT.encoding or "").lower().startswith("utf") else "-"
+def _draw(rows: Sequence[tuple], widths: tuple, stacked: bool, room: int) -> None:
+    """Rows of names and values, the headings first, with the widths of both."""
     lines: list[str] = []
-    for row in rows:
-        gaps = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
-        padded = [cell + gap if i < names else gap + cell for i, (cell, gap) in enumerate(zip(row, gaps, strict=True))]
-        lines.append(f"  {'   '.join(padded)}".rstrip())
-    lines.insert(1, " " + rule * (sum(widths) + 3 * len(widths) - 1))
+    fits = _INDENT + 2 + sum(widths[1]) < room  # else it begins where it can be seen
+    for names, values in rows:
+        left = "   ".join(_pad(name, width) for name, width in zip(names, widths[0], strict=True))
+        right = "   ".join(_pad(value, width, right=fits) for value, width in zip(values, widths[1], strict=True))
+        both = [f"  {left}", f"{' ' * _INDENT}  {right}"] if stacked else [f"  {left}   {right}"]
+        lines += [line.rstrip() for line in both]
+    headings = 2 if stacked else 1
+    rule = "─" if (STDOUT.encoding or "").lower().startswith("utf") else "-"
+    lines.insert(headings, " " + rule * min(max(map(cell_len, lines)), room - 1))
     for number, line in enumerate(lines):
-        results.print(Text(line, "dim" if number < 2 else ""), soft_wrap=True)
+        results.print(Text(line, "dim" if number <= headings else ""), soft_wrap=True)
     results.print()
+
+
+def _pad(text: str, width: int, right: bool = False) -> str:
+    gap = " " * (width - cell_len(text))
+    return gap + text if right else text + gap

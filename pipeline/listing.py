@@ -96,11 +96,11 @@ class Listing:
         cells = [[column.cell(row) for column in columns] for row in self.rows]
         console.table(title, [column.title for column in columns], cells, self.names)
 
-    def write(self, form: Form, rows: str = "rows", **beside: Any) -> None:
-        """The records as JSON or CSV. beside: in JSON, what stands next to them; they are then called `rows`."""
+    def write(self, form: Form, name: str = "rows", beside: Mapping[str, Any] | None = None) -> None:
+        """The records as JSON or CSV. beside: in JSON, what stands next to them; they are then called `name`."""
         if form is Form.CSV:
             return console.write(self._csv())
-        found = {**beside, rows: self.records()} if beside else self.records()
+        found = self.records() if beside is None else {**beside, name: self.records()}
         is_unicode = (STDOUT.encoding or "").lower().startswith("utf")
         console.write(json.dumps(plain(found), indent=2, ensure_ascii=not is_unicode, allow_nan=False) + "\n")
 

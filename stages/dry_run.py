@@ -92,8 +92,7 @@ def dry_run(
         _show_store(teacher, orders)
     else:
         columns = [*_of_orders(_REQUEST_COLUMNS, counted=not plan.tokens), *_cost_columns(gpus, plan)]
-        described = _described(params, teacher, estimates, gpus, plan)
-        Listing(columns, estimates).write(form, "requests", **described)
+        Listing(columns, estimates).write(form, "requests", _described(params, teacher, estimates, gpus, plan))
     return Summary(cached, 0, sum(len(order.skipped) for order in orders), missing)
 
 

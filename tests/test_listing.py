@@ -57,9 +57,9 @@ def test_no_rows_are_an_empty_list_and_a_line_of_names(capsys):
 
 
 def test_json_has_what_stands_beside_the_rows(capsys):
-    LISTING.write(Form.JSON, "scores", made=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), path=io, none=None)
+    LISTING.write(Form.JSON, "scores", {"made": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), "rows": 3, "none": None})
     found = json.loads(capsys.readouterr().out)
-    assert list(found) == ["made", "path", "none", "scores"] and len(found["scores"]) == 3
+    assert list(found) == ["made", "rows", "none", "scores"] and len(found["scores"]) == 3
     assert datetime.fromisoformat(found["made"]) == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
