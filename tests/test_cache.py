@@ -1,8 +1,14 @@
 """What holds for `xkd-pipeline cache`: it shows what is there, removes only what nobody uses, exports plain files."""
 
+import csv
+import json
 import os
+import pty
+import re
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from datetime import datetime
@@ -19,7 +25,7 @@ from pipeline.shards.schema import SCHEMA
 from pipeline.shards.selection import Selection
 from pipeline.shards.storage import Storage
 from stages.generate import generate
-from tests.conftest import make_prompts, run_cli
+from tests.conftest import ROOT, make_prompts, run_cli
 from tests.processes import run
 from tests.test_generate import Recorder, contents, stub_params
 
@@ -73,6 +79,75 @@ def test_the_names_that_ls_shows_are_whole_in_a_narrow_terminal_too(teacher, pro
     said = run_cli("cache", "ls", env={"COLUMNS": "40"}).stdout
     requests = {path.parent.relative_to(own_store).as_posix() for path in own_store.glob("*/*/request.json")}
     assert len(requests) == 2 and all(name in said for name in requests) and "…" not in said
+
+
+def test_programs_get_requests_and_shards_as_numbers(teacher, prompts, tmp_path, own_store):
+    assert run_cli("cache", "ls", "--json").stdout == "[]\n"
+    generate(stub_params(teacher), prompts, tmp_path / "a")
+    generate(stub_params(teacher, "generate.k=12"), prompts, tmp_path / "b")
+    requests = {row["kind"]: row for row in json.loads(run_cli("cache", "ls", "--json").stdout)}
+    sampled, scored = requests["sample"], requests["score"]
+    assert (sampled["rows"], sampled["k"], sampled["max_tokens"], sampled["temperature"]) == (90, [8, 12], 6, 1.0)
+    assert scored["rows"] == 30 and scored["max_tokens"] is None and scored["damaged"] == 0
+    shards = list((own_store / sampled["request"]).glob("part-*.parquet"))
+    assert sampled["bytes"] == sum(shard.stat().st_size for shard in shards)
+    assert sampled["bytes_per_token"] == sampled["bytes"] / sampled["tokens"]
+    assert datetime.fromisoformat(sampled["changed"]).timestamp() == int(max(s.stat().st_mtime for s in shards))
+    lines = csv.DictReader(run_cli("cache", "ls", "--csv").stdout.splitlines())
+    assert {(row["request"], row["k"], int(row["bytes"])) for row in lines} == {
+        (row["request"], " ".join(map(str, row["k"])), row["bytes"]) for row in (sampled, scored)
+    }
+    identity = sampled["request"].split("/")[1]
+    shown = json.loads(run_cli("cache", "show", identity, "--json").stdout)
+    assert shown["request"] == sampled["request"] and shown["rows"] == 90 and shown["made_by"][0]["rows"] == 90
+    assert {user["selection"] for user in shown["used_by"]} == {str(tmp_path / "a"), str(tmp_path / "b")}
+    assert shown["teacher"]["licence"] == "apache-2.0" and shown["asked"]["sampling"]["max_tokens"] == 6
+    assert {shard["shard"]: shard["bytes"] for shard in shown["shards"]} == {
+        shard.name: shard.stat().st_size for shard in shards
+    }
+    rows = list(csv.DictReader(run_cli("cache", "show", identity, "--csv").stdout.splitlines()))
+    assert [row["shard"] for row in rows] == [shard["shard"] for shard in shown["shards"]]
+    for command in (("ls",), ("show", identity)):
+        assert run_cli("cache", *command, "--json", "--csv").returncode == 2
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_are_readable_in_a_terminal(teacher, prompts, tmp_path, own_store, width):
+    """Every name, number and reason is whole, and no line is wider than the terminal."""
+    generate(stub_params(teacher), prompts, tmp_path / "a")
+    shutil.rmtree(tmp_path / "a")
+    requests = json.loads(run_cli("cache", "ls", "--json").stdout)
+    narrow = {"COLUMNS": str(width)}
+    said = run_cli("cache", "ls", env=narrow).stdout
+    for row in requests:
+        assert row["request"] in said and f"{row['tokens']:,}" in said
+    assert "sample: T 1, 6 tokens, seed 0" in said
+    shown = run_cli("cache", "show", requests[0]["request"], env=narrow).stdout
+    garbage = run_cli("cache", "gc", "--forget", "all", env=narrow, cwd=tmp_path).stdout
+    for shard in own_store.glob(f"{requests[0]['request']}/part-*"):
+        assert shard.name in shown and f"{requests[0]['request']}/{shard.name}" in garbage
+    assert garbage.count("no selection refers to the request") >= len(list(own_store.glob("*/*/part-*")))
+    for line in (said + shown.split("shards\n")[1] + garbage).splitlines():
+        assert len(line) <= width or str(tmp_path) in line, line
+
+
+def test_gc_asks_on_stderr_and_takes_no_for_an_answer_without_a_terminal(teacher, prompts, tmp_path, own_store):
+    generate(stub_params(teacher), prompts, tmp_path / "a")
+    shutil.rmtree(tmp_path / "a")
+    everything = files(own_store)
+    ours, theirs = pty.openpty()
+    for answer in (b"n", b"", b"y"):
+        command = [sys.executable, "-m", "pipeline.cli", "cache", "gc", "--forget", "all"]
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=theirs,
+            env=os.environ | {"NO_COLOR": "1"},
+        )  # fmt: skip
+        said = process.communicate(answer + b"\n" if answer else b"", timeout=60)[0].decode()
+        assert process.returncode == 0 and "Remove" not in said
+        asked = os.read(ours, 65536).decode()
+        assert re.fullmatch(r"Remove \d+ files, .*\? \[y/N\]: ", asked.replace("\r\n", "")), asked
+        assert ("removed" in said and "nothing was removed" not in said) == (answer == b"y")
+        assert (files(own_store) == everything) == (answer != b"y")
 
 
 def test_gc_removes_only_what_nothing_refers_to_and_only_once_agreed(teacher, prompts, tmp_path, own_store, cli):

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from pipeline.params_file import load_params
 from tests.conftest import ROOT, WORDS, make_model, make_prompts, run_cli
 
 COMMANDS = ("params", "prepare", "teach", "generate", "reward", "distill", "evaluate")
@@ -43,6 +44,59 @@ def refused(*arguments, cwd=ROOT) -> str:
     assert found.returncode == 2, found.stderr
     assert "Traceback" not in found.stderr and len(found.stderr.splitlines()) <= 6
     return re.sub(r"\s+", " ", found.stderr)
+
+
+def test_the_parameter_file_is_written_over_the_one_that_was_read(tmp_path):
+    path = tmp_path / "params.yaml"
+    assert run_cli("params", "--out", "params.yaml", "--set", "seed=3", cwd=tmp_path).returncode == 0
+    done = run_cli("params", "--set", "distill.objective=jsd", "--out", path, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", f"{path} written\n")
+    assert load_params(path) == load_params(None, ["seed=3", "distill.objective=jsd"])
+    assert path.read_text() == run_cli("params", cwd=tmp_path).stdout
+    (tmp_path / "link.yaml").symlink_to(path)
+    assert run_cli("params", "--set", "seed=4", "--out", "link.yaml", cwd=tmp_path).returncode == 0
+    assert load_params(path).seed == 4 and (tmp_path / "link.yaml").is_symlink()
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("text", ["services: {web: {image: x}}", "seed: [", "notes on the run", "seed: one"])
+def test_a_file_that_holds_no_parameters_is_not_replaced_by_them(tmp_path, text):
+    path = tmp_path / "theirs.yaml"
+    path.write_text(text)
+    assert f"{path} is not what xkd-pipeline writes" in refused("params", "--out", path, cwd=tmp_path)
+    assert path.read_text() == text
+    assert "is a folder" in refused("params", "--out", tmp_path, cwd=tmp_path)
+    assert "is not what xkd-pipeline writes" in refused("params", "--out", "/dev/null", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mark", "ends_well"),
+    [
+        ("", ">", False),
+        ("--set seed=2", ">", False),
+        ("--params params.yaml", ">", False),
+        ("--params link.yaml", ">", False),
+        ("", ">>", False),
+        ("--params other.yaml", ">", True),
+        ("--params /dev/null", ">", True),
+    ],
+)
+def test_output_into_the_file_that_is_read_is_refused(tmp_path, arguments, mark, ends_well):
+    (tmp_path / "params.yaml").write_text("seed: 5\n")
+    (tmp_path / "other.yaml").write_text("seed: 6\n")
+    (tmp_path / "link.yaml").symlink_to("params.yaml")
+    command = f"{sys.executable} -m pipeline.cli params {arguments} {mark} params.yaml"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    if ends_well:
+        assert done.returncode == 0 and load_params(tmp_path / "params.yaml").seed == (6 if "other" in arguments else 0)
+    else:
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 2 and re.search(r"use --out (params|link)\.yaml$", line)
+
+
+def test_json_and_csv_are_for_what_prints_a_table():
+    assert "give one of them" in refused("generate", "--dry-run", "--json", "--csv")
+    assert "are for what a dry run finds: add --dry-run" in refused("generate", "--json")
 
 
 @pytest.mark.slow

@@ -1,14 +1,19 @@
 """What holds for `compare`: any set of results in one table, and a warning where they do not compare."""
 
+import csv
 import json
+import re
 import shutil
 import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import UserError
 from stages.comparison import compare
+from tests.conftest import ROOT, run_cli
 
 
 def interval(value: float) -> dict:
@@ -37,21 +42,83 @@ def write(folder: Path, distilled: float, objective: str, prompts: str = "p") ->
 
 def test_folders_and_files_are_put_side_by_side_and_a_shared_model_is_shown_once(tmp_path, capsys):
     one, two = write(tmp_path / "one", 30.0, "fkl"), write(tmp_path / "two", 40.0, "x-rkl (frozen)")
-    rows = compare([str(one), str(two / "evaluation")], Path("data"))
+    rows = compare([str(one), str(two / "evaluation")], Path("data")).records()
     assert [(row["model"], row["objective"], row["rouge2"]) for row in rows] == [
-        ("teacher", "-", "50.0 [49.0, 51.0]"),
-        ("distilled", "fkl", "30.0 [29.0, 31.0]"),
-        ("distilled", "x-rkl (frozen)", "40.0 [39.0, 41.0]"),
+        ("teacher", None, 50.0),
+        ("distilled", "fkl", 30.0),
+        ("distilled", "x-rkl (frozen)", 40.0),
     ]
-    assert rows[-1]["KL"] == "0.025 [-0.975, 1.025]"
-    said = capsys.readouterr().err
-    assert "do not compare" not in said and "x-rkl" in said
+    assert [rows[-1][key] for key in ("kl", "kl_low", "kl_high")] == [0.025, -0.975, 1.025]
+    said = capsys.readouterr()
+    assert "do not compare" not in said.err
+    shown = [re.split(r"\s{2,}", line.strip()) for line in said.out.splitlines() if "distilled" in line]
+    assert [row[2:] for row in shown] == [
+        ["fkl", "30.0 [29.0, 31.0]", "15.0 [14.0, 16.0]", "0.033 [-0.967, 1.033]", "10.0"],
+        ["x-rkl (frozen)", "40.0 [39.0, 41.0]", "20.0 [19.0, 21.0]", "0.025 [-0.975, 1.025]", "10.0"],
+    ]
 
 
 def test_results_on_other_prompts_are_shown_with_a_warning(tmp_path, capsys):
     one, two = write(tmp_path / "one", 30.0, "fkl"), write(tmp_path / "two", 40.0, "rkl", prompts="q")
-    assert len(compare([str(one), str(two)], Path("data"))) == 4
+    assert len(compare([str(one), str(two)], Path("data")).rows) == 4
     assert "do not compare" in capsys.readouterr().err
+
+
+def test_results_of_two_tasks_have_the_columns_of_both(tmp_path, capsys):
+    one, two = write(tmp_path / "one", 30.0, "fkl"), write(tmp_path / "two", 40.0, "rkl")
+    path = two / "evaluation" / "results.json"
+    path.write_text(path.read_text().replace("rouge2", "bleu").replace("summarisation", "translation"))
+    rows = compare([str(one), str(two)], Path("data")).records()
+    assert [(row["rouge2"], row["bleu"], row["bleu_low"]) for row in rows if row["model"] == "distilled"] == [
+        (30.0, None, None), (None, 40.0, 39.0),
+    ]  # fmt: skip
+
+
+LONG = ("baseline-forward-kl-seed-0", "x-forward-kl-frozen-reward-seed-0", "x-skewed-reverse-kl-joint-reward-seed-0")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_three_models_with_long_names_are_readable_in_a_terminal(tmp_path, monkeypatch, capsys, width):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", str(width))
+    for number, name in enumerate(LONG):
+        write(tmp_path / name, 60.0 + number, f"x-skew_rkl(0.{number}) (frozen)")
+    records = compare(list(LONG), Path("data")).records()
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    for name, record in zip(LONG, [row for row in records if row["model"] == "distilled"], strict=True):
+        own = " ".join(  # the lines of its names, and those below
+            f"{line} {below}" for line, below in pairwise(lines) if line.split()[:2] == [name, "distilled"]
+        )
+        assert record["objective"] in own and f"{record['rouge2']:.1f} [" in own and f"{record['kl']:.3f} [" in own
+
+
+def test_programs_get_numbers_and_nothing_else(tmp_path):
+    one, two = write(tmp_path / "one", 30.0, "fkl"), write(tmp_path / "two", 40.0, "rkl", prompts="q")
+    done = run_cli("compare", one, two, "--csv")
+    assert done.returncode == 0 and "do not compare" in done.stderr
+    rows = list(csv.DictReader(done.stdout.splitlines()))
+    assert [(row["result"], float(row["rouge2"]), float(row["kl_low"])) for row in rows if row["objective"]] == [
+        (str(one), 30.0, 1 / 30 - 1),
+        (str(two), 40.0, 1 / 40 - 1),
+    ]
+    found = json.loads(run_cli("compare", one, two, "--json").stdout)
+    assert [list(row) for row in found] == [list(row) for row in rows]
+    assert found[0]["rouge2"] == 50.0 and found[0]["objective"] is None
+    refused = run_cli("compare", one, "--json", "--csv")
+    assert refused.returncode == 2 and refused.stdout == "" and "give one of them" in refused.stderr
+
+
+@pytest.mark.skipif(shutil.which("column") is None, reason="needs the command column")
+def test_csv_can_be_put_into_columns(tmp_path):
+    write(tmp_path / "one", 30.0, "fkl")
+    command = f"{sys.executable} -m pipeline.cli compare {tmp_path / 'one'} --csv | column -s, -t"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and done.stderr == "" and len(lines) == 3
+    assert {line.index(text) for line, text in zip(lines, ("model", "teacher", "distilled"), strict=True)} == {
+        lines[0].index("model")
+    }
 
 
 def test_git_revisions_are_read_from_their_own_files(tmp_path, monkeypatch):
@@ -67,10 +134,10 @@ def test_git_revisions_are_read_from_their_own_files(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "data")
     write(tmp_path / "data", 45.0, "jsd(0.1)")
     monkeypatch.chdir(tmp_path)
-    rows = compare(["first", "data"], Path("data"))
-    assert [(r["result"], r["objective"], r["rouge2"][:4]) for r in rows if r["model"] == "distilled"] == [
-        ("first", "fkl", "30.0"),
-        ("data", "jsd(0.1)", "45.0"),
+    rows = compare(["first", "data"], Path("data")).records()
+    assert [(r["result"], r["objective"], r["rouge2"]) for r in rows if r["model"] == "distilled"] == [
+        ("first", "fkl", 30.0),
+        ("data", "jsd(0.1)", 45.0),
     ]
     with pytest.raises(UserError, match="nothing-here is neither a folder with results nor an experiment"):
         compare(["nothing-here"], Path("data"))
@@ -106,5 +173,5 @@ def test_a_dvc_experiment_is_read_by_its_name(tmp_path, monkeypatch):
     ):  # fmt: skip
         sh(*command)
     monkeypatch.chdir(tmp_path)
-    rows = [row for row in compare(["data", "other"], Path("data")) if row["model"] == "distilled"]
+    rows = [row for row in compare(["data", "other"], Path("data")).records() if row["model"] == "distilled"]
     assert [(row["result"], row["objective"]) for row in rows] == [("data", "fkl"), ("other", "rkl")]

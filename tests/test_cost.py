@@ -1,5 +1,6 @@
 """What holds for cost on paper: it agrees with real models and real stores, also for models that are not here."""
 
+import csv
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ import torch
 
 from pipeline.cost import GIB, SEQUENCES, USABLE, Held, ModelMemory, Need, bytes_per_token
 from pipeline.errors import UserError
+from pipeline.listing import Form
 from pipeline.models import load_config, load_lm
 from pipeline.shards.store import RequestFolder
 from stages.dry_run import Plan, dry_run
@@ -200,6 +202,61 @@ def test_tokens_to_plan_for_have_the_length_and_the_bytes_of_the_store(teacher, 
     found = printed(capsys.readouterr().out)
     assert counted(found["responses"][1]) == round(1e6 / held.mean)
     assert found["bytes in the store"][1] == f"{held.bytes_per_token * 1e6 / 2**20:,.1f} MiB"
+
+
+def totals(rows: list[dict], quantity: str) -> list[float]:
+    """At max_tokens and as expected, over all requests."""
+    return [sum(float(row[f"{quantity}_{length}"]) for row in rows) for length in ("at_max_tokens", "expected")]
+
+
+def test_programs_get_the_numbers_of_each_request(teacher, prompts, tmp_path, own_store, capsys):
+    generate(make_params(teacher, "generate.engine=stub"), prompts, tmp_path / "a")
+    params = make_params(teacher, "generate.engine=stub", "generate.samples=4")
+    capsys.readouterr()
+    plan = Plan(rate=100, gpus=2)
+    dry_run(params, prompts, plan=plan)
+    text = printed(capsys.readouterr().out)
+    summary = dry_run(params, prompts, plan=plan, form=Form.JSON)
+    found = json.loads(capsys.readouterr().out)
+    requests = {row["request"]: row for row in found["requests"]}
+    assert summary.missing == 40 and found["teacher"]["identity"] == text["teacher"][0]
+    assert [requests["sample"][name] for name in ("cached", "missing", "to_rescore", "left_out")] == [45, 40, 0, 0]
+    assert requests["score"]["missing"] == 0 == requests["score"]["bytes_expected"]
+    assert [f"{count:,.0f}" for count in totals(found["requests"], "response_tokens")] == text["response tokens"]
+    assert [f"{count:.2g}" for count in totals(found["requests"], "gpu_hours")] == text["GPU-hours"]
+    assert [f"{count:.2g}" for count in totals(found["requests"], "hours")] == text["hours on 2 GPUs"]
+    assert (found["gpus"], found["gpus_per_copy"], found["rate"], found["gpu_memory_gib"]) == (2, 1, 100, 80)
+    dry_run(params, prompts, plan=plan, form=Form.CSV)
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert {key: float(value) for key, value in rows[0].items() if key != "request"} == {
+        key: value for key, value in requests["sample"].items() if key != "request"
+    }
+
+
+def test_programs_get_nothing_for_what_is_not_known(teacher, prompts, tmp_path, own_store, capsys):
+    folder = without_weights(teacher, tmp_path / "paper", tokenizer=False)
+    dry_run(make_params(folder), tmp_path / "none", plan=Plan(tokens=1e6), form=Form.JSON)
+    found = json.loads(capsys.readouterr().out)
+    assert found["teacher"]["identity"] is None and found["rate"] is None
+    (row,) = found["requests"]
+    assert row["cached"] is None and row["prompt_tokens_expected"] is None and row["gpu_hours_expected"] is None
+    assert row["response_tokens_expected"] == 1e6
+    params = make_params(teacher, "generate.engine=stub")
+    generate(params, prompts, tmp_path / "a")
+    capsys.readouterr()
+    assert dry_run(params, prompts, form=Form.JSON).missing == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["gpus"] is None and totals(found["requests"], "response_tokens") == [0, 0]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_tables_are_readable_in_a_terminal(teacher, prompts, tmp_path, monkeypatch, capsys, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    dry_run(make_params(teacher), prompts, plan=Plan(rate=2500))
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= width or str(tmp_path) in line for line in lines)
+    assert any(re.search(r"sample +0 +45 +0 +0$", line) for line in lines)
+    assert any(re.search(r"response tokens +\d+ +\d+$", line) for line in lines)
 
 
 def test_too_few_or_too_small_gpus_are_refused(teacher, prompts):

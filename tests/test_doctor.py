@@ -1,5 +1,8 @@
 """What holds for `doctor`: it names what is wrong, says what to do, and fails only for what is broken."""
 
+import csv
+import json
+
 from pipeline import doctor
 from tests.conftest import run_cli
 
@@ -23,6 +26,27 @@ def test_a_store_that_cannot_be_written_is_bad_and_sets_the_exit_code(tmp_path):
     done = run_cli("doctor", "--store", tmp_path / "file" / "store")
     assert done.returncode == 1
     assert "bad  store" in done.stdout and "choose another with --store or XKD_STORE" in done.stdout
+
+
+def test_programs_get_the_findings_and_the_exit_code(tmp_path):
+    (tmp_path / "file").write_text("")
+    store = "--store", tmp_path / "file" / "store"
+    done = run_cli("doctor", *store, "--json")
+    found = {finding["what"]: finding for finding in json.loads(done.stdout)}
+    assert done.returncode == 1 and found["store"]["state"] == "bad" and found["memory"].keys() == {
+        "what", "state", "found", "advice"
+    }  # fmt: skip
+    done = run_cli("doctor", *store, "--csv")
+    rows = list(csv.DictReader(done.stdout.splitlines()))
+    assert done.returncode == 1 and [row["what"] for row in rows] == list(found)
+    assert run_cli("doctor", "--csv", "--json").returncode == 2
+
+
+def test_a_finding_folds_below_its_beginning_in_a_narrow_terminal(own_store):
+    done = run_cli("doctor", env={"XKD_STORE": str(own_store), "COLUMNS": "60"})
+    for line in done.stdout.splitlines():
+        assert len(line) <= 60 or " " not in line[7:].strip() or str(own_store) in line, line
+        assert line[:5] in ("ok   ", "look ", "bad  ", "     "), line
 
 
 def test_more_threads_than_cores_and_little_memory_or_disk_are_pointed_out(monkeypatch):

@@ -6,7 +6,8 @@ import polars as pl
 import pytest
 
 from pipeline.errors import UserError
-from stages.evaluate import evaluate
+from stages.bootstrap import say_interval
+from stages.evaluate import _report, evaluate
 from tests.conftest import WORDS, make_model, make_params, make_prompts
 
 
@@ -42,6 +43,22 @@ def test_answers_are_kept_with_their_prompts_and_references(results, cache):
     assert frame.filter(pl.col("mode") == "sampled").height == 3 * 6 * 2
     headline = json.loads((cache / "evaluation" / "metrics.json").read_text())
     assert headline["same"].keys() == {"accuracy", "sampled_accuracy", "kl"}
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_its_tables_are_readable_in_a_terminal(results, cache, monkeypatch, capsys, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    long = {name: f"{name}-of-a-rather-long-experiment-seed-0" for name in results["metrics"]}
+    renamed = {
+        part: {long[name]: found for name, found in results[part].items()} for part in ("metrics", "differences")
+    }
+    _report(results | renamed | {"candidate": long["same"]}, "accuracy", cache / "evaluation")
+    said = capsys.readouterr().out
+    assert all(len(line) <= width or str(cache) in line for line in said.splitlines())
+    for name in long:
+        modes = results["metrics"][name]
+        assert long[name] in said and say_interval(modes["greedy"]["accuracy"]) in said
+        assert say_interval(modes["heldout"]["kl_to_teacher"], ".3f") in said
 
 
 def test_a_model_with_another_tokenizer_is_not_compared(cache, teacher, tmp_path):
