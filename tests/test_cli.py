@@ -193,7 +193,10 @@ def test_libraries_are_kept_quiet(teacher, tmp_path):
     arguments = ("--teacher", teacher, "--prompts", prompts, "--engine", "hf", "--template", "{prompt}")
     found = run_cli("generate", *arguments, "--out", tmp_path / "out")
     assert found.returncode == 0
-    words, results = re.compile(r"loading the teacher|sampling|scoring"), re.compile(r"teacher cached|  \S")
+    words, results = (
+        re.compile(r"loading the teacher|sampling|scoring|warning: (the 16 tokens kept|\d+% of the teacher's)"),
+        re.compile(r"teacher cached|  \S"),
+    )
     assert [line for line in found.stderr.splitlines() if not words.match(line)] == []
     assert [line for line in found.stdout.splitlines() if not results.match(line)] == []
 

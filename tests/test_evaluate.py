@@ -8,7 +8,8 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.shards.selection import Selection
 from pipeline.teachers.hf import HfEngine
-from stages.evaluate import evaluate
+from stages.bootstrap import say_interval
+from stages.evaluate import _report, evaluate
 from tests.conftest import WORDS, make_model, make_params, make_prompts
 
 KLS = [(mode, name) for mode in ("heldout", "own") for name in ("kl", "reverse_kl")]
@@ -141,6 +142,22 @@ class TestWithoutTheTeacher:
         with pytest.raises(UserError, match="answers to 1 of 1 test prompts"):
             evaluate(make_params(teacher), other, {"t": teacher}, cache / "selection", tmp_path / "out",
                      answers_path=cache / "answers")  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_its_tables_are_readable_in_a_terminal(results, cache, monkeypatch, capsys, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    long = {name: f"{name}-of-a-rather-long-experiment-seed-0" for name in results["metrics"]}
+    renamed = {
+        part: {long[name]: found for name, found in results[part].items()} for part in ("metrics", "differences")
+    }
+    _report(results | renamed | {"candidate": long["same"]}, cache / "evaluation")
+    said = capsys.readouterr().out
+    assert all(len(line) <= width or str(cache) in line for line in said.splitlines())
+    for name in long:
+        modes = results["metrics"][name]
+        assert long[name] in said and say_interval(modes["greedy"]["accuracy"]) in said
+        assert say_interval(modes["heldout"]["kl"], ".3f") in said
 
 
 def test_a_model_with_another_tokenizer_is_not_compared(cache, teacher, tmp_path):

@@ -219,7 +219,8 @@ def start_generating(teacher, prompts, out, store) -> subprocess.Popen:
     command += ["--store", store, "--engine", "hf", "--max-tokens", "48", "--template", "{prompt}", "--samples", "8"]
     command += ["--set", "generate.rows_per_shard=16", "--params", ROOT / "params.yaml"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment, text=True, **pipes)
 
 
 def stored_keys(store) -> set[str]:
@@ -244,8 +245,8 @@ def test_killed_in_the_middle_it_asks_nothing_twice_and_ends_with_the_same_rows(
     assert 0 < len(kept) < 8 * 60 + 5 + 5 + 10 and not list((tmp_path / "a").iterdir())
 
     process = start_generating(teacher, prompts, tmp_path / "a", store)
-    message = process.communicate()[1]
-    assert process.returncode == 0 and f"{len(kept):,} rows" in message, message
+    result, words = process.communicate()
+    assert process.returncode == 0 and f"found in the store  {len(kept):,} rows" in result, result + words
     stored_rows = sum(pq.read_metadata(path).num_rows for path in store.glob("*/*/part-*.parquet"))
     assert stored_rows == len(stored_keys(store)) == 8 * 60 + 5 + 5 + 10  # no key is stored twice
     assert {path: path.stat().st_mtime_ns for path in before} == before

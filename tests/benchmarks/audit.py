@@ -36,7 +36,7 @@ def run(task: str, folder: Path) -> None:
     with (folder / "params.yaml").open("w") as file:
         subprocess.run([*command, "params", "--params", os.devnull, *chosen], env=environment, check=True, stdout=file)
     for stage in STAGES:
-        subprocess.run([*command, *stage], cwd=folder, env=environment, check=True)
+        subprocess.run([*command, *stage], cwd=folder, env=environment, check=True, stdout=sys.stderr)
 
 
 def lucky(data: Path) -> str:

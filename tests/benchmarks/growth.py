@@ -34,7 +34,8 @@ def generate(model: str, out: Path, count: int) -> dict:
         "--samples", "2", "--out", str(folder / "selection"), "--store", str(folder / "store"),
         "--results", str(folder / "results.json"),
     ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise RuntimeError(f"generate ended with status {status}: run it by hand to see why: {' '.join(command)}")

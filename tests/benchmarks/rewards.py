@@ -18,7 +18,7 @@ OBJECTIVES = {
 
 
 def cli(*arguments: str | Path) -> None:
-    subprocess.run([sys.executable, "-m", "pipeline.cli", *map(str, arguments)], check=True)
+    subprocess.run([sys.executable, "-m", "pipeline.cli", *map(str, arguments)], check=True, stdout=sys.stderr)
 
 
 def main(out: Path) -> None:
