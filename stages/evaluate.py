@@ -245,7 +245,7 @@ def _report(results: dict, out: Path) -> None:
         "evaluated",
         [
             *((name, signature) for name, signature in results["signatures"].items()),
-            *([("mass of the kept tokens", say_kept_mass(kept))] if kept else []),
+            *([("kept mass", say_kept_mass(kept))] if kept else []),
             ("metrics", out / "metrics.json"),
             ("results", out / "results.json"),
             ("answers", out / "predictions.parquet"),

@@ -79,9 +79,9 @@ def generate(
     if results is not None:
         found = {"cost": cost, "kept_mass": kept, "cut": cut}
         write_results(results, "generate", found, engine=teacher.engine, teacher=teacher.description, k=teacher.k)
-    more = [("mass of the kept tokens", say_kept_mass(kept))] if kept else []
+    more = [("kept mass", say_kept_mass(kept))] if kept else []
     more += [("cut at max_tokens", f"{cut:.1%} of the responses")]
-    more += [("answers to test prompts", answers)] if answering else []
+    more += [("test answers", answers)] if answering else []
     asking.report("teacher cached", summary, parts, orders, out, cost, more)
     if word := kept_mass_warning(kept):
         console.warn(word)

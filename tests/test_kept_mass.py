@@ -52,7 +52,7 @@ def test_generate_and_cache_show_say_it(teacher, tmp_path, own_store, capsys):
             np.sort(mass)[: len(mass) // 10].mean(), abs=0.01)}  # fmt: skip
     assert found["cut"] == pytest.approx(np.mean([row.finish == "length" for row in rows]))
     said = capsys.readouterr()
-    assert "mass of the kept tokens" in said.out and "of the teacher's probability" in said.err
+    assert "kept mass" in said.out and "of the teacher's probability" in said.err
     request = next(path.parent for path in own_store.glob("*/*/part-*.parquet"))
     shown = run_cli("cache", "show", request.name, "--json")
     assert shown.returncode == 0, shown.stderr
