@@ -119,9 +119,6 @@ def distill(
         "versions": versions(),
     }
     cost = {"seconds_to_first_step": first_step.seconds, "seconds": seconds_since_start()}
-    headline = "heldout_nll" if settings.reward == "none" else "heldout_lam_eff"
-    numbers = {name: value for name, value in metrics.items() if name == headline}
-    write_json_atomically(metrics_out / "metrics.json", numbers)
     write_json_atomically(metrics_out / "results.json", metrics | {"cost": cost, "provenance": provenance})
     drawn = selection.parts.get("train", {}).get("request", {}).get("sampling")  # absent where responses were given
     stops = tuple(drawn["stop_token_ids"]) if drawn else stop_token_ids(student_path, tokenizer)

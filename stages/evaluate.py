@@ -155,15 +155,13 @@ def _of(
 
 
 def _headline(results: dict) -> dict[str, dict[str, float]]:
-    """The few numbers that `dvc metrics` shows; all are in results.json, with intervals."""
+    """The few numbers that `dvc metrics` shows on one screen; all are in results.json, with intervals."""
     headline, shown = next(iter(results["higher_is_better"])), {}
     for name, modes in results["metrics"].items():
-        shown[name] = {headline: modes["greedy"][headline]["value"]}
-        if name == results["candidate"]:
-            shown[name][f"sampled_{headline}"] = modes["sampled"][headline]["value"]
+        shown[name] = {headline: round(modes["greedy"][headline]["value"], 2)}
         measure, kl = headline_kl(modes)
         if kl and name != "teacher":
-            shown[name][measure] = kl["value"]
+            shown[name][measure] = round(kl["value"], 4)
     return shown
 
 

@@ -107,7 +107,6 @@ def reward(
     write_json_atomically(
         audit_out / "results.json", metrics | {"cost": {"seconds": seconds_since_start()}, "provenance": provenance}
     )
-    write_json_atomically(audit_out / "metrics.json", _headline(metrics))
     shutil.rmtree(run, ignore_errors=True)
     _report(metrics, out, audit_out)
     return metrics
@@ -180,12 +179,6 @@ def _write_rewards(path: Path, rows: Sequence[Row], posterior: RewardPosterior) 
     schema = pa.schema({"key": pa.string(), "mu": pa.list_(pa.float32()), "log_sigma": pa.list_(pa.float32())})
     columns = [list(values), [mu for mu, _ in values.values()], [log_sigma for _, log_sigma in values.values()]]
     pq.write_table(pa.table(columns, schema=schema), path, compression="zstd")
-
-
-def _headline(metrics: dict) -> dict[str, float]:
-    """What `dvc metrics` shows: the reward's AUC within prompts on each ranking; all else is in results.json."""
-    rankings = metrics.get("audit", {})
-    return {f"auc_{ranking}": judges["reward"]["within_mean"]["auc"] for ranking, judges in rankings.items()}
 
 
 def _report(metrics: dict, out: Path, audit_out: Path) -> None:

@@ -1,5 +1,6 @@
 """What holds for how a student is trained: seeds, the best checkpoint, early stopping, adapters, trackers, the card."""
 
+import json
 import signal
 
 import polars as pl
@@ -17,7 +18,7 @@ from stages.rows import from_rows
 from stages.students import StudentLearner
 from stages.training import held_out
 from tests.conftest import ROOT, make_params
-from tests.processes import start
+from tests.processes import run, start
 
 
 def trained(cache, student, tmp_path, *overrides):
@@ -90,6 +91,25 @@ def test_a_killed_run_goes_on_though_it_is_now_observed_otherwise(cache, student
     assert "resuming from" in again.output
     steps = pl.read_csv(tmp_path / "metrics" / "training.csv")["step"].to_list()
     assert len(steps) > 10 and all(step % 7 == 0 for step in steps if step % 100)
+
+
+def test_the_plain_student_is_the_one_that_the_same_parameters_give_without_the_x_term(cache, student, tmp_path):
+    common = ["distill", "--selection", cache / "selection", "--student", student, "--runs", tmp_path / "runs"]
+    common += ["--params", ROOT / "tests" / "smoke.yaml"]
+    commands = {
+        "plain": [*common, "--plain"],
+        "named": [*common, "--set", "distill.reward=none"],
+        "none": [*common, "--plain", "--set", "distill.plain=false"],
+    }
+    for name, command in commands.items():
+        code, said = run(*command, "--out", tmp_path / name, log=tmp_path / f"{name}.log")
+        assert code == 0, said
+    plain, named = (load_lm(tmp_path / name).state_dict() for name in ("plain", "named"))
+    assert all(torch.equal(plain[key], value) for key, value in named.items())
+    metrics = json.loads((tmp_path / "plain-metrics" / "results.json").read_text())
+    assert metrics["objective"] == "fkl" and metrics["provenance"]["parameters"]["reward"] == "none"
+    assert "distill.plain is false" in (tmp_path / "none" / "README.md").read_text()
+    assert not list((tmp_path / "none").glob("*.safetensors")) and (tmp_path / "none-metrics").is_dir()
 
 
 def test_adapters_are_trained_alone_and_merged_into_a_plain_model(cache, student, tmp_path):

@@ -56,9 +56,9 @@ def would_run(project: Path, *settings: str) -> set[str]:
         (project / "params.yaml").write_text(original)
 
 
-def test_it_ends_with_three_models_side_by_side(project):
+def test_it_ends_with_four_models_side_by_side(project):
     results = json.loads((project / "data" / "evaluation" / "results.json").read_text())
-    assert list(results["metrics"]) == ["teacher", "undistilled", "distilled"]
+    assert list(results["metrics"]) == ["teacher", "undistilled", "plain", "distilled"] and results["kl"] == "live"
     assert "accuracy of distilled minus that of" in (project.parent / "repro.log").read_text()
     manifest = json.loads((project / "data" / "teacher" / "manifest.json").read_text())
     assert {name: part["rows"] for name, part in manifest["parts"].items()} == {
@@ -75,8 +75,10 @@ def test_a_second_run_does_nothing(project):
 
 def test_a_new_objective_reruns_nothing_before_distill(project):
     """Only stages whose own inputs changed are listed; evaluate follows when the student has."""
-    assert would_run(project, "distill.objective=jsd", "distill.nll_weight=0.5", "distill.lam=0.03") == {"distill"}
-    assert would_run(project, "evaluate.samples=3") == {"evaluate"}
+    changed = ("distill.objective=jsd", "distill.nll_weight=0.5", "distill.lam=0.03")
+    assert would_run(project, *changed) == {"distill", "plain"}
+    assert would_run(project, "evaluate.samples=3") == {"generate", "evaluate"}  # the teacher's answers are part of it
+    assert would_run(project, "evaluate.bootstrap=3") == {"evaluate"}
     assert would_run(project, "reward.sigma_min=0.5") == {"reward", "distill"}
 
 
@@ -100,7 +102,11 @@ def test_an_experiment_in_a_workspace_of_its_own_reuses_the_store(project):
 def test_metrics_plots_and_the_graph_can_be_shown(project):
     metrics = json.loads(sh(project, "dvc", "metrics", "show", "--json"))
     shown = metrics[""]["data"]["data/evaluation/metrics.json"]["data"]
-    assert shown["distilled"].keys() == {"accuracy", "sampled_accuracy", "kl"}
+    assert list(metrics[""]["data"]) == ["data/evaluation/metrics.json"]
+    assert sum(map(len, shown.values())) <= 12 and shown["plain"].keys() == shown["distilled"].keys() == {
+        "accuracy",
+        "kl",
+    }
     sh(project, "dvc", "plots", "show")
     page = (project / "dvc_plots" / "index.html").read_text()
     for title in ("Quality on the test prompts", "Distillation, training loss", "Reward posteriors"):
@@ -119,9 +125,22 @@ def test_a_colleague_distils_from_what_was_pushed_without_teacher_or_store(proje
     sh(project, "git", "commit", "-qm", "push")
     colleague = project.parent / "colleague" / "clone"
     sh(project, "git", "clone", "-q", str(project), str(colleague))
-    sh(colleague, "dvc", "pull", "data/teacher", "data/scored", "data/reward", "data/models/student")
+    sh(colleague, "dvc", "pull", "data/teacher", "data/scored", "data/reward", "data/models/student", "data/answers",
+       "data/prompts")  # fmt: skip
     assert not (colleague / "data" / "models" / "teacher").exists()
     command = ("distill", "--set", "distill.objective=jsd", "--set", "distill.reward=frozen", "--out", "mine")
     found = run_cli(*command, cwd=colleague, env={"XKD_STORE": str(colleague / "empty")})
     assert found.returncode == 0, found.stderr
     assert (colleague / "mine" / "model.safetensors").is_file() and not (colleague / "empty").exists()
+    models = ("--model", "teacher=data/models/teacher", "--model", "mine=mine")
+    found = run_cli(
+        "evaluate", *models, "--out", "compared", cwd=colleague, env={"XKD_STORE": str(colleague / "empty")}
+    )
+    assert found.returncode == 0 and "no exact KL" in found.stderr, found.stderr
+    theirs = json.loads((project / "data" / "evaluation" / "results.json").read_text())["metrics"]["teacher"]
+    own = json.loads((colleague / "compared" / "results.json").read_text())["metrics"]
+    assert own["teacher"]["greedy"] == theirs["greedy"] and own["mine"]["heldout"].keys() == {
+        "kl_bound",
+        "cross_entropy",
+    }
+    assert not (colleague / "empty").exists()

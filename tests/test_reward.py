@@ -152,10 +152,6 @@ def test_the_audit_stands_beside_its_baselines(fitted, cache):
         for judge in judges.values():
             assert judge.keys() == {"within_mean", "pooled_mean", "within_sum", "pooled_sum"}
             assert all(0 <= r["low"] <= r["auc"] <= r["high"] <= 1 for r in judge.values())
-    metrics = json.loads((cache / "audit" / "metrics.json").read_text())
-    assert metrics == {
-        f"auc_{name}": judges["reward"]["within_mean"]["auc"] for name, judges in results["audit"].items()
-    }
     assert results["soft"].keys() >= {"heldout_nll", "inside_1_sigma", "inside_2_sigma", "sigma_at_floor"}
     assert results["provenance"]["versions"]["torch"] == torch.__version__
 

@@ -56,7 +56,7 @@ def setting(found: dict[str, dict]) -> Section:
         rows.append(["teacher samples cut at max_tokens", f"{generated['cut']:.1%}"])
     if date := evaluation["provenance"].get("date"):
         rows.append(["evaluated", date])
-    section.tables.append(Table(["", ""], rows))
+    section.tables.append(Table(["", ""], rows, prose=True))
     return section
 
 
