@@ -1,8 +1,10 @@
 """Small real models and files that the tests share. Every test has an empty store of its own."""
 
 import os
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,22 @@ WORDS = [f"w{i}" for i in range(40)]
 def own_store(tmp_path, monkeypatch):
     monkeypatch.setenv("XKD_STORE", str(tmp_path / "store"))
     return tmp_path / "store"
+
+
+@contextmanager
+def at_once(seconds: int = 60):
+    """Ends what waits for something that never comes."""
+
+    def stop(*_):
+        raise TimeoutError("it waited for a pipe")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def make_model(

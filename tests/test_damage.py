@@ -9,9 +9,8 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import socket
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from pipeline.shards.selection import Selection
 from pipeline.shards.storage import Storage
 from pipeline.shards.verifying import Problem, verify_selection, verify_store
 from stages.generate import generate
-from tests.conftest import make_prompts
+from tests.conftest import at_once, make_prompts
 from tests.test_generate import Recorder, contents, stub_params
 
 
@@ -248,22 +247,6 @@ def test_a_folder_in_the_place_of_a_selections_file_is_moved_aside(lab, pattern)
     assert (lab.out / f"{name}.aside" / "inside" / "precious").exists()
     shutil.rmtree(lab.out / f"{name}.aside")
     assert contents(lab.out) == lab.undisturbed
-
-
-@contextmanager
-def at_once(seconds: int = 60):
-    """Ends what waits for something that never comes."""
-
-    def stop(*_):
-        raise TimeoutError("it waited for a pipe")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def pipe(path: Path) -> None:
