@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.errors import UserError, in_one_line
 from pipeline.models.saving import replacing_model
-from pipeline.models.weights import require_complete, weight_files
+from pipeline.models.weights import require_complete, weight_files, weight_names
 from pipeline.shards.files import read_json, write_json_atomically
 
 _LINK = "link.json"
@@ -44,9 +44,12 @@ def resolve(source: str | Path) -> str | Path:
 
 
 def has_weights(source: str | Path) -> bool:
-    """False for a folder that holds a configuration alone; a hub name is taken to have weights."""
+    """False for a folder that holds a configuration alone; a hub name is taken to have weights.
+
+    Raises UserError as `weight_names` does.
+    """
     folder = Path(resolve(source))
-    return not folder.is_dir() or any(folder.glob("*.safetensors"))
+    return not folder.is_dir() or bool(weight_names(folder))
 
 
 def load_config(source: str | Path):

@@ -5,12 +5,14 @@ transformers reads `model.safetensors`, else the files that `model.safetensors.i
 others. A folder for which the two differ is refused.
 """
 
+import os
 from pathlib import Path
 
-from pipeline.errors import UserError, in_one_line
+from pipeline.errors import UserError, in_one_line, shown
 from pipeline.shards.files import read_json
 
-_SINGLE, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _SHOWN = 5  # names in a message
 
 
@@ -21,7 +23,7 @@ def weight_files(folder: Path) -> list[Path]:
     loaded), where an engine would read other files than another one, where an adapter would be applied, and where the
     index does not fit its files.
     """
-    present = {path.name for path in folder.glob("*.safetensors") if path.is_file()}
+    present = weight_names(folder)
     if (folder / _ADAPTER).exists():
         raise UserError(
             f"{folder} has an {_ADAPTER}, whose adapter transformers would apply to the weights and vLLM would not: "
@@ -53,9 +55,29 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def weight_names(folder: Path) -> set[str]:
+    """Names of the files of weights in a local folder, read or not.
+
+    Raises UserError where one is no file, or where config.json sends transformers to a file of another name.
+    """
+    found = sorted(folder.glob("*.safetensors"))
+    if strange := [path.name for path in found if not path.is_file()]:
+        raise UserError(
+            f"{folder} has {_named(strange)}, where files of weights are looked for, and that is no regular file (but "
+            "a folder, a pipe or a link that leads nowhere): move it away"
+        )
+    config = read_json(folder / _CONFIG) if os.path.lexists(folder / _CONFIG) else None
+    if isinstance(config, dict) and config.get("transformers_weights") is not None:
+        raise UserError(
+            f"{folder / _CONFIG} has transformers_weights {shown(repr(config['transformers_weights']))}: transformers "
+            f"would load that file and vLLM would not. Call the file {_SINGLE} and take the entry out"
+        )
+    return {path.name for path in found}
+
+
 def unread_files(folder: Path) -> list[Path]:
     """Weight files that no engine loads, because the index does not name them."""
-    return sorted(set(folder.glob("*.safetensors")) - set(weight_files(folder)))
+    return sorted({folder / name for name in weight_names(folder)} - set(weight_files(folder)))
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
