@@ -218,6 +218,15 @@ def test_a_generation_config_that_cannot_be_read_is_not_absent(model, text):
 
 
 @pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("name", ["generation_config.json", "link.json"])
+def test_what_is_in_the_place_of_a_file_is_not_absent(model, name, kind):
+    put_in_place(kind, model / name)
+    for read in (load_lm, lambda folder: stop_token_ids(folder, load_tokenizer(folder))):
+        with at_once(), pytest.raises(UserError, match=rf"{name} cannot be read"):
+            read(model)
+
+
+@pytest.mark.parametrize("kind", STRANGE)
 def test_a_card_that_is_no_file_states_no_licence(model, kind):
     put_in_place(kind, model / "README.md")
     with at_once():

@@ -30,7 +30,7 @@ def link_model(folder: Path, source: str | Path, weights: str) -> None:
 def read_link(source: str | Path) -> dict:
     """What a link stands for, `source`, and the digest of its `weights`; anything else is itself, with None."""
     link = Path(source) / _LINK
-    if not link.is_file():
+    if not os.path.lexists(link):
         return {"source": source, "weights": None}
     found = read_json(link)
     if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("source", "weights")):
@@ -149,7 +149,7 @@ def load_pretrained(auto_class, source: str | Path, what: str, **options) -> Any
 def read_generation_config(folder: Path) -> dict:
     """What a model's generation_config.json says; empty where it has none. Raises UserError where it is broken."""
     path = folder / "generation_config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     found = read_json(path)
     if not isinstance(found, dict):
