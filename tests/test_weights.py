@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from pipeline.errors import UserError
 from pipeline.models import (
+    build_from_config,
     describe_model,
     has_weights,
     licence_of,
@@ -18,7 +20,9 @@ from pipeline.models import (
     load_lm,
     load_tokenizer,
     require_loadable,
+    save_model,
     stop_token_ids,
+    word_tokenizer,
 )
 from stages.generate import generate
 from tests.conftest import at_once, make_params, make_prompts, make_seq2seq_model
@@ -192,8 +196,31 @@ TENSORS = {
 def test_weights_that_are_not_those_of_the_configuration_are_refused(model, name, read):
     change, reason = TENSORS[name]
     edit(model / WEIGHTS, change)
-    with pytest.raises(UserError, match=reason):
+    with pytest.raises(UserError, match=reason) as found:
         read(model)
+    assert ("would be filled with random values" in str(found.value)) == (name == "absent")
+
+
+MASKS = {
+    "gpt2": ("transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"),
+    "gptj": ("transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"),
+    "gpt_neo": ("transformer.h.0.attn.attention.bias", "transformer.h.0.attn.attention.masked_bias"),
+}
+SHAPES = {"gpt2": {"n_head": 2}, "gptj": {"n_head": 2, "rotary_dim": 4}, "gpt_neo": {"num_heads": 2}}
+SHAPES["gpt_neo"]["attention_types"] = [[["global"], 1]]
+
+
+@pytest.mark.parametrize("read", [load_lm, require_loadable], ids=["load", "check without loading"])
+@pytest.mark.parametrize("family", MASKS)
+def test_masks_that_were_saved_with_old_weights_are_not_refused_and_other_tensors_are(tmp_path, family, read):
+    tokenizer, folder, (mask, value) = word_tokenizer(["w0"]), tmp_path / family, MASKS[family]
+    config = AutoConfig.for_model(family, hidden_size=16, num_layers=1, max_position_embeddings=8, **SHAPES[family])
+    save_model(folder, build_from_config(config, tokenizer, seed=0), tokenizer, "a test model")
+    edit(folder / WEIGHTS, lambda tensors: tensors.update({mask: torch.ones(1, 1, 8, 8), value: torch.tensor(-1e4)}))
+    read(folder)
+    edit(folder / WEIGHTS, lambda tensors: tensors.update({value: torch.ones(16)}))
+    with pytest.raises(UserError, match=f"they have more than the model: {value}"):
+        read(folder)
 
 
 @pytest.mark.parametrize("engine", ["hf", "vllm", "ray"])
