@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -213,6 +214,32 @@ def test_a_row_without_a_token_keeps_its_k():
     (alone,) = from_table(to_table([row([], 3)]))
     assert len(alone.topk_ids) == 0
     assert RowCheck({"kind": "score"}, "", 3, 44).fault(alone) is None
+
+
+def test_an_empty_response_is_widened_alone_and_among_others(teacher, tmp_path):
+    """Its k cannot be read off a row group in which no row has a token."""
+    model = Path(shutil.copytree(teacher, tmp_path / "model"))
+    state = json.loads((model / "tokenizer.json").read_text())
+    state["normalizer"] = {"type": "Replace", "pattern": {"String": "_"}, "content": ""}  # "_" is no token
+    (model / "tokenizer.json").write_text(json.dumps(state))
+    prompts, given = make_prompts(tmp_path / "prompts.parquet", train=1), tmp_path / "given.jsonl"
+
+    def select(k: int, *responses: str, out: str = "out", store: str = "store") -> list[int]:
+        lines = [json.dumps({"prompt": "w0 w0 w0", "response": text, "finish": "length"}) for text in responses]
+        given.write_text("\n".join(lines))
+        params = make_params(model, f"generate.responses={given}", f"generate.k={k}")
+        generate(params, prompts, tmp_path / out, tmp_path / store)
+        return [len(row.response_ids) for row in Selection(tmp_path / out).rows("train")]
+
+    assert select(4, "w1 w2", "_") == [2, 0]
+    assert select(8, "w1 w2") == [2]
+    assert select(8, "w1 w2", "_") == [2, 0]  # the empty one alone is widened
+    assert select(12, "w1 w2", "_") == [2, 0]  # both
+    assert select(12, "w1 w2", "_", out="new", store="new") == [2, 0]
+    rows = (list(Selection(tmp_path / out).rows("train")) for out in ("out", "new"))
+    for widened, at_once in zip(*rows, strict=True):
+        assert (widened.topk_ids == at_once.topk_ids).all()
+    assert select(4, "_", store="empty") == select(8, "_", store="empty") == [0]
 
 
 def test_an_empty_response_is_scored_as_such(teacher):
