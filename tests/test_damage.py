@@ -21,6 +21,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.shards import verifying
 from pipeline.shards.catalogue import catalogue
+from pipeline.shards.checking import check_shard
 from pipeline.shards.collecting import garbage, in_use
 from pipeline.shards.exporting import export, splits_of_request, splits_of_selection
 from pipeline.shards.files import sha256_file, write_json_atomically
@@ -317,6 +318,16 @@ def test_what_goes_while_verify_looks_is_no_problem(lab):
             path.unlink(missing_ok=True)
 
     assert list(verify_store(Storage(lab.store), "", True, remove)) == []
+
+
+def test_a_shard_that_goes_between_two_looks_at_it_is_no_problem(lab, monkeypatch):
+    def check_and_remove(path: Path, *identities: str):
+        header = check_shard(path, *identities)
+        path.unlink()
+        return header
+
+    monkeypatch.setattr(verifying, "check_shard", check_and_remove)
+    assert lab.verify() == [] and not lab.shards
 
 
 def test_what_generate_sets_aside_while_verify_looks_is_no_problem(lab):

@@ -98,10 +98,11 @@ def _count_fault(found: pq.FileMetaData, footer: dict) -> str | None:
 
 def row_faults(path: Path) -> Iterator[str]:
     """What is wrong with the rows of a readable shard: keys that are not of their tokens, values that cannot be."""
-    metadata = read_metadata(path)
-    request, seen, number = metadata["request"], set(), -1
-    check = RowCheck(request, digest(request)[:16], metadata["k"], metadata["vocab_size"])
+    seen, number = set(), -1
     try:
+        metadata = read_metadata(path)
+        request = metadata["request"]
+        check = RowCheck(request, digest(request)[:16], metadata["k"], metadata["vocab_size"])
         for batch in pq.ParquetFile(path).iter_batches(_ROWS_AT_ONCE):
             rows = Columns(pa.Table.from_batches([batch]))
             for place in range(len(rows)):
@@ -112,7 +113,7 @@ def row_faults(path: Path) -> Iterator[str]:
                 if problem:
                     yield f"row {row.key} {problem}"
     except (*UNREADABLE, OSError) as error:
-        yield f"row {number} (from 0) cannot be read: {text_of(error)}"
+        yield f"{f'row {number} (from 0)' if number >= 0 else 'it'} cannot be read: {text_of(error)}"
 
 
 class RowCheck:
