@@ -133,8 +133,10 @@ def test_a_footer_that_is_not_of_its_rows_is_damage(lab, footer, reason):
 ROWS = {
     "a token twice": lambda r: replace(r, topk_ids=np.repeat(r.topk_ids[:, :1], r.k, axis=1)),
     "of probability 8": lambda r: replace(r, topk_logprobs=np.zeros_like(r.topk_logprobs)),
-    "of probability 0": lambda r: replace(r, topk_logprobs=np.full_like(r.topk_logprobs, -np.inf)),
-    "that are none": lambda r: replace(r, topk_logprobs=np.full_like(r.topk_logprobs, np.nan)),
+    "of probability 0": lambda r: replace(r, topk_logprobs=np.full_like(r.topk_logprobs, -1000)),
+    "log-probabilities above 0": lambda r: replace(r, logprobs=np.ones_like(r.logprobs)),
+    "a top k whose": lambda r: replace(r, topk_logprobs=np.full_like(r.topk_logprobs, np.nan)),
+    "log-probabilities are no numbers": lambda r: replace(r, topk_logprobs=np.full_like(r.topk_logprobs, -np.inf)),
     "outside the vocabulary": lambda r: replace(r, response_ids=r.response_ids + 1000),
     "not those of its tokens": lambda r: replace(
         r, response_ids=r.topk_ids[:, 0], logprobs=r.topk_logprobs[:, 0].astype(np.float32) - 1
@@ -142,7 +144,7 @@ ROWS = {
     "likelier than those in it": lambda r: replace(
         r, response_ids=np.full_like(r.response_ids, _unlisted(r)), logprobs=np.zeros_like(r.logprobs)
     ),
-    "which cannot have been drawn": lambda r: replace(r, logprobs=np.full_like(r.logprobs, -np.inf)),
+    "of its tokens that are not finite": lambda r: replace(r, logprobs=np.full_like(r.logprobs, -np.inf)),
     "finish 'banana'": lambda r: replace(r, finish="banana"),
     "has no finish": lambda r: replace(r, finish=None),
     "has no prompt and no response": lambda r: replace(r, prompt=None, response=None),

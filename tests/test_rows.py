@@ -119,14 +119,31 @@ def test_a_row_with_a_value_that_is_not_finite_fails_alone(teacher, tmp_path, ow
     assert reason in entry["reason"] and len(list(Selection(tmp_path / "out").rows("train"))) == 39
 
 
-def test_a_row_of_no_numbers_that_an_earlier_version_stored_is_not_selected(teacher, tmp_path, own_store):
-    prompts = make_prompts(tmp_path / "prompts.parquet", train=20)
+def excluded(row: Row) -> Row:
+    """The row with tokens outside its top k that the teacher gave no probability at all."""
+    unlisted = ~(row.topk_ids == row.response_ids[:, None]).any(1)
+    assert unlisted.any()
+    return replace(row, logprobs=np.where(unlisted, -np.inf, row.logprobs))
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "reason"),
+    [
+        ("sample", lambda row: replace(row, lse=row.lse * np.nan), "normalisers that are not finite"),
+        ("score", excluded, "log-probabilities of its tokens that are not finite"),
+    ],
+)
+def test_a_row_of_no_numbers_that_an_earlier_version_stored_is_not_selected(
+    teacher, tmp_path, own_store, kind, spoil, reason
+):
+    """And `cache verify` sets it aside, as the message says."""
+    prompts = make_prompts(tmp_path / "prompts.parquet", train=20, validation=2)
     generate(stub_params(teacher), prompts, tmp_path / "before")
-    shard = shards(own_store)[0]
+    shard = next(shard for shard in shards(own_store) if read_metadata(shard)["request"]["kind"] == kind)
     rows, metadata = from_table(pq.read_table(shard)), read_metadata(shard)
-    write_shard(shard, [replace(rows[0], lse=rows[0].lse * np.nan), *rows[1:]], metadata)
+    write_shard(shard, [spoil(rows[0]), *rows[1:]], metadata)
     shard.rename(shard.with_name(f"part-{sha256_file(shard)[:16]}.parquet"))
-    with pytest.raises(UserError, match=rf"row {rows[0].key} in .* normalisers that are not finite.*cache verify"):
+    with pytest.raises(UserError, match=rf"row {rows[0].key} in .* {reason}.*cache verify"):
         generate(stub_params(teacher), prompts, tmp_path / "out")
     assert any(problem.aside for problem in verify_store(Storage(own_store), "", True, lambda: None))
     assert generate(stub_params(teacher), prompts, tmp_path / "out").made == len(rows)
