@@ -49,6 +49,7 @@ from pipeline.options import (
     require_unicode,
 )  # fmt: skip
 from pipeline.params import Role
+from pipeline.standard_output import NamedOutput
 from pipeline.tools import COMMANDS
 
 LEFT_OUT = 3  # exit code: done, but more rows were left out than generate.max_skipped allows
@@ -389,6 +390,7 @@ def main() -> None:
     Ctrl-C, SIGTERM and SIGHUP end it in order, with exit code 130, 143 and 129: what was made so far is written first.
     """
     interrupts.install()
+    sys.stdout = NamedOutput(sys.stdout, "standard output")
     if console.PLAIN:
         from typer import rich_utils
 
@@ -435,7 +437,6 @@ def _run() -> int:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return code or 1
     return code
 
