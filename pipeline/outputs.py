@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.shards.files import write_json_atomically, writing_to
+from pipeline.shards.files import is_in_the_way, read_text, write_json_atomically, writing_to
 
 MARK = ".xkd-pipeline"
 RESULTS = "results.json"
@@ -89,7 +89,7 @@ def begin_results(folder: Path, stage: str, option: str = "--out") -> None:
 def is_results(path: Path, stage: str) -> bool:
     """Whether a file is the results.json of a stage."""
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        provenance = json.loads(path.read_text(encoding="utf-8"))["provenance"]
+        provenance = json.loads(read_text(path))["provenance"]
         return provenance["stage"] == stage and _MADE_BY in provenance["versions"]
     return False
 
@@ -98,7 +98,7 @@ def require_own_file(path: Path, is_ours: Callable[[Path], bool], option: str = 
     """Raises UserError unless `path` can be written and is missing, or a file that `is_ours` knows."""
     if path.is_dir():
         raise UserError(f"{path} is a folder, expected a file: choose another {option}")
-    if path.exists() and not is_ours(path):
+    if path.exists() and (is_in_the_way(path) or not is_ours(path)):
         raise not_ours(path, option)
     require_can_write(path.parent)
 
@@ -162,7 +162,7 @@ def _files(folder: Path) -> list[str]:
 def _read_mark(folder: Path) -> dict:
     """What the mark in a folder says; empty where there is none of ours."""
     with suppress(OSError, ValueError, RecursionError):
-        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        mark = json.loads(read_text(folder / MARK))
         if isinstance(mark, dict) and mark.get("made_by") == _MADE_BY:
             return mark
     return {}

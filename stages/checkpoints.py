@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from pipeline import interrupts
-from pipeline.shards.files import write_json_atomically
+from pipeline.shards.files import read_text, write_json_atomically
 
 ASIDE = "interrupted"  # folder for a checkpoint of a step that has none in an undisturbed run
 _STATE = "trainer_state.json"  # which the Trainer writes last
@@ -67,7 +67,7 @@ def whole_checkpoint(run: Path) -> str | None:
     whole = None
     for folder in sorted([*run.glob("checkpoint-*"), *run.glob(f"{ASIDE}/checkpoint-*")], key=step_of):
         try:
-            json.loads((folder / _STATE).read_text(encoding="utf-8"))
+            json.loads(read_text(folder / _STATE))
             whole = folder
         except (OSError, json.JSONDecodeError):
             shutil.rmtree(folder)

@@ -63,7 +63,8 @@ def distill(
         selection.require_teacher(name_of(settings))
     tokenizer = load_tokenizer(student_path)
     require_same_tokenizer(selection.teacher["tokenizer"], tokenizer, student_path)
-    rows = _rows(settings, selection, scored_path, store)
+    scored = _opened_scored(selection, scored_path, store) if settings.objective == "sft" else None
+    rows = _rows(settings, selection, scored)
     seed = params.seed + settings.seed
     inputs = reward_inputs(settings, selection, rows, reward_path, seed)
     seed_everything(seed)
@@ -78,8 +79,8 @@ def distill(
     require_context(student.config, lengths, f"the student {student_path}")
     if settings.best and "validation" not in rows:
         raise UserError(f"distill.best needs held-out responses, and {selection_path} has no part validation")
-    origins = {"selection": fingerprint(selection_path), "student": fingerprint(student_path)}
-    origins["scored"] = fingerprint(scored_path) if settings.objective == "sft" else None
+    origins = {"selection": selection.fingerprint, "student": fingerprint(student_path)}
+    origins["scored"] = scored and scored.fingerprint
     origins["reward"] = fingerprint(reward_path) if settings.reward in FITTED else None
     form = params.reward.model_dump(include={"head", "encoder", "sigma_min"})
     said = settings.model_dump(exclude=OBSERVING)
@@ -174,23 +175,26 @@ def _mixture(settings: Distill) -> float | None:
     return settings.alpha if settings.objective.startswith("skew_") else None
 
 
-def _rows(
-    settings: Distill, selection: Selection, scored_path: Path | None, store: str | Path | None
-) -> dict[str, TeacherRows]:
-    """The responses to learn and to validate on: the teacher's samples, or the references for `sft`."""
+def _opened_scored(selection: Selection, path: Path | None, store: str | Path | None) -> Selection:
+    """The scored references that `sft` learns."""
+    if path is None:
+        raise UserError("distill.objective: sft learns the scored references: pass --scored (out of the stage score)")
+    scored = Selection(path, store)
+    scored.require_same_teacher(selection)
+    if "references" not in scored.parts:
+        raise UserError(f"{path} holds no references: do the training prompts have any?")
+    return scored
+
+
+def _rows(settings: Distill, selection: Selection, scored: Selection | None) -> dict[str, TeacherRows]:
+    """The responses to learn and to validate on: the teacher's samples, or the references that were scored."""
     topk = settings.objective not in TOKEN_OBJECTIVES
-    if settings.objective != "sft":
+    if scored is None:
         parts = [name for name in ("train", "validation") if name in selection.parts]
         rows = {name: TeacherRows(selection, name, topk, text=False) for name in parts}
         if not len(rows.get("train", ())):
             raise UserError(f"{selection.folder} holds no training responses")
         return rows
-    if scored_path is None:
-        raise UserError("distill.objective: sft learns the scored references: pass --scored (out of the stage score)")
-    scored = Selection(scored_path, store)
-    scored.require_same_teacher(selection)
-    if "references" not in scored.parts:
-        raise UserError(f"{scored_path} holds no references: do the training prompts have any?")
     rows = {"train": TeacherRows(scored, "references", topk, text=False)}
     held_out = TeacherRows(selection, "scored", topk, "reference", text=False) if "scored" in selection.parts else ()
     return rows | ({"validation": held_out} if len(held_out) else {})

@@ -60,11 +60,13 @@ def reward(
     config = load_config(student_path)
     require_context(config, (_lengths(row) for part in rows.values() for row in part), f"the student {student_path}")
     given = {"scored": list(selection.rows("scored", topk=False))} if "scored" in selection.parts else {}
-    given |= _also_scored(selection, scored_path, student_path, store)
+    scored = _opened_scored(selection, scored_path, student_path, store) if scored_path else None
+    given |= {name: list(scored.rows(name, topk=False)) for name in scored.parts} if scored else {}
     rows |= _readable(given, Context.of(config))
 
-    paths = {"selection": selection_path, "scored": scored_path, "student": student_path, "prompts": prompts_path}
+    paths = {"student": student_path, "prompts": prompts_path}
     origins = {name: fingerprint(path) for name, path in paths.items() if path is not None}
+    origins |= {"selection": selection.fingerprint} | ({"scored": scored.fingerprint} if scored else {})
     said = params.reward.model_dump(exclude={"bootstrap"})  # of the audit, which is made anew
     run = runs / "reward" / digest([params.seed, said, origins, code_fingerprint()])[:16]
     fitting = Fitting(params.reward, params.seed, student_path, rows["train"], rows["validation"], run)
@@ -112,17 +114,13 @@ def reward(
     return metrics
 
 
-def _also_scored(
-    selection: Selection, path: Path | None, student: Path, store: str | Path | None
-) -> dict[str, list[Row]]:
-    """The parts of what the stage `score` wrote. Raises UserError where it is of another teacher or student."""
-    if path is None:
-        return {}
+def _opened_scored(selection: Selection, path: Path, student: Path, store: str | Path | None) -> Selection:
+    """What the stage `score` wrote. Raises UserError where it is of another teacher or student."""
     scored = Selection(path, store)
     scored.require_same_teacher(selection)
     if scored.manifest.get("student") not in (None, fingerprint(student)):
         raise UserError(f"{path} holds samples of another student than {student}: run `xkd-pipeline score` for it")
-    return {name: list(scored.rows(name, topk=False)) for name in scored.parts}
+    return scored
 
 
 def _readable(rows: dict[str, list[Row]], context: Context) -> dict[str, list[Row]]:

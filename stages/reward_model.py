@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import TypedDict
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, in_one_line
 from pipeline.models import load_lm
 from pipeline.params import Residual
-from pipeline.shards.files import read_json, require_shape
+from pipeline.shards.files import read_json, require_file, require_shape
 from stages.batches import IGNORED, States, head_scale, response_states
 from stages.dropout import set_dropout
 from stages.objectives.head import chunk_rows
@@ -142,8 +142,10 @@ def load_posterior(folder: Path, student: Path) -> RewardPosterior:
     """The posterior in `folder`; `student` gives the encoder's shape."""
     description = read_description(folder)
     form = (description[name] for name in ("head", "encoder", "sigma_min"))
-    posterior = RewardPosterior(load_lm(student), *form)
-    safetensors.torch.load_model(posterior, str(folder / "reward.safetensors"))
+    posterior, weights = RewardPosterior(load_lm(student), *form), folder / "reward.safetensors"
+    with in_one_line(f"{weights} does not hold this reward", "Run `xkd-pipeline reward` again"):
+        require_file(weights)
+        safetensors.torch.load_model(posterior, str(weights))
     return posterior
 
 

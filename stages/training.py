@@ -23,6 +23,7 @@ from pipeline.params import Optimisation
 from pipeline.provenance import seconds_since_start
 from stages.batches import IGNORED, collate
 from stages.checkpoints import ASIDE, StopAtSignal, finished, keeps_up_to, step_of, whole_checkpoint
+from stages.finite import require_finite, require_finite_weights
 from stages.objectives.avril import kept_steps
 
 COUNTS = ("tokens", "steps")
@@ -63,10 +64,10 @@ def count(batch: dict[str, Tensor], terminal: str) -> Tensor:
 class TermTrainer(Trainer):
     """Trains a Learner; logs and evaluates every term by itself."""
 
-    def __init__(self, model: Learner, loader: Callable | None = None, **options):
-        """loader: makes the batches to train on, see `train`."""
+    def __init__(self, what: str, model: Learner, loader: Callable | None = None, **options):
+        """what: is being trained, as messages call it. loader: makes the batches to train on, see `train`."""
         super().__init__(model=model, **options)
-        self.loader = loader
+        self.what, self.loader = what, loader
         self.loss_is_scaled_for_ga = True  # by the counts
         self._logged: dict[str, list[Tensor]] = {}
         self._steps = 0  # optimiser steps since the last log
@@ -96,7 +97,12 @@ class TermTrainer(Trainer):
         for name, term in self._learner.terms.items():
             size = counts[COUNTS.index(term.over)].clamp_min(1)
             self._logged.setdefault(name, []).append(sums[name] / size)
+        shares = {name: values[-1] for name, values in self._logged.items()}
+        require_finite(loss.detach(), f"{self._at(1)}: the loss", shares)
         return (loss, sums) if return_outputs else loss
+
+    def _at(self, further: int) -> str:
+        return f"{self.what}, step {self.state.global_step + further}"
 
     def log(self, logs, start_time=None, **options):
         if "loss" in logs and self._logged:
@@ -111,14 +117,15 @@ class TermTrainer(Trainer):
             self.accelerator.clip_grad_norm_(part.parameters(), self.args.max_grad_norm)
             for part in self._learner.children()
         ]
+        require_finite(torch.stack(norms), f"{self._at(1)}: the gradient")
         return max(norms)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Exact held-out means of all terms and of the loss."""
-        metrics = {
-            f"{metric_key_prefix}_{name}": value
-            for name, value in held_out(self._learner, self.get_eval_dataloader(eval_dataset), self.args.device).items()
-        }
+        means = held_out(self._learner, self.get_eval_dataloader(eval_dataset), self.args.device)
+        parts = {name: mean for name, mean in means.items() if name != "loss"}
+        require_finite(torch.tensor(means["loss"]), f"{self._at(0)}: the held-out loss", parts)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -256,7 +263,8 @@ def train(
     evaluate_every, the learner ends with the weights of the best held-out value of that term. report_to: trackers of
     transformers, by name; what TensorBoard reads is written to `logs` beside the stages' folders of checkpoints.
 
-    A signal ends it after the step that runs, with a checkpoint of that step: then `Interrupted` is raised.
+    A signal ends it after the step that runs, with a checkpoint of that step: then `Interrupted` is raised. Raises
+    UserError where loss, gradients or weights are no longer finite.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("training runs in one process: start it without torchrun or accelerate launch")
@@ -266,6 +274,7 @@ def train(
         console.say(f"{what}: resuming from {checkpoint}")
         keeps_up_to(step_of(checkpoint), what)
         if (history := finished(learner, checkpoint, optimisation.steps)) is not None:
+            require_finite_weights(learner, what)
             return history
     if "tensorboard" in report_to:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.parents[1] / "logs" / run.name))
@@ -283,6 +292,7 @@ def train(
         seed=seed,
         data_seed=seed,
         logging_steps=log_every,
+        logging_nan_inf_filter=False,  # such a loss is an error
         eval_strategy="steps" if evaluate_every else "no",
         eval_steps=evaluate_every,
         save_strategy="steps" if save_every else "no",
@@ -300,6 +310,7 @@ def train(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible GPUs would multiply the batch
     trainer = TermTrainer(
+        what,
         learner,
         args=arguments,
         train_dataset=responses,
@@ -322,6 +333,7 @@ def train(
             raise interrupts.interrupted() from error
         raise
     learner.to("cpu")
+    require_finite_weights(learner, what)
     return trainer.state.log_history
 
 

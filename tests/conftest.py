@@ -1,8 +1,12 @@
 """Small real models and files that the tests share. Every test has an empty store of its own."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,6 +25,22 @@ WORDS = [f"w{i}" for i in range(40)]
 def own_store(tmp_path, monkeypatch):
     monkeypatch.setenv("XKD_STORE", str(tmp_path / "store"))
     return tmp_path / "store"
+
+
+@contextmanager
+def at_once(seconds: int = 60):
+    """Ends what waits for something that never comes."""
+
+    def stop(*_):
+        raise TimeoutError("it waited for a pipe")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def make_model(
@@ -124,6 +144,34 @@ def cache(teacher, student, tmp_path_factory):
     generate(make_params(teacher), prompts, folder / "selection", folder / "store", answers=folder / "answers")
     score(make_params(teacher), prompts, student, folder / "scored", folder / "store")
     return folder
+
+
+@pytest.fixture
+def rewritten(cache, teacher, student, tmp_path, monkeypatch):
+    """`rewritten(name)`: a folder with copies of `cache`'s selections, replaced by others when `name` is called.
+
+    The others hold the same rows with fewer tokens a position, so no teacher is asked.
+    """
+    from stages.generate import generate
+    from stages.score import score
+
+    for name in ("selection", "scored"):
+        shutil.copytree(cache / name, tmp_path / "copies" / name)
+
+    def at_call(name: str) -> Path:
+        module, _, function = name.rpartition(".")
+        called = getattr(import_module(module), function)
+
+        def rewrite_and_call(*arguments, **options):
+            params = make_params(teacher, "generate.k=4")
+            generate(params, cache / "prompts.parquet", tmp_path / "copies" / "selection", cache / "store")
+            score(params, cache / "prompts.parquet", student, tmp_path / "copies" / "scored", cache / "store")
+            return called(*arguments, **options)
+
+        monkeypatch.setattr(name, rewrite_and_call)
+        return tmp_path / "copies"
+
+    return at_call
 
 
 @pytest.fixture(scope="session")

@@ -42,11 +42,12 @@ def divergence(name: str, t: Tensor, s: Tensor, w: float) -> Tensor:
 def sparse_measures(tail: str, ids: Tensor, teacher: Tensor, student: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     """What the two sides are compared on.
 
-    ids [N, k]; teacher [N, Vt] and student [N, Vs], probabilities of the whole vocabularies, padded to any size.
+    ids [N, k]: those that the student lacks or the teacher excludes count as outside. teacher [N, Vt] and student
+    [N, Vs], probabilities of the whole vocabularies, padded to any size.
     floor: the least mass of the teacher's tail in `bucket`.
     """
     size = max(teacher.shape[-1], student.shape[-1])
-    known = ids < student.shape[-1]
+    known = (ids < student.shape[-1]) & (teacher.gather(-1, ids) > 0)
     teacher, student = (torch.nn.functional.pad(p, (0, size - p.shape[-1])) for p in (teacher, student))
     chosen = torch.zeros_like(student, dtype=torch.bool).scatter(-1, ids, known)
     t, s = (torch.where(chosen, p, 0) for p in (teacher, student))

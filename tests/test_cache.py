@@ -295,6 +295,8 @@ def test_all_rows_of_a_request_can_be_exported_each_k_apart(teacher, prompts, tm
     assert code == 0, said
     loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "hf"))
     assert {name: split.num_rows for name, split in loaded.items()} == {"train_k8": 20, "train_k12": 25}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "of scored rows by the stop tokens" in card and "when they were scored where all rows of a request" in card
 
 
 def test_nothing_in_a_name_can_leave_its_place_in_the_card(teacher, prompts, tmp_path):

@@ -1,6 +1,7 @@
 """What holds for the command line: quick help with examples, and short errors that say what to do."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -36,6 +37,23 @@ def test_the_version_is_that_of_the_package():
     from importlib.metadata import version
 
     assert run_cli("--version").stdout.strip() == version("xkd-pipeline")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("arguments", [["--version"], ["params"], ["params", "--help"]], ids=" ".join)
+def test_output_that_cannot_be_written_is_one_line(arguments):
+    command = [sys.executable, "-m", "pipeline.cli", *arguments]
+    with open("/dev/full", "w") as full:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        found = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert found.returncode == 1
+    assert found.stderr == "warning: not all could be printed on stdout: No space left on device\n"
+
+
+def test_a_command_without_a_standard_output_ends_as_ever():
+    command = f"{sys.executable} -m pipeline.cli params >&-"
+    found = subprocess.run(["bash", "-c", command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
 
 
 def refused(*arguments, cwd=ROOT) -> str:

@@ -9,9 +9,8 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import socket
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.shards import verifying
 from pipeline.shards.catalogue import catalogue
+from pipeline.shards.checking import check_shard
 from pipeline.shards.collecting import garbage, in_use
 from pipeline.shards.exporting import export, splits_of_request, splits_of_selection
 from pipeline.shards.files import sha256_file, write_json_atomically
@@ -33,7 +33,7 @@ from pipeline.shards.selection import Selection
 from pipeline.shards.storage import Storage
 from pipeline.shards.verifying import Problem, verify_selection, verify_store
 from stages.generate import generate
-from tests.conftest import make_prompts
+from tests.conftest import at_once, make_prompts
 from tests.test_generate import Recorder, contents, stub_params
 
 
@@ -133,8 +133,10 @@ def test_a_footer_that_is_not_of_its_rows_is_damage(lab, footer, reason):
 ROWS = {
     "a token twice": lambda r: replace(r, topk_ids=np.repeat(r.topk_ids[:, :1], r.k, axis=1)),
     "of probability 8": lambda r: replace(r, topk_logprobs=np.zeros_like(r.topk_logprobs)),
-    "of probability 0": lambda r: replace(r, topk_logprobs=np.full_like(r.topk_logprobs, -np.inf)),
-    "that are none": lambda r: replace(r, topk_logprobs=np.full_like(r.topk_logprobs, np.nan)),
+    "of probability 0": lambda r: replace(r, topk_logprobs=np.full_like(r.topk_logprobs, -1000)),
+    "log-probabilities above 0": lambda r: replace(r, logprobs=np.ones_like(r.logprobs)),
+    "a top k whose": lambda r: replace(r, topk_logprobs=np.full_like(r.topk_logprobs, np.nan)),
+    "log-probabilities are no numbers": lambda r: replace(r, topk_logprobs=np.full_like(r.topk_logprobs, -np.inf)),
     "outside the vocabulary": lambda r: replace(r, response_ids=r.response_ids + 1000),
     "not those of its tokens": lambda r: replace(
         r, response_ids=r.topk_ids[:, 0], logprobs=r.topk_logprobs[:, 0].astype(np.float32) - 1
@@ -142,7 +144,7 @@ ROWS = {
     "likelier than those in it": lambda r: replace(
         r, response_ids=np.full_like(r.response_ids, _unlisted(r)), logprobs=np.zeros_like(r.logprobs)
     ),
-    "which cannot have been drawn": lambda r: replace(r, logprobs=np.full_like(r.logprobs, -np.inf)),
+    "of its tokens that are not finite": lambda r: replace(r, logprobs=np.full_like(r.logprobs, -np.inf)),
     "finish 'banana'": lambda r: replace(r, finish="banana"),
     "has no finish": lambda r: replace(r, finish=None),
     "has no prompt and no response": lambda r: replace(r, prompt=None, response=None),
@@ -250,22 +252,6 @@ def test_a_folder_in_the_place_of_a_selections_file_is_moved_aside(lab, pattern)
     assert contents(lab.out) == lab.undisturbed
 
 
-@contextmanager
-def at_once(seconds: int = 60):
-    """Ends what waits for something that never comes."""
-
-    def stop(*_):
-        raise TimeoutError("it waited for a pipe")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def pipe(path: Path) -> None:
     os.mkfifo(path)
 
@@ -334,6 +320,16 @@ def test_what_goes_while_verify_looks_is_no_problem(lab):
             path.unlink(missing_ok=True)
 
     assert list(verify_store(Storage(lab.store), "", True, remove)) == []
+
+
+def test_a_shard_that_goes_between_two_looks_at_it_is_no_problem(lab, monkeypatch):
+    def check_and_remove(path: Path, *identities: str):
+        header = check_shard(path, *identities)
+        path.unlink()
+        return header
+
+    monkeypatch.setattr(verifying, "check_shard", check_and_remove)
+    assert lab.verify() == [] and not lab.shards
 
 
 def test_what_generate_sets_aside_while_verify_looks_is_no_problem(lab):

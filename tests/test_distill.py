@@ -1,5 +1,6 @@
 """What holds for distillation: every objective with every reward by configuration alone, and what is refused."""
 
+import json
 import threading
 import time
 from dataclasses import replace
@@ -221,6 +222,26 @@ def test_a_student_that_cannot_be_saved_keeps_its_checkpoints(cache, teacher, st
         run_distill(cache, teacher, student, tmp_path, "distill.reward=none", "distill.optimisation.steps=40")
     assert list(tmp_path.glob("runs/distill/*/checkpoint-*"))
     assert [path.name for path in (tmp_path / "student").iterdir()] == ["notes.txt"]
+
+
+def test_a_selection_that_is_rewritten_meanwhile_is_another_training_and_results_name_the_one_that_was_read(
+    cache, rewritten, teacher, student, tmp_path, monkeypatch
+):
+    settings = ["distill.objective=sft", "distill.reward=none"]
+    opened = {name: Selection(cache / name).fingerprint for name in ("selection", "scored")}
+    copies = rewritten("stages.distill.load_lm")
+
+    def end(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stages.distill.save_model", end)
+    for run in (1, 2):  # what the first one kept is not gone on with
+        with pytest.raises(KeyboardInterrupt):
+            run_distill(copies, teacher, student, tmp_path, *settings, scored_path=copies / "scored")
+        provenance = json.loads((tmp_path / "metrics" / "results.json").read_text())["provenance"]
+        assert {name: provenance[name] for name in opened} == opened
+        opened = {name: Selection(copies / name).fingerprint for name in opened}
+        assert len(list((tmp_path / "runs" / "distill").iterdir())) == run
 
 
 def test_a_student_with_another_tokenizer_is_refused(cache, teacher, tmp_path):

@@ -476,7 +476,7 @@ def rows_in_readable(store: Path) -> list[str]:
         (lambda row: replaced(row, key="0" * 32), "has a key that is not of its tokens"),
         (lambda row: replaced(row, topk_ids=row.topk_ids[:, ::-1], topk_logprobs=row.topk_logprobs[:, ::-1]), "order"),
         (lambda row: replaced(row, topk_ids=row.topk_ids + 10**6), "outside the vocabulary"),
-        (lambda row: replaced(row, lse=row.lse * float("nan")), "normalisers that are no numbers"),
+        (lambda row: replaced(row, lse=row.lse * float("nan")), "normalisers that are not finite"),
         # Seen by the counts of the file, or where the row has one token, whose absence counts as a value, by its own.
         (lambda row: replaced(row, logprobs=row.logprobs[:-1]), "for each"),
     ],

@@ -1,6 +1,7 @@
 """What holds for outputs: only what the pipeline made is replaced, and what cannot be written is known at once."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -14,7 +15,16 @@ from pipeline.cli import app
 from pipeline.errors import UserError
 from pipeline.models import describe_model, link_model, load_lm, load_tokenizer, weights_digest
 from pipeline.options import AUDIT, CURVES, EVALUATION, PROMPTS, REWARD, SCORED, SELECTION, START, STUDENT, TOKENIZER
-from pipeline.outputs import MARK, begin_results, replacing
+from pipeline.outputs import (
+    MARK,
+    RESULTS,
+    begin_results,
+    is_results,
+    replacing,
+    require_own_file,
+    require_own_folder,
+    require_own_results,
+)
 from stages.distill import distill
 from stages.evaluate import evaluate
 from stages.generate import generate
@@ -23,7 +33,7 @@ from stages.report import report
 from stages.reward import reward
 from stages.score import score
 from stages.teach import teach
-from tests.conftest import ROOT, make_params
+from tests.conftest import ROOT, at_once, make_params
 from tests.processes import run
 from tests.test_faults import needs_mount, small_disk
 
@@ -339,6 +349,22 @@ def test_a_file_in_a_folders_place_is_noticed_before_any_work(tmp_path, output):
     if output not in FILES:
         assert str(tmp_path / "file") in refused(*command_writing_to(tmp_path / "file", *output), cwd=tmp_path)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_pipe_in_a_files_place_is_somebody_elses_and_hangs_nobody(tmp_path):
+    for name in (MARK, RESULTS):
+        (tmp_path / name).mkdir()
+        os.mkfifo(tmp_path / name / name)
+    checks = (
+        lambda: require_own_folder(tmp_path / MARK, "a model"),
+        lambda: require_own_results(tmp_path / MARK, "distill"),
+        lambda: require_own_results(tmp_path / RESULTS, "distill"),
+        lambda: require_own_file(tmp_path / RESULTS / RESULTS, lambda path: is_results(path, "generate")),
+        lambda: require_own_file(tmp_path / RESULTS / RESULTS, Path.read_bytes),  # of a file of any kind
+    )
+    for check in checks:
+        with at_once(), pytest.raises(UserError, match=r"nothing was changed"):
+            check()
 
 
 @needs_mount

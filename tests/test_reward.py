@@ -1,6 +1,8 @@
 """What holds for the reward: the teacher's residuals, the posterior fitted to them, and its audit."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +27,7 @@ from stages.reward import reward
 from stages.reward_model import ActionHead, RewardPosterior, StateHead, load_posterior
 from stages.rows import per_response
 from stages.score import score
-from tests.conftest import make_model, make_params, make_prompts
+from tests.conftest import at_once, make_model, make_params, make_prompts
 
 SARSA = Residual(q_source="logits", gamma=1.0, terminal="drop")
 
@@ -160,6 +162,28 @@ def run_reward(cache, teacher, student, out, *overrides):
     params = make_params(teacher, "prepare.task=translation", *overrides)
     paths = cache / "selection", student, out / "reward", out / "audit", out / "runs"
     return reward(params, *paths, scored_path=cache / "scored", prompts_path=cache / "prompts.parquet")
+
+
+def test_results_name_the_selections_that_were_read_although_they_were_rewritten_meanwhile(
+    cache, rewritten, teacher, student, tmp_path
+):
+    copies = rewritten("stages.reward._readable")
+    paths = copies / "selection", student, tmp_path / "reward", tmp_path / "audit", tmp_path / "runs"
+    reward(make_params(teacher), *paths, scored_path=copies / "scored", prompts_path=cache / "prompts.parquet")
+    provenance = json.loads((tmp_path / "audit" / "results.json").read_text())["provenance"]
+    for name in ("selection", "scored"):
+        assert provenance[name] == Selection(cache / name).fingerprint != Selection(copies / name).fingerprint
+
+
+@pytest.mark.parametrize("content", [b"", b"torn", None], ids=["empty", "torn", "a pipe"])
+def test_weights_of_a_reward_that_cannot_be_read_are_named(fitted, student, tmp_path, content):
+    folder = shutil.copytree(fitted / "sarsa", tmp_path / "reward")
+    weights = folder / "reward.safetensors"
+    weights.unlink()
+    os.mkfifo(weights) if content is None else weights.write_bytes(content)
+    with at_once(), pytest.raises(UserError, match=rf"{weights} does not hold this reward: .*again$") as found:
+        load_posterior(folder, student)
+    assert "\n" not in str(found.value)
 
 
 @pytest.mark.parametrize("fit", ["teacher", "policy"])

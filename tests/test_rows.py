@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -118,14 +119,31 @@ def test_a_row_with_a_value_that_is_not_finite_fails_alone(teacher, tmp_path, ow
     assert reason in entry["reason"] and len(list(Selection(tmp_path / "out").rows("train"))) == 39
 
 
-def test_a_row_of_no_numbers_that_an_earlier_version_stored_is_not_selected(teacher, tmp_path, own_store):
-    prompts = make_prompts(tmp_path / "prompts.parquet", train=20)
+def excluded(row: Row) -> Row:
+    """The row with tokens outside its top k that the teacher gave no probability at all."""
+    unlisted = ~(row.topk_ids == row.response_ids[:, None]).any(1)
+    assert unlisted.any()
+    return replace(row, logprobs=np.where(unlisted, -np.inf, row.logprobs))
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "reason"),
+    [
+        ("sample", lambda row: replace(row, lse=row.lse * np.nan), "normalisers that are not finite"),
+        ("score", excluded, "log-probabilities of its tokens that are not finite"),
+    ],
+)
+def test_a_row_of_no_numbers_that_an_earlier_version_stored_is_not_selected(
+    teacher, tmp_path, own_store, kind, spoil, reason
+):
+    """And `cache verify` sets it aside, as the message says."""
+    prompts = make_prompts(tmp_path / "prompts.parquet", train=20, validation=2)
     generate(stub_params(teacher), prompts, tmp_path / "before")
-    shard = shards(own_store)[0]
+    shard = next(shard for shard in shards(own_store) if read_metadata(shard)["request"]["kind"] == kind)
     rows, metadata = from_table(pq.read_table(shard)), read_metadata(shard)
-    write_shard(shard, [replace(rows[0], lse=rows[0].lse * np.nan), *rows[1:]], metadata)
+    write_shard(shard, [spoil(rows[0]), *rows[1:]], metadata)
     shard.rename(shard.with_name(f"part-{sha256_file(shard)[:16]}.parquet"))
-    with pytest.raises(UserError, match=rf"row {rows[0].key} in .* normalisers that are not finite.*cache verify"):
+    with pytest.raises(UserError, match=rf"row {rows[0].key} in .* {reason}.*cache verify"):
         generate(stub_params(teacher), prompts, tmp_path / "out")
     assert any(problem.aside for problem in verify_store(Storage(own_store), "", True, lambda: None))
     assert generate(stub_params(teacher), prompts, tmp_path / "out").made == len(rows)
@@ -213,6 +231,32 @@ def test_a_row_without_a_token_keeps_its_k():
     (alone,) = from_table(to_table([row([], 3)]))
     assert len(alone.topk_ids) == 0
     assert RowCheck({"kind": "score"}, "", 3, 44).fault(alone) is None
+
+
+def test_an_empty_response_is_widened_alone_and_among_others(teacher, tmp_path):
+    """Its k cannot be read off a row group in which no row has a token."""
+    model = Path(shutil.copytree(teacher, tmp_path / "model"))
+    state = json.loads((model / "tokenizer.json").read_text())
+    state["normalizer"] = {"type": "Replace", "pattern": {"String": "_"}, "content": ""}  # "_" is no token
+    (model / "tokenizer.json").write_text(json.dumps(state))
+    prompts, given = make_prompts(tmp_path / "prompts.parquet", train=1), tmp_path / "given.jsonl"
+
+    def select(k: int, *responses: str, out: str = "out", store: str = "store") -> list[int]:
+        lines = [json.dumps({"prompt": "w0 w0 w0", "response": text, "finish": "length"}) for text in responses]
+        given.write_text("\n".join(lines))
+        params = make_params(model, f"generate.responses={given}", f"generate.k={k}")
+        generate(params, prompts, tmp_path / out, tmp_path / store)
+        return [len(row.response_ids) for row in Selection(tmp_path / out).rows("train")]
+
+    assert select(4, "w1 w2", "_") == [2, 0]
+    assert select(8, "w1 w2") == [2]
+    assert select(8, "w1 w2", "_") == [2, 0]  # the empty one alone is widened
+    assert select(12, "w1 w2", "_") == [2, 0]  # both
+    assert select(12, "w1 w2", "_", out="new", store="new") == [2, 0]
+    rows = (list(Selection(tmp_path / out).rows("train")) for out in ("out", "new"))
+    for widened, at_once in zip(*rows, strict=True):
+        assert (widened.topk_ids == at_once.topk_ids).all()
+    assert select(4, "_", store="empty") == select(8, "_", store="empty") == [0]
 
 
 def test_an_empty_response_is_scored_as_such(teacher):

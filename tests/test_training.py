@@ -20,7 +20,7 @@ from stages.batches import IGNORED, Response, collate, response_states
 from stages.curves import split_history, write_csv
 from stages.objectives.sparse import sparse_divergence
 from stages.students import StudentLearner, score_tokens
-from stages.training import count, held_out, train
+from stages.training import Learner, Term, count, held_out, train
 from tests.conftest import ROOT, make_params, make_prompts
 
 
@@ -151,6 +151,45 @@ def test_several_processes_are_refused(student, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="one process"):
         step = Optimisation(steps=1, batch_size=4, learning_rate=0.1)
         train("t", make_learner(student), make_responses(4), None, step, tmp_path, 0, log_every=1)
+
+
+# Numbers that are not finite
+
+
+class Line(Learner):
+    """The line w * x at x = 1, whose loss, held-out loss or gradient is infinite where that is asked for."""
+
+    def __init__(self, infinite: str = "", start: float = 1.0):
+        super().__init__()
+        self.terms = {"kd": Term(1.0, "tokens")}
+        self.infinite, self.model = infinite, torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.constant_(self.model.weight, start)
+
+    def forward(self, counts, **batch):
+        weight = self.model.weight.sum()
+        value = weight + (weight * 0).sqrt() if self.infinite == "gradient" else weight
+        if self.infinite == ("loss" if self.training else "held-out loss"):
+            value = value + torch.inf
+        return value, {"kd": value.detach() * counts[0]}
+
+
+@pytest.mark.parametrize("infinite", ["loss", "gradient", "held-out loss"])
+def test_a_training_whose_numbers_are_not_finite_ends_with_them_by_name(tmp_path, infinite):
+    step = Optimisation(steps=4, batch_size=4, learning_rate=0.1)
+    shown = r" \(kd inf\)" if "loss" in infinite else ""
+    at = 2 if infinite == "held-out loss" else 1
+    with pytest.raises(UserError, match=rf"fitting a line, step {at}: the {infinite} is not finite{shown}: .*no model"):
+        train("fitting a line", Line(infinite), make_responses(8), make_responses(4), step, tmp_path / "run", 0,
+              log_every=1, evaluate_every=2, save_every=1)  # fmt: skip
+
+
+def test_weights_that_became_infinite_in_the_last_step_are_not_taken_for_a_model_nor_by_the_next_run(tmp_path):
+    step, start = Optimisation(steps=1, batch_size=4, learning_rate=1e37), -3.4e38
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"fitting a line: model\.weight is not finite"):
+            train(
+                "fitting a line", Line("", start), make_responses(8), None, step, tmp_path / "run", 0, 1, save_every=1
+            )
 
 
 def start_distilling(selection: Path, student: Path, out: Path, runs: Path) -> subprocess.Popen:

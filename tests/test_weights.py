@@ -1,25 +1,31 @@
 """What holds for the files of a model: the teacher is what loading reads, and nothing is loaded that is not whole."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from pipeline.errors import UserError
 from pipeline.models import (
+    build_from_config,
     describe_model,
+    has_weights,
     licence_of,
     load_config,
     load_lm,
     load_tokenizer,
     require_loadable,
+    save_model,
     stop_token_ids,
+    word_tokenizer,
 )
 from stages.generate import generate
-from tests.conftest import make_params, make_prompts, make_seq2seq_model
+from tests.conftest import at_once, make_params, make_prompts, make_seq2seq_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -99,6 +105,20 @@ def swap(folder: Path) -> None:
     (folder / "kept").rename(folder / "b.safetensors")
 
 
+def name_in_config(folder: Path, weights: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": weights}))
+
+
+def put_in_place(kind: str, path: Path) -> None:
+    """Something that is no file: a folder, a pipe, or a link that leads nowhere."""
+    path.unlink(missing_ok=True)
+    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "link": lambda: path.symlink_to("nowhere")}[kind]()
+
+
+STRANGE = ("folder", "pipe", "link")
+
+
 def rewrite_index(folder: Path, **entries) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {}, **entries}))
 
@@ -126,6 +146,16 @@ REFUSED = {
     "a shard that is no safetensors file": (
         lambda f: (f / "b.safetensors").write_bytes(b"\x01" * 64), "cannot read .*b.safetensors",
     ),
+    "an index that is a pipe": (lambda f: put_in_place("pipe", f / INDEX), "index.json cannot be read"),
+    "weights of another name": (
+        lambda f: name_in_config(f, "sub/other.safetensors"), "config.json has transformers_weights 'sub/other.saf",
+    ),
+    **{
+        f"a {kind} that is called as weights are": (
+            lambda f, kind=kind: put_in_place(kind, f / "x.safetensors"), "has x.safetensors, .* no regular file",
+        )
+        for kind in STRANGE
+    },
     "an adapter": (
         lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json, .*merge it into them",
     ),
@@ -137,9 +167,18 @@ def test_a_folder_that_two_engines_would_read_differently_is_refused(sharded, na
     change, reason = REFUSED[name]
     change(sharded)
     for read in (identity, load_lm, require_loadable):
-        with pytest.raises(UserError, match=reason) as found:
+        with at_once(), pytest.raises(UserError, match=reason) as found:
             read(sharded)
         assert "\n" not in str(found.value)
+
+
+def test_a_configuration_that_names_its_weights_is_not_one_without_weights(model):
+    """`teach` would make a new model of its shape."""
+    (model / WEIGHTS).rename(model / "other")
+    assert not has_weights(model)
+    name_in_config(model, "other")
+    with pytest.raises(UserError, match="transformers_weights 'other'"):
+        has_weights(model)
 
 
 # Which tensors
@@ -157,8 +196,31 @@ TENSORS = {
 def test_weights_that_are_not_those_of_the_configuration_are_refused(model, name, read):
     change, reason = TENSORS[name]
     edit(model / WEIGHTS, change)
-    with pytest.raises(UserError, match=reason):
+    with pytest.raises(UserError, match=reason) as found:
         read(model)
+    assert ("would be filled with random values" in str(found.value)) == (name == "absent")
+
+
+MASKS = {
+    "gpt2": ("transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"),
+    "gptj": ("transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"),
+    "gpt_neo": ("transformer.h.0.attn.attention.bias", "transformer.h.0.attn.attention.masked_bias"),
+}
+SHAPES = {"gpt2": {"n_head": 2}, "gptj": {"n_head": 2, "rotary_dim": 4}, "gpt_neo": {"num_heads": 2}}
+SHAPES["gpt_neo"]["attention_types"] = [[["global"], 1]]
+
+
+@pytest.mark.parametrize("read", [load_lm, require_loadable], ids=["load", "check without loading"])
+@pytest.mark.parametrize("family", MASKS)
+def test_masks_that_were_saved_with_old_weights_are_not_refused_and_other_tensors_are(tmp_path, family, read):
+    tokenizer, folder, (mask, value) = word_tokenizer(["w0"]), tmp_path / family, MASKS[family]
+    config = AutoConfig.for_model(family, hidden_size=16, num_layers=1, max_position_embeddings=8, **SHAPES[family])
+    save_model(folder, build_from_config(config, tokenizer, seed=0), tokenizer, "a test model")
+    edit(folder / WEIGHTS, lambda tensors: tensors.update({mask: torch.ones(1, 1, 8, 8), value: torch.tensor(-1e4)}))
+    read(folder)
+    edit(folder / WEIGHTS, lambda tensors: tensors.update({value: torch.ones(16)}))
+    with pytest.raises(UserError, match=f"they have more than the model: {value}"):
+        read(folder)
 
 
 @pytest.mark.parametrize("engine", ["hf", "vllm", "ray"])
@@ -180,6 +242,22 @@ def test_a_generation_config_that_cannot_be_read_is_not_absent(model, text):
     for read in (load_lm, lambda folder: stop_token_ids(folder, load_tokenizer(folder))):
         with pytest.raises(UserError, match=r"generation_config\.json"):
             read(model)
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("name", ["generation_config.json", "link.json"])
+def test_what_is_in_the_place_of_a_file_is_not_absent(model, name, kind):
+    put_in_place(kind, model / name)
+    for read in (load_lm, lambda folder: stop_token_ids(folder, load_tokenizer(folder))):
+        with at_once(), pytest.raises(UserError, match=rf"{name} cannot be read"):
+            read(model)
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_card_that_is_no_file_states_no_licence(model, kind):
+    put_in_place(kind, model / "README.md")
+    with at_once():
+        assert licence_of(model) is None
 
 
 @pytest.mark.parametrize("eos", [-1, 9999, True, 2.0, "2", [2, None], [2, 44]])

@@ -9,7 +9,7 @@ from pipeline.errors import UserError, printable
 from pipeline.models.loading import load_config, local_folder, read_link
 from pipeline.models.tokenizers import load_tokenizer, tokenizer_identity
 from pipeline.models.weights import unread_files, weight_files
-from pipeline.shards.files import digest, read_json, sha256_file
+from pipeline.shards.files import digest, read_json, read_text, sha256_file
 
 _NOT_IDENTITY = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "id2label", "label2id"}
 _CARD_CHARACTERS = 2**16  # of a model card that are looked at
@@ -82,9 +82,8 @@ def licence_of(folder: Path) -> str | None:
     The front matter is parsed and not constructed: dates stay text, tags do nothing, aliases are not followed.
     """
     try:
-        with open(folder / "README.md", encoding="utf-8", errors="replace") as card:
-            text = card.read(_CARD_CHARACTERS)
-        _, front, _ = text.split("---", 2)
+        card = read_text(folder / "README.md", "replace", _CARD_CHARACTERS)
+        _, front, _ = card.split("---", 2)
         root = yaml.compose(front, yaml.SafeLoader)
     except (OSError, ValueError, yaml.YAMLError, RecursionError):  # such a card says nothing about the licence
         return None

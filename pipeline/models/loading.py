@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.errors import UserError, in_one_line
 from pipeline.models.saving import replacing_model
-from pipeline.models.weights import require_complete, weight_files
+from pipeline.models.weights import require_complete, weight_files, weight_names
 from pipeline.shards.files import read_json, write_json_atomically
 
 _LINK = "link.json"
@@ -30,7 +30,7 @@ def link_model(folder: Path, source: str | Path, weights: str) -> None:
 def read_link(source: str | Path) -> dict:
     """What a link stands for, `source`, and the digest of its `weights`; anything else is itself, with None."""
     link = Path(source) / _LINK
-    if not link.is_file():
+    if not os.path.lexists(link):
         return {"source": source, "weights": None}
     found = read_json(link)
     if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("source", "weights")):
@@ -50,9 +50,12 @@ def source_of(source: str | Path) -> str:
 
 
 def has_weights(source: str | Path) -> bool:
-    """False for a folder that holds a configuration alone; a hub name is taken to have weights."""
+    """False for a folder that holds a configuration alone; a hub name is taken to have weights.
+
+    Raises UserError as `weight_names` does.
+    """
     folder = Path(resolve(source))
-    return not folder.is_dir() or any(folder.glob("*.safetensors"))
+    return not folder.is_dir() or bool(weight_names(folder))
 
 
 def load_config(source: str | Path):
@@ -152,7 +155,7 @@ def load_pretrained(auto_class, source: str | Path, what: str, **options) -> Any
 def read_generation_config(folder: Path) -> dict:
     """What a model's generation_config.json says; empty where it has none. Raises UserError where it is broken."""
     path = folder / "generation_config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     found = read_json(path)
     if not isinstance(found, dict):

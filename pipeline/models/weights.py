@@ -5,13 +5,19 @@ transformers reads `model.safetensors`, else the files that `model.safetensors.i
 others. A folder for which the two differ is refused.
 """
 
+import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.errors import UserError, in_one_line
+from pipeline.errors import UserError, in_one_line, shown
 from pipeline.shards.files import read_json
 
-_SINGLE, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _SHOWN = 5  # names in a message
+# The causal mask and the value it put in: buffers that GPT-2, GPT-Neo, GPT-J and others of their time were saved with.
+_MASK = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -21,7 +27,7 @@ def weight_files(folder: Path) -> list[Path]:
     loaded), where an engine would read other files than another one, where an adapter would be applied, and where the
     index does not fit its files.
     """
-    present = {path.name for path in folder.glob("*.safetensors") if path.is_file()}
+    present = weight_names(folder)
     if (folder / _ADAPTER).exists():
         raise UserError(
             f"{folder} has an {_ADAPTER}, whose adapter transformers would apply to the weights and vLLM would not: "
@@ -53,9 +59,29 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def weight_names(folder: Path) -> set[str]:
+    """Names of the files of weights in a local folder, read or not.
+
+    Raises UserError where one is no file, or where config.json sends transformers to a file of another name.
+    """
+    found = sorted(folder.glob("*.safetensors"))
+    if strange := [path.name for path in found if not path.is_file()]:
+        raise UserError(
+            f"{folder} has {_named(strange)}, where files of weights are looked for, and that is no regular file (but "
+            "a folder, a pipe or a link that leads nowhere): move it away"
+        )
+    config = read_json(folder / _CONFIG) if os.path.lexists(folder / _CONFIG) else None
+    if isinstance(config, dict) and config.get("transformers_weights") is not None:
+        raise UserError(
+            f"{folder / _CONFIG} has transformers_weights {shown(repr(config['transformers_weights']))}: transformers "
+            f"would load that file and vLLM would not. Call the file {_SINGLE} and take the entry out"
+        )
+    return {path.name for path in found}
+
+
 def unread_files(folder: Path) -> list[Path]:
     """Weight files that no engine loads, because the index does not name them."""
-    return sorted(set(folder.glob("*.safetensors")) - set(weight_files(folder)))
+    return sorted({folder / name for name in weight_names(folder)} - set(weight_files(folder)))
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -88,24 +114,37 @@ def _require_distinct_tensors(files: list[Path], weight_map: dict[str, str] | No
             raise UserError(f"{files[0].parent / _INDEX} puts tensor {tensor} into {name}, and {where}")
 
 
-def require_complete(info: dict, source: str | Path) -> None:
+def require_complete(info: dict, folder: Path) -> None:
     """Raises UserError where weights lack a tensor that the model has, which would be random, or have one more.
 
-    info: what transformers says of a loading (`output_loading_info`).
+    info: what transformers says of a loading (`output_loading_info`), without what it knows to be of no use. Attention
+    masks that were saved as tensors are of no use either.
     """
-    wrong = [
-        f"{what} {_named(info[kind])}"
-        for kind, what in (("missing_keys", "lack"), ("unexpected_keys", "have more than the model:"))
-        if info.get(kind)
-    ]
+    lacking = set(info.get("missing_keys", ()))
+    added = set(info.get("unexpected_keys", ()))
+    added -= _masks(folder, {name for name in added if _MASK.search(name)})
+    wrong = [f"lack {_named(lacking)}"] * bool(lacking) + [f"have more than the model: {_named(added)}"] * bool(added)
     if wrong:
+        random = "A tensor that is absent would be filled with random values: s" if lacking else "S"
         raise UserError(
-            f"the weights of {source} are not those of its configuration: they {' and '.join(wrong)}. A tensor that "
-            "is absent would be filled with random values: save the model again, or correct its config.json"
+            f"the weights of {folder} are not those of its configuration: they {' and '.join(wrong)}. {random}ave the "
+            "model again, or correct its config.json"
         )
 
 
-def _named(names) -> str:
+def _masks(folder: Path, names: set[str]) -> set[str]:
+    """Those of the tensors that have the shape of a causal mask, [1, 1, n, n], or of a single value."""
+    from safetensors import safe_open
+
+    found = set()
+    for path in weight_files(folder) if names else ():
+        with safe_open(path, "numpy") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in names & set(file.keys())}
+        found |= {name for name, shape in shapes.items() if not shape or shape == [1, 1, shape[-1], shape[-1]]}
+    return found
+
+
+def _named(names: Iterable[str]) -> str:
     """Some names, and how many more there are."""
     shown = sorted(map(str, names))
     more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import UserError
 from pipeline.shards.files import digest, sha256_file
 from pipeline.shards.identity import key_of_sample, score_key
-from pipeline.shards.schema import SCHEMA, Columns, Malformed, Row, checked_metadata, read_metadata
+from pipeline.shards.schema import SCHEMA, Columns, Malformed, Row, checked_metadata, read_metadata, value_fault
 
 SHARD = re.compile(r"part-([0-9a-f]{16})\.parquet")
 # What the bytes of a file can make a reader raise, beside OSError. Anything else is an error of our own code, or too
@@ -98,10 +98,11 @@ def _count_fault(found: pq.FileMetaData, footer: dict) -> str | None:
 
 def row_faults(path: Path) -> Iterator[str]:
     """What is wrong with the rows of a readable shard: keys that are not of their tokens, values that cannot be."""
-    metadata = read_metadata(path)
-    request, seen, number = metadata["request"], set(), -1
-    check = RowCheck(request, digest(request)[:16], metadata["k"], metadata["vocab_size"])
+    seen, number = set(), -1
     try:
+        metadata = read_metadata(path)
+        request = metadata["request"]
+        check = RowCheck(request, digest(request)[:16], metadata["k"], metadata["vocab_size"])
         for batch in pq.ParquetFile(path).iter_batches(_ROWS_AT_ONCE):
             rows = Columns(pa.Table.from_batches([batch]))
             for place in range(len(rows)):
@@ -112,7 +113,7 @@ def row_faults(path: Path) -> Iterator[str]:
                 if problem:
                     yield f"row {row.key} {problem}"
     except (*UNREADABLE, OSError) as error:
-        yield f"row {number} (from 0) cannot be read: {text_of(error)}"
+        yield f"{f'row {number} (from 0)' if number >= 0 else 'it'} cannot be read: {text_of(error)}"
 
 
 class RowCheck:
@@ -150,12 +151,11 @@ class RowCheck:
     def _value_fault(self, row: Row, steps: int) -> str | None:
         if row.logprobs is None or len(row.logprobs) != steps or (row.lse is not None and len(row.lse) != steps):
             return f"has not a value for each of its {steps} positions"
-        if row.lse is not None and not np.isfinite(row.lse).all():
-            return "has normalisers that are no numbers"
+        if fault := value_fault(row):  # what `generate` would refuse to select
+            return fault.removeprefix("it ")
         topk = row.topk_logprobs.astype(np.float32)
-        # -inf is a token that cannot be said; rounding may put a certain one a little above 0.
-        if np.isnan(topk).any() or np.isnan(row.logprobs).any() or max(topk.max(), row.logprobs.max()) > 0.01:
-            return "has log-probabilities that are none"
+        if max(topk.max(), row.logprobs.max()) > 0.01:  # rounding may put a certain token a little above 0
+            return "has log-probabilities above 0"
         if (topk[:, 1:] > topk[:, :-1]).any():
             return "has its top k out of order"
         if (np.diff(np.sort(row.topk_ids, axis=1), axis=1) == 0).any():
@@ -165,8 +165,6 @@ class RowCheck:
             return f"has a top k of probability {mass.max() if mass.max() > 1.02 else 0:.3g}"
         said = row.topk_ids == row.response_ids[:, None]
         listed = said.any(axis=1)
-        if self.request.get("kind") == "sample" and not np.isfinite(row.logprobs).all():
-            return "has a token of probability 0, which cannot have been drawn"
         if (np.abs(row.logprobs[listed] - topk[said]) > _ROUNDING + np.abs(topk[said]) / 512).any():
             return "has log-probabilities that are not those of its tokens in the top k"
         if (row.logprobs[~listed] > topk[~listed, -1] + _ROUNDING).any():

@@ -26,7 +26,8 @@ _MEANING = {
     "response": "the response, for people",
     "prompt_ids": "the prompt's token ids",
     "response_ids": "the response's token ids",
-    "finish": "stop, or length where it was cut off",
+    "finish": "stop, or length where it was cut off; of scored rows by the stop tokens that the teacher had when the "
+    "selection was made, or when they were scored where all rows of a request are exported",
     "logprobs": "log-probability of each response token: full vocabulary, temperature 1",
     "topk_ids": "the k likeliest tokens at each response position, row-major, in rank order",
     "topk_logprobs": "their log-probabilities",

@@ -44,6 +44,13 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_text(path: Path, errors: str = "strict", characters: int = -1) -> str:
+    """A UTF-8 file, or how it begins. Raises OSError for what is no regular file."""
+    require_file(path)
+    with open(path, encoding="utf-8", errors=errors) as file:
+        return file.read(characters)
+
+
 def canonical_json(value: Any) -> str:
     """One text for one value: sorted keys, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -58,7 +65,7 @@ def parse_json(text: str, what: str) -> Any:
 def read_json(path: Path) -> Any:
     """The value in a JSON file. Raises UserError that names the file where it cannot be read, or is not JSON."""
     with in_one_line(f"{path} cannot be read"):
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     return parse_json(text, str(path))
 
 

@@ -292,6 +292,11 @@ class Selection:
         self.teacher: dict = self.manifest["teacher"]
         self.parts: dict[str, dict] = self.manifest["parts"]
 
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what was opened, whatever is in `folder` by now."""
+        return self.manifest["sha256"][:16]
+
     def require_teacher(self, what: str) -> None:
         """Raises UserError where the rows are text alone, without a teacher's log-probabilities."""
         if self.manifest["k"] == 0:

@@ -216,8 +216,11 @@ def widened(row: Row, answer: Answer) -> Answer:
     """A second answer [T, K] to a stored row [T, k], k < K: the row's own values, and what the answer adds behind them.
 
     A second reading differs in its last bits. Values that are stored once stay, so that a selection of k tokens a
-    position is the same before and after; what is added is not above them.
+    position is the same before and after; what is added is not above them. A row of no tokens has nothing to keep, nor
+    a k to read it by (where it is read without other rows, it has k = 0).
     """
+    if not len(row.response_ids):
+        return replace(answer, finish=row.finish)
     known = (answer.topk_ids[:, :, None] == row.topk_ids[:, None, :]).any(-1)  # [T, K]
     added = np.argsort(known, axis=1, kind="stable")[:, : answer.topk_ids.shape[1] - row.k]
     values = np.take_along_axis(answer.topk_logprobs, added, 1)

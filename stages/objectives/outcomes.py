@@ -24,6 +24,20 @@ def dense(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1
     return torch.log_softmax(teacher / temperature, -1), torch.log_softmax(student / temperature, -1)
 
 
+def outside_too(student: SparseLogprobs, ids: Tensor) -> SparseLogprobs:
+    """The same student with some of the k ids, [N, k] bool, counted among all others.
+
+    What the teacher excludes is no outcome of its own: reverse KL would be infinite at any student that is not exactly
+    0 there.
+    """
+    joined = torch.cat([student.inside.masked_fill(~ids, -torch.inf), student.outside[:, None]], -1)
+    nothing = torch.isneginf(joined).all(-1, keepdim=True)
+    # The logsumexp of nothing but -inf has no gradient.
+    outside = torch.logsumexp(joined.clamp_min(torch.finfo(joined.dtype).min), -1, keepdim=True)
+    inside = student.inside.masked_fill(ids, -torch.inf)
+    return student._replace(outcomes=torch.cat([inside, outside.masked_fill(nothing, -torch.inf)], -1))
+
+
 def bucket(teacher: Tensor, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
     """The tail is one extra outcome on both sides.
 
