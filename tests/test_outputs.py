@@ -15,6 +15,9 @@ from pipeline.errors import UserError
 from pipeline.models import describe_model, link_model, load_lm, load_tokenizer, weights_digest
 from pipeline.options import AUDIT, CURVES, EVALUATION, PROMPTS, REWARD, SCORED, SELECTION, START, STUDENT, TOKENIZER
 from pipeline.outputs import MARK, begin_results, replacing
+from pipeline.shards.exporting import export, splits_of_selection
+from pipeline.shards.replaceable import require_own_selection
+from pipeline.shards.selection import Selection
 from stages.distill import distill
 from stages.evaluate import evaluate
 from stages.generate import generate
@@ -207,6 +210,16 @@ def test_rows_of_somebody_elses_in_a_selection_stay(made, name, tmp_path):
     with pytest.raises(UserError, match=rf"{data / 'teacher' / name} is not what xkd-pipeline writes"):
         made("generate")
     assert snapshot(data) == before
+
+
+def test_an_exported_data_set_is_no_selection(cache, tmp_path):
+    """Its rows have the same footers, and the names of an earlier version's selection."""
+    export(*splits_of_selection(Selection(cache / "selection")), tmp_path / "exported")
+    before = snapshot(tmp_path / "exported")
+    assert "data/train-00000.parquet" in before
+    with pytest.raises(UserError, match=r"/scored-00000.parquet is not what xkd-pipeline writes"):
+        require_own_selection(tmp_path / "exported" / "data")
+    assert snapshot(tmp_path / "exported") == before
 
 
 @pytest.mark.slow

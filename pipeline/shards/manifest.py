@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.shards.files import digest, is_in_the_way, sha256_file
+from pipeline.shards.files import ASIDE, digest, is_in_the_way, sha256_file
 from pipeline.shards.schema import SCHEMA_VERSION
 
 MANIFEST = "manifest.json"
@@ -64,6 +64,12 @@ def is_left_behind(path: Path) -> bool:
     if path.is_dir() and not path.is_symlink():
         return bool(_STAGED.fullmatch(path.name))
     return bool(_LEFT_BEHIND.fullmatch(path.name) or _STAGED.fullmatch(path.name))
+
+
+def is_named_by_content(path: Path) -> bool:
+    """Whether it is a file of rows whose name has the digest of its bytes, as in no export and no earlier version."""
+    name = re.fullmatch(_ROWS, path.name.removesuffix(ASIDE))
+    return bool(name and name[2]) and name[2] == f"-{sha256_file(path)[:12]}"
 
 
 def holds_selection(folder: Path) -> bool:
