@@ -59,11 +59,15 @@ def selection_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if re.fullmatch(_ROWS, path.name))
 
 
+def is_staged(path: Path) -> bool:
+    """Whether it is the folder in which a run prepares a selection, or a file that an earlier version prepared."""
+    return bool(_STAGED.fullmatch(path.name))
+
+
 def is_left_behind(path: Path) -> bool:
-    """Whether it is a file of an earlier selection, or the folder in which a killed run prepared one."""
-    if path.is_dir() and not path.is_symlink():
-        return bool(_STAGED.fullmatch(path.name))
-    return bool(_LEFT_BEHIND.fullmatch(path.name) or _STAGED.fullmatch(path.name))
+    """Whether it is a file of an earlier selection, or what a killed run prepared."""
+    is_file = not path.is_dir() or path.is_symlink()
+    return is_staged(path) or (is_file and bool(_LEFT_BEHIND.fullmatch(path.name)))
 
 
 def is_named_by_content(path: Path) -> bool:
