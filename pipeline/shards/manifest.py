@@ -49,6 +49,14 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
+def seal_of(folder: Path) -> str | None:
+    """What tells the selection in a folder from others; None where there is none whose manifest is whole."""
+    try:
+        return read_manifest(folder)["sha256"]
+    except (UserError, OSError):
+        return None
+
+
 def listed_files(manifest: dict) -> dict[str, dict]:
     """The manifest's entry of every file of rows, by name."""
     return {file["name"]: file for part in manifest["parts"].values() for file in part["files"]}
