@@ -7,6 +7,7 @@ keeps files and not their folder. What a mark says depends on nothing but the fi
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -14,12 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pipeline import interrupts
 from pipeline.errors import UserError
-from pipeline.shards.files import write_json_atomically, writing_to
+from pipeline.shards.files import locked, write_json_atomically, writing_to
 
 MARK = ".xkd-pipeline"
 RESULTS = "results.json"
-_MADE_BY = "xkd-pipeline"
+_MADE_BY, _EARLIER = "xkd-pipeline", "-earlier"
 _OF_DVC = {".gitignore"}  # DVC writes it beside files that are its outputs
 
 
@@ -52,21 +54,51 @@ def replacing(folder: Path, holds: str, option: str = "--out") -> Iterator[Path]
     require_own_folder(folder, holds, option)
     place = Path(os.path.realpath(folder))  # what a link points to is replaced, and not the link
     with writing_to(place.parent):
+        _tidy(place, holds)
         made = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
         try:
-            yield made
-            _write_mark(made, holds, _files(made))
-            made.chmod(0o755)
-            for name in _files(made):  # safetensors makes its files private
-                (made / name).chmod(0o644)
-            require_own_folder(folder, holds, option)
-            earlier = made.with_name(f"{made.name}-earlier")
-            if place.exists():  # moved first: a kill must not leave half of it
-                place.rename(earlier)
-            made.rename(place)
-            shutil.rmtree(earlier, ignore_errors=True)
+            with locked(made):  # from the next one's `_tidy`
+                _write_mark(made, holds, [])
+                yield made
+                _write_mark(made, holds, sorted({*_files(made)} - {MARK}))
+                made.chmod(0o755)
+                for name in _files(made):  # safetensors makes its files private
+                    (made / name).chmod(0o644)
+                require_own_folder(folder, holds, option)
+                with interrupts.deferred(), locked(place.parent):
+                    _swap(made, place)
         finally:
             shutil.rmtree(made, ignore_errors=True)
+
+
+def _swap(made: Path, place: Path) -> None:
+    """Put a new folder in the place of an earlier one, which comes back where that fails."""
+    earlier = made.with_name(f"{made.name}{_EARLIER}")
+    moved = place.exists()
+    if moved:  # first: a kill must not leave half of it
+        place.rename(earlier)
+    try:
+        made.rename(place)
+    except OSError:
+        if moved:
+            earlier.rename(place)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _tidy(place: Path, holds: str) -> None:
+    """Remove what killed runs have left that were to replace a folder, or put it back where nothing is in its place."""
+    left_behind = re.compile(rf"\.{re.escape(place.name)}-[a-z0-9_]{{8}}({_EARLIER})?")
+    with locked(place.parent):
+        for path in sorted(place.parent.iterdir()):
+            name = left_behind.fullmatch(path.name)
+            if not name or _read_mark(path).get("holds") != holds:
+                continue
+            with suppress(OSError), locked(path, wait=False):  # else a run is at work on it
+                if name[1] and not place.exists():
+                    path.rename(place)
+                else:
+                    shutil.rmtree(path)
 
 
 def require_own_results(folder: Path, stage: str, option: str = "--out") -> None:

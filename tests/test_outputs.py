@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,6 +30,7 @@ from stages.teach import teach
 from tests.conftest import ROOT, make_params
 from tests.processes import run
 from tests.test_faults import needs_mount, small_disk
+from tests.test_interrupts import ENDING, python
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -266,6 +268,75 @@ def test_a_folder_is_replaced_at_the_end_or_stays(tmp_path):
         (there / "notes.txt").write_text("mine")
     assert folder.is_symlink() and sorted(snapshot(there)) == [MARK, "notes.txt", "second"]
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "store") == ["link", "there"]
+
+
+REPLACE = """
+import os, pathlib, signal
+from pipeline.outputs import replacing
+real, calls = pathlib.Path.rename, []
+def rename(self, to):
+    real(self, to)
+    calls.append(to)
+    after(len(calls))
+pathlib.Path.rename = rename
+with replacing(pathlib.Path("thing"), "a thing") as made:
+    (made / "second").write_text("second")
+    after(0)
+"""
+
+
+@pytest.fixture
+def thing(tmp_path):
+    """A folder that `replacing` made, in a folder of its own."""
+    folder = tmp_path / "own" / "thing"
+    with replacing(folder, "a thing") as made:
+        (made / "first").write_text("first")
+    return folder
+
+
+@pytest.mark.parametrize("number", ENDING, ids=lambda number: number.name)
+def test_a_signal_in_the_middle_of_a_replacement_does_not_take_the_folder_away(thing, number):
+    done = python(f"def after(call):\n    if call == 1: send({int(number)})\n{REPLACE}", cwd=thing.parent)
+    assert "Interrupted" in done.stderr and sorted(snapshot(thing.parent)) == [f"thing/{MARK}", "thing/second"]
+
+
+def test_a_replacement_that_fails_brings_the_earlier_folder_back(thing, monkeypatch):
+    rename = Path.rename
+
+    def failing(path, to):
+        if to == thing and not path.name.endswith("-earlier"):
+            raise OSError(5, "Input/output error")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(UserError, match="Input/output error"), replacing(thing, "a thing") as made:
+        (made / "second").write_text("second")
+    assert sorted(snapshot(thing.parent)) == [f"thing/{MARK}", "thing/first"]
+
+
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_what_a_killed_replacement_has_left_is_tidied_by_the_next_one(thing, call):
+    """While it is filled, between its two renames, and after them."""
+    (thing.parent / ".thing-abcdefgh").mkdir()
+    (thing.parent / ".thing-abcdefgh" / "notes.txt").write_text("mine")
+    killed = python(
+        f"def after(call):\n    if call == {call}: os.kill(os.getpid(), signal.SIGKILL)\n{REPLACE}", cwd=thing.parent
+    )
+    assert killed.returncode == -signal.SIGKILL and len(list(thing.parent.iterdir())) in (3, 4)
+    assert thing.exists() == (call != 1)
+    with pytest.raises(ZeroDivisionError), replacing(thing, "a thing"):
+        print(1 / 0)
+    others = {".thing-abcdefgh/notes.txt"}
+    assert set(snapshot(thing.parent)) - others == {f"thing/{MARK}", "thing/second" if call == 2 else "thing/first"}
+
+
+def test_a_replacement_leaves_another_one_that_is_at_work_alone(thing):
+    with replacing(thing, "a thing") as made:
+        (made / "second").write_text("second")
+        with replacing(thing, "a thing") as other:
+            (other / "third").write_text("third")
+        assert (made / "second").exists()
+    assert sorted(snapshot(thing.parent)) == [f"thing/{MARK}", "thing/second"]
 
 
 def test_a_base_does_not_become_a_link_to_itself(teacher, tmp_path):
