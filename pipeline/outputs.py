@@ -5,13 +5,14 @@ folder that results are written into file by file is known by the same mark, or 
 keeps files and not their folder. What a mark says depends on nothing but the files' names.
 """
 
+import itertools
 import json
 import os
 import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -142,6 +143,24 @@ def require_can_write(folder: Path) -> None:
         probe = there / f".tmp-{uuid.uuid4().hex}"
         probe.touch()
         probe.unlink(missing_ok=True)
+
+
+def require_apart(whole: Mapping[str, Path | None], others: Mapping[str, Path | None] | None = None) -> None:
+    """Raises UserError where two outputs of a command are one place, or one of them lies in one of `whole`.
+
+    Both are option -> path. whole: folders that are replaced as a whole or must be empty at first, and files; others:
+    folders that may hold something else as well.
+    """
+    given = {option: path for option, path in {**whole, **(others or {})}.items() if path is not None}
+    places = {option: Path(os.path.realpath(path)) for option, path in given.items()}
+    for (option, place), (other, around) in itertools.permutations(places.items(), 2):
+        if place == around:
+            raise UserError(f"{option} and {other} are both {given[option]}: give each a place of its own")
+        if other in whole and around in place.parents:
+            raise UserError(
+                f"{option} {given[option]} lies in {other} {given[other]}, which must be a place of its own: choose "
+                f"another {option}"
+            )
 
 
 def entries(folder: Path, option: str, besides=_OF_DVC) -> list[str]:

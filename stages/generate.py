@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline import console
 from pipeline.errors import UserError
-from pipeline.outputs import is_results, require_own_file
+from pipeline.outputs import is_results, require_apart, require_own_file
 from pipeline.params import Params
 from pipeline.prompts import Prompt, PromptFormat, encode_response, read_prompts, read_responses
 from pipeline.provenance import git_commit, versions
@@ -37,6 +37,7 @@ def generate(
     results: file for what the run found, made and took; apart from `out`, whose bytes do not depend on that.
     `engine` replaces the one that the parameters name. Raises UserError on bad input; what was stored stays.
     """
+    require_apart({"--results": results}, {"--out": out})
     require_own_selection(out)
     if results is not None:
         require_own_file(results, partial(is_results, stage="generate"), "--results")

@@ -11,7 +11,7 @@ from random import Random
 from pipeline import console
 from pipeline.errors import UserError
 from pipeline.models import load_tokenizer, word_tokenizer
-from pipeline.outputs import replacing, require_own_file, require_own_folder
+from pipeline.outputs import replacing, require_apart, require_own_file, require_own_folder
 from pipeline.params import Params, Prepare
 from pipeline.prompts import SPLITS, Prompt, PromptFormat, is_prompt_file, prompt_id, write_prompts
 from pipeline.records import load_records
@@ -66,6 +66,7 @@ def check_disjoint(prompts: list[Prompt]) -> None:
 
 def prepare(params: Params, prompts_path: Path, tokenizer_path: Path) -> None:
     """Write the prompt file, beside it `counts.json` (kept and left out, by reason), and the tokenizer folder."""
+    require_apart({"--out": prompts_path, "--tokenizer": tokenizer_path})
     require_own_file(prompts_path, is_prompt_file)
     require_own_file(prompts_path.with_name(_COUNTS), _are_counts)
     require_own_folder(tokenizer_path, _TOKENIZER, "--tokenizer")

@@ -25,7 +25,7 @@ from pipeline.models import (
     tokenizer_identity,
     weights_digest,
 )
-from pipeline.outputs import require_can_write
+from pipeline.outputs import require_apart, require_can_write
 from pipeline.params import Params, Role, Teach
 from pipeline.prompts import PromptFormat, encode_response, read_prompts
 from pipeline.provenance import code_fingerprint, fingerprint
@@ -45,6 +45,7 @@ def teach(params: Params, role: Role, prompts_path: Path, tokenizer_path: Path, 
     A base that is neither cut nor trained is not copied: `out` becomes a link to it.
     """
     settings: Teach = getattr(params.teach, role)
+    require_apart({"--out": out}, {"--runs": runs / "teach"})
     require_own_model(out)
     require_can_write(runs)
     if settings.base and not settings.layers and not settings.optimisation.steps and has_weights(settings.base):

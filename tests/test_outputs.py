@@ -13,10 +13,11 @@ import pytest
 
 from pipeline.cli import app
 from pipeline.errors import UserError
-from pipeline.models import describe_model, link_model, load_lm, load_tokenizer, weights_digest
+from pipeline.models import describe_model, link_model, load_lm, load_tokenizer, require_own_model, weights_digest
 from pipeline.options import AUDIT, CURVES, EVALUATION, PROMPTS, REWARD, SCORED, SELECTION, START, STUDENT, TOKENIZER
-from pipeline.outputs import MARK, begin_results, replacing
+from pipeline.outputs import MARK, begin_results, replacing, require_own_results
 from pipeline.shards.exporting import export, splits_of_selection
+from pipeline.shards.files import write_json_atomically
 from pipeline.shards.replaceable import require_own_selection
 from pipeline.shards.selection import Selection
 from stages.distill import distill
@@ -440,6 +441,43 @@ def test_a_mounted_disk_is_not_replaced_by_a_model(tmp_path):
         for output in (("teach", "--out"), ("distill", "--out"), ("reward", "--out"), ("prepare", "--tokenizer")):
             said = refused(*command_writing_to(tmp_path / "disk", *output), cwd=tmp_path)
             assert "where a disk is mounted" in said and f"give {output[1]} a folder in it" in said
+
+
+# Outputs of one command
+
+
+@pytest.mark.parametrize(
+    ("command", "outputs"),
+    [
+        ("prepare", {"--tokenizer": "x", "--out": "x/prompts.parquet"}),
+        ("prepare", {"--out": "x", "--tokenizer": "x"}),
+        ("teach", {"--out": "x", "--runs": "x/runs"}),
+        ("generate", {"--results": "x", "--out": "x"}),
+        ("generate", {"--results": "x", "--out": "x/selection"}),
+        ("reward", {"--out": "x", "--audit": "x"}),
+        ("reward", {"--out": "x", "--audit": "link/audit"}),
+        ("reward", {"--out": "runs/reward", "--runs": "runs"}),
+        ("distill", {"--out": "x", "--metrics": "x"}),
+        ("distill", {"--out": "x", "--metrics": "x/metrics"}),
+        ("distill", {"--metrics": "x", "--runs": "x"}),
+    ],
+)
+def test_outputs_that_would_replace_one_another_are_noticed_before_any_work(tmp_path, command, outputs):
+    (tmp_path / "link").symlink_to("x")
+    said = refused(*ABSENT[command], *(part for output in outputs.items() for part in output), cwd=tmp_path)
+    assert all(option in said for option in outputs) and ("lies in" in said or "are both" in said), said
+    assert {path.name for path in tmp_path.iterdir()} - {"store"} == {"link", "log"}
+
+
+def test_outputs_that_do_not_replace_one_another_may_lie_in_one_folder(tmp_path):
+    data_set = ("--set", "prepare.dataset.path=absent/", "--set", "prepare.tokenizer=absent/")
+    for command, outputs in (
+        ("prepare", ("--out", "x/prompts.parquet", "--tokenizer", "x/tokenizer", *data_set)),
+        ("generate", ("--out", "x", "--results", "x/results.json")),
+        ("distill", ("--out", "x/student", "--metrics", "x", "--runs", "x-runs")),
+    ):
+        said = refused(*ABSENT[command], *outputs, cwd=tmp_path)
+        assert "absent" in said, said
 
 
 # What is written about it
