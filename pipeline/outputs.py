@@ -120,10 +120,10 @@ def begin_results(folder: Path, stage: str, option: str = "--out") -> None:
 
 
 def is_results(path: Path, stage: str) -> bool:
-    """Whether a file is the results.json of a stage."""
-    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+    """Whether a file is the results.json of a stage; versions before this one did not say of which."""
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         provenance = json.loads(path.read_text(encoding="utf-8"))["provenance"]
-        return provenance["stage"] == stage and _MADE_BY in provenance["versions"]
+        return provenance.get("stage", stage) == stage and _MADE_BY in provenance["versions"]
     return False
 
 
@@ -176,16 +176,16 @@ def entries(folder: Path, option: str, besides=_OF_DVC) -> list[str]:
 def not_ours(path: Path, option: str) -> UserError:
     """The error about a file in the way."""
     return UserError(
-        f"{path} is not what xkd-pipeline writes under that name, or it is damaged: nothing was changed. Move it away, "
-        f"or choose another {option}"
+        f"{path} is not what xkd-pipeline writes under that name, or a version before this one wrote it, or it is "
+        f"damaged: nothing was changed. Move it away, or choose another {option}"
     )
 
 
 def foreign(folder: Path, names: list[str], option: str) -> UserError:
     """The error about a folder that is none of ours."""
     return UserError(
-        f"{folder} was not made by xkd-pipeline (it holds {_some(names)}): nothing was changed. Move it away, or "
-        f"choose another {option}"
+        f"{folder} was not made by xkd-pipeline, or by a version before this one, which left no mark (it holds "
+        f"{_some(names)}): nothing was changed. Move it away, or choose another {option}"
     )
 
 

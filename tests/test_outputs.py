@@ -480,6 +480,26 @@ def test_outputs_that_do_not_replace_one_another_may_lie_in_one_folder(tmp_path)
         assert "absent" in said, said
 
 
+# What an earlier version made
+
+
+def test_results_of_an_earlier_version_are_replaced_and_what_it_did_not_mark_is_said(tmp_path, teacher):
+    """It wrote no stage into most results, and no marks."""
+    results = tmp_path / "evaluation" / "results.json"
+    for versions in ({"xkd-pipeline": "0.1.0"}, {"other": "1"}):
+        write_json_atomically(results, {"provenance": {"seed": 0, "versions": versions}})
+        (results.parent / "metrics.json").write_text("{}")
+        if "other" in versions:
+            with pytest.raises(UserError, match="or a version before this one wrote it"):
+                require_own_results(results.parent, "evaluate")
+        else:
+            begin_results(results.parent, "evaluate")
+            assert (results.parent / MARK).is_file()
+    model_of_somebody(tmp_path / "model", teacher)
+    with pytest.raises(UserError, match="or by a version before this one, which left no mark"):
+        require_own_model(tmp_path / "model")
+
+
 # What is written about it
 
 
