@@ -90,7 +90,7 @@ def test_a_prompt_longer_than_the_model_is_left_out_with_the_reason(teacher, tmp
     found = run_cli("generate", "--teacher", teacher, "--prompts", path, "--out", tmp_path / "out", "--engine", "stub")
     message = re.sub(r"\s+", " ", found.stderr)
     assert found.returncode == 3 and "Traceback" not in message
-    assert "prompt 'long' left out" in message and "exceed the teacher's context of 64: shorten the prompt" in message
+    assert "prompt 'long' left out" in message and "exceed the model's context of 64: shorten the prompt" in message
 
 
 @pytest.mark.slow
