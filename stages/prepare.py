@@ -21,7 +21,7 @@ from stages.data_sets import draw_records
 
 # A prompt's split is a function of its text, so no prompt can be in two splits, whatever the sizes and seeds.
 _SHARES = {"teach": 0.8, "train": 0.1, "validation": 0.03, "test": 0.07}
-_COUNTS, _TOKENIZER = "counts.json", "a tokenizer"
+_TOKENIZER = "a tokenizer"
 _PATIENCE = 20_000  # draws without a prompt that is needed before a task counts as exhausted
 
 
@@ -65,10 +65,10 @@ def check_disjoint(prompts: list[Prompt]) -> None:
 
 
 def prepare(params: Params, prompts_path: Path, tokenizer_path: Path) -> None:
-    """Write the prompt file, beside it `counts.json` (kept and left out, by reason), and the tokenizer folder."""
+    """Write the prompt file, its counts beside it (kept and left out, by reason), and the tokenizer folder."""
     require_apart({"--out": prompts_path, "--tokenizer": tokenizer_path})
     require_own_file(prompts_path, is_prompt_file)
-    require_own_file(prompts_path.with_name(_COUNTS), _are_counts)
+    require_own_file(counts_path := _counts_of(prompts_path), _are_counts)
     require_own_folder(tokenizer_path, _TOKENIZER, "--tokenizer")
     settings: Prepare = params.prepare
     task = get_task(settings.task)
@@ -83,7 +83,7 @@ def prepare(params: Params, prompts_path: Path, tokenizer_path: Path) -> None:
         counts = {split: Counter(kept=size) for split, size in sizes.items()}
     check_disjoint(prompts)
     write_prompts(prompts_path, prompts)
-    write_json_atomically(prompts_path.with_name(_COUNTS), counts)
+    write_json_atomically(counts_path, counts)
     with replacing(tokenizer_path, _TOKENIZER, "--tokenizer") as made:
         tokenizer.save_pretrained(made)
     console.facts(
@@ -96,12 +96,18 @@ def prepare(params: Params, prompts_path: Path, tokenizer_path: Path) -> None:
     )
 
 
+def _counts_of(prompts_path: Path) -> Path:
+    """Where the counts of a prompt file go: beside it, apart from those of the pipeline's own `prompts.parquet`."""
+    own = prompts_path.name == "prompts.parquet"
+    return prompts_path.with_name("counts.json" if own else f"{prompts_path.stem}-counts.json")
+
+
 def _are_counts(path: Path) -> bool:
     """Whether a file holds a count for each reason in each split."""
     with suppress(ValueError, AttributeError):
         counts = json.loads(path.read_text(encoding="utf-8"))
         numbers = [number for reasons in counts.values() for number in reasons.values()]
-        return set(counts) == set(SPLITS) and all(isinstance(number, int) for number in numbers)
+        return set(counts) - {"shots"} == set(SPLITS) and all(isinstance(number, int) for number in numbers)
     return False
 
 

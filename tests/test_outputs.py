@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.models import describe_model, link_model, load_lm, load_tokenizer, require_own_model, weights_digest
 from pipeline.options import AUDIT, CURVES, EVALUATION, PROMPTS, REWARD, SCORED, SELECTION, START, STUDENT, TOKENIZER
 from pipeline.outputs import MARK, begin_results, replacing, require_own_results
+from pipeline.params_file import load_params
 from pipeline.shards.exporting import export, splits_of_selection
 from pipeline.shards.files import write_json_atomically
 from pipeline.shards.replaceable import require_own_selection
@@ -76,7 +77,7 @@ def file_of_somebody(path: Path, teacher: Path) -> None:
 
 
 def counts_of_somebody(path: Path, teacher: Path) -> None:
-    (path.parent / "counts.json").write_text('{"mine": 1}')
+    (path.parent / f"{path.name}-counts.json").write_text('{"mine": 1}')
 
 
 def made_for_something_else(path: Path, teacher: Path) -> None:
@@ -120,10 +121,11 @@ OTHERS_OWN = [
 def test_what_somebody_else_made_stays_and_is_named_before_any_work(teacher, tmp_path, command, option, make):
     path = tmp_path / "theirs"
     make(path, teacher)
-    named = {counts_of_somebody: "counts.json", rows_of_somebody: "theirs/train-00000.parquet"}.get(make, "theirs")
+    names = {counts_of_somebody: "theirs-counts.json", rows_of_somebody: "theirs/train-00000.parquet"}
     before = snapshot(tmp_path)
     said = refused(*ABSENT[command], *([option] if option else []), path, cwd=tmp_path)
-    assert str(tmp_path / named) in said and ("choose another" in said or "export to a new folder" in said)
+    assert str(tmp_path / names.get(make, "theirs")) in said
+    assert "choose another" in said or "export to a new folder" in said
     assert {name: content for name, content in snapshot(tmp_path).items() if name != "log"} == before
 
 
@@ -444,6 +446,16 @@ def test_a_mounted_disk_is_not_replaced_by_a_model(tmp_path):
 
 
 # Outputs of one command
+
+
+def test_another_prompt_file_in_the_same_folder_has_counts_of_its_own(tmp_path):
+    sizes = [f"prepare.{split}=5" for split in ("teach", "train", "validation", "test")]
+    prepare(load_params(None, sizes), tmp_path / "prompts.parquet", tmp_path / "tokenizer")
+    before = snapshot(tmp_path)
+    prepare(load_params(None, [*sizes, "prepare.train=7"]), tmp_path / "other.parquet", tmp_path / "other")
+    after = snapshot(tmp_path)
+    assert {"prompts.parquet", "counts.json"} <= before.keys() and before.items() <= after.items()
+    assert json.loads(after["other-counts.json"])["train"] == {"kept": 7}
 
 
 @pytest.mark.parametrize(
