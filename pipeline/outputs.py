@@ -5,21 +5,24 @@ folder that results are written into file by file is known by the same mark, or 
 keeps files and not their folder. What a mark says depends on nothing but the files' names.
 """
 
+import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pipeline import interrupts
 from pipeline.errors import UserError
-from pipeline.shards.files import is_in_the_way, read_text, write_json_atomically, writing_to
+from pipeline.shards.files import is_in_the_way, locked, read_text, write_json_atomically, writing_to
 
 MARK = ".xkd-pipeline"
 RESULTS = "results.json"
-_MADE_BY = "xkd-pipeline"
+_MADE_BY, _EARLIER = "xkd-pipeline", "-earlier"
 _OF_DVC = {".gitignore"}  # DVC writes it beside files that are its outputs
 
 
@@ -52,21 +55,51 @@ def replacing(folder: Path, holds: str, option: str = "--out") -> Iterator[Path]
     require_own_folder(folder, holds, option)
     place = Path(os.path.realpath(folder))  # what a link points to is replaced, and not the link
     with writing_to(place.parent):
+        _tidy(place, holds)
         made = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
         try:
-            yield made
-            _write_mark(made, holds, _files(made))
-            made.chmod(0o755)
-            for name in _files(made):  # safetensors makes its files private
-                (made / name).chmod(0o644)
-            require_own_folder(folder, holds, option)
-            earlier = made.with_name(f"{made.name}-earlier")
-            if place.exists():  # moved first: a kill must not leave half of it
-                place.rename(earlier)
-            made.rename(place)
-            shutil.rmtree(earlier, ignore_errors=True)
+            with locked(made):  # from the next one's `_tidy`
+                _write_mark(made, holds, [])
+                yield made
+                _write_mark(made, holds, sorted({*_files(made)} - {MARK}))
+                made.chmod(0o755)
+                for name in _files(made):  # safetensors makes its files private
+                    (made / name).chmod(0o644)
+                require_own_folder(folder, holds, option)
+                with interrupts.deferred(), locked(place.parent):
+                    _swap(made, place)
         finally:
             shutil.rmtree(made, ignore_errors=True)
+
+
+def _swap(made: Path, place: Path) -> None:
+    """Put a new folder in the place of an earlier one, which comes back where that fails."""
+    earlier = made.with_name(f"{made.name}{_EARLIER}")
+    moved = place.exists()
+    if moved:  # first: a kill must not leave half of it
+        place.rename(earlier)
+    try:
+        made.rename(place)
+    except OSError:
+        if moved:
+            earlier.rename(place)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _tidy(place: Path, holds: str) -> None:
+    """Remove what killed runs have left that were to replace a folder, or put it back where nothing is in its place."""
+    left_behind = re.compile(rf"\.{re.escape(place.name)}-[a-z0-9_]{{8}}({_EARLIER})?")
+    with locked(place.parent):
+        for path in sorted(place.parent.iterdir()):
+            name = left_behind.fullmatch(path.name)
+            if not name or _read_mark(path).get("holds") != holds:
+                continue
+            with suppress(OSError), locked(path, wait=False):  # else a run is at work on it
+                if name[1] and not place.exists():
+                    path.rename(place)
+                else:
+                    shutil.rmtree(path)
 
 
 def require_own_results(folder: Path, stage: str, option: str = "--out") -> None:
@@ -87,10 +120,10 @@ def begin_results(folder: Path, stage: str, option: str = "--out") -> None:
 
 
 def is_results(path: Path, stage: str) -> bool:
-    """Whether a file is the results.json of a stage."""
-    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+    """Whether a file is the results.json of a stage; versions before this one did not say of which."""
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         provenance = json.loads(read_text(path))["provenance"]
-        return provenance["stage"] == stage and _MADE_BY in provenance["versions"]
+        return provenance.get("stage", stage) == stage and _MADE_BY in provenance["versions"]
     return False
 
 
@@ -112,6 +145,24 @@ def require_can_write(folder: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
+def require_apart(whole: Mapping[str, Path | None], others: Mapping[str, Path | None] | None = None) -> None:
+    """Raises UserError where two outputs of a command are one place, or one of them lies in one of `whole`.
+
+    Both are option -> path. whole: folders that are replaced as a whole or must be empty at first, and files; others:
+    folders that may hold something else as well.
+    """
+    given = {option: path for option, path in {**whole, **(others or {})}.items() if path is not None}
+    places = {option: Path(os.path.realpath(path)) for option, path in given.items()}
+    for (option, place), (other, around) in itertools.permutations(places.items(), 2):
+        if place == around:
+            raise UserError(f"{option} and {other} are both {given[option]}: give each a place of its own")
+        if other in whole and around in place.parents:
+            raise UserError(
+                f"{option} {given[option]} lies in {other} {given[other]}, which must be a place of its own: choose "
+                f"another {option}"
+            )
+
+
 def entries(folder: Path, option: str, besides=_OF_DVC) -> list[str]:
     """Names in a folder `besides` some, sorted; none where it is missing. Raises UserError where it is a file."""
     try:
@@ -125,16 +176,16 @@ def entries(folder: Path, option: str, besides=_OF_DVC) -> list[str]:
 def not_ours(path: Path, option: str) -> UserError:
     """The error about a file in the way."""
     return UserError(
-        f"{path} is not what xkd-pipeline writes under that name, or it is damaged: nothing was changed. Move it away, "
-        f"or choose another {option}"
+        f"{path} is not what xkd-pipeline writes under that name, or a version before this one wrote it, or it is "
+        f"damaged: nothing was changed. Move it away, or choose another {option}"
     )
 
 
 def foreign(folder: Path, names: list[str], option: str) -> UserError:
     """The error about a folder that is none of ours."""
     return UserError(
-        f"{folder} was not made by xkd-pipeline (it holds {_some(names)}): nothing was changed. Move it away, or "
-        f"choose another {option}"
+        f"{folder} was not made by xkd-pipeline, or by a version before this one, which left no mark (it holds "
+        f"{_some(names)}): nothing was changed. Move it away, or choose another {option}"
     )
 
 

@@ -19,7 +19,7 @@ from pipeline.models import (
     save_note,
     stop_token_ids,
 )
-from pipeline.outputs import begin_results, require_can_write, require_own_results
+from pipeline.outputs import begin_results, require_apart, require_can_write, require_own_results
 from pipeline.params import OBSERVING, TOKEN_OBJECTIVES, Distill, Lora, Params
 from pipeline.provenance import code_fingerprint, fingerprint, git_commit, seconds_since_start, versions
 from pipeline.shards.files import digest, write_json_atomically
@@ -55,6 +55,8 @@ def distill(
     or residuals do not match.
     """
     settings = params.distill
+    require_apart({"--out": out}, {"--metrics": metrics_out, "--runs": runs / "distill"})
+    require_apart({"--metrics": metrics_out}, {"--runs": runs / "distill"})
     require_own_model(out)
     require_own_results(metrics_out, "distill", "--metrics")
     require_can_write(runs)

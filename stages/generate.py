@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline import console
 from pipeline.errors import UserError
-from pipeline.outputs import is_results, require_own_file
+from pipeline.outputs import is_results, require_apart, require_own_file
 from pipeline.params import Params
 from pipeline.prompts import Prompt, PromptFormat, encode_response, read_prompts, read_responses
 from pipeline.provenance import write_results
@@ -43,6 +43,7 @@ def generate(
     folder of a second selection, with the teacher's answers to the test prompts, so that no evaluation asks it again.
     `engine` replaces the one that the parameters name. Raises UserError on bad input; what was stored stays.
     """
+    require_apart({"--results": results}, {"--out": out, "--answers": answers})
     require_own_selection(out)
     if answers is not None:
         require_own_selection(answers, "--answers")

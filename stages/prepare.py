@@ -12,7 +12,7 @@ from random import Random
 from pipeline import console
 from pipeline.errors import UserError
 from pipeline.models import load_tokenizer, word_tokenizer
-from pipeline.outputs import is_results, replacing, require_own_file, require_own_folder
+from pipeline.outputs import is_results, replacing, require_apart, require_own_file, require_own_folder
 from pipeline.params import Params, Prepare
 from pipeline.prompts import SPLITS, Prompt, PromptFormat, is_prompt_file, prompt_id, write_prompts
 from pipeline.provenance import write_results
@@ -24,7 +24,7 @@ from stages.prompt_warnings import warn_of_prompts
 
 # A prompt's split is a function of its text, so no prompt can be in two splits, whatever the sizes and seeds.
 _SHARES = {"teach": 0.8, "train": 0.1, "validation": 0.03, "test": 0.07}
-_COUNTS, _TOKENIZER = "counts.json", "a tokenizer"
+_TOKENIZER = "a tokenizer"
 _PATIENCE = 20_000  # draws without a prompt that is needed before a task counts as exhausted
 
 
@@ -68,12 +68,13 @@ def check_disjoint(prompts: list[Prompt]) -> None:
 
 
 def prepare(params: Params, prompts_path: Path, tokenizer_path: Path, results: Path | None = None) -> None:
-    """Write the prompt file, beside it `counts.json` (kept and left out, by reason), and the tokenizer folder.
+    """Write the prompt file, its counts beside it (kept and left out, by reason), and the tokenizer folder.
 
     results: file for what the prompts are of and what it took.
     """
+    require_apart({"--out": prompts_path, "--tokenizer": tokenizer_path})
     require_own_file(prompts_path, is_prompt_file)
-    require_own_file(prompts_path.with_name(_COUNTS), _are_counts)
+    require_own_file(counts_path := _counts_of(prompts_path), _are_counts)
     require_own_folder(tokenizer_path, _TOKENIZER, "--tokenizer")
     if results is not None:
         require_own_file(results, partial(is_results, stage="prepare"))
@@ -92,7 +93,7 @@ def prepare(params: Params, prompts_path: Path, tokenizer_path: Path, results: P
     if tokenizer.chat_template or not form.chat:  # else it is another tokenizer that will render them
         warn_of_prompts(form, tokenizer, prompts)
     write_prompts(prompts_path, prompts)
-    write_json_atomically(prompts_path.with_name(_COUNTS), counts)
+    write_json_atomically(counts_path, counts)
     with replacing(tokenizer_path, _TOKENIZER, "--tokenizer") as made:
         tokenizer.save_pretrained(made)
     if results is not None:
@@ -109,12 +110,18 @@ def prepare(params: Params, prompts_path: Path, tokenizer_path: Path, results: P
     )
 
 
+def _counts_of(prompts_path: Path) -> Path:
+    """Where the counts of a prompt file go: beside it, apart from those of the pipeline's own `prompts.parquet`."""
+    own = prompts_path.name == "prompts.parquet"
+    return prompts_path.with_name("counts.json" if own else f"{prompts_path.stem}-counts.json")
+
+
 def _are_counts(path: Path) -> bool:
     """Whether a file holds a count for each reason in each split."""
     with suppress(ValueError, AttributeError):
         counts = json.loads(path.read_text(encoding="utf-8"))
         numbers = [number for reasons in counts.values() for number in reasons.values()]
-        return set(counts) == set(SPLITS) and all(isinstance(number, int) for number in numbers)
+        return set(counts) - {"shots"} == set(SPLITS) and all(isinstance(number, int) for number in numbers)
     return False
 
 

@@ -10,7 +10,14 @@ import pyarrow.parquet as pq
 from pipeline import console
 from pipeline.errors import UserError
 from pipeline.models import Context, load_config, load_tokenizer, require_context, require_same_tokenizer
-from pipeline.outputs import begin_results, replacing, require_can_write, require_own_folder, require_own_results
+from pipeline.outputs import (
+    begin_results,
+    replacing,
+    require_apart,
+    require_can_write,
+    require_own_folder,
+    require_own_results,
+)
 from pipeline.params import Params
 from pipeline.prompts import read_prompts
 from pipeline.provenance import code_fingerprint, fingerprint, git_commit, seconds_since_start, versions
@@ -45,6 +52,8 @@ def reward(
     needs the prompts and their references. Returns the metrics. Raises UserError where the selection holds nothing to
     fit or to validate.
     """
+    require_apart({"--out": out}, {"--audit": audit_out, "--runs": runs / "reward"})
+    require_apart({"--audit": audit_out}, {"--runs": runs / "reward"})
     require_own_folder(out, _REWARD)
     require_own_results(audit_out, "reward", "--audit")
     require_can_write(runs)

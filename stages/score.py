@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import console
-from pipeline.models import best_device, load_lm, load_tokenizer, require_context, require_same_tokenizer
+from pipeline.errors import UserError
+from pipeline.models import best_device, load_lm, load_tokenizer, require_same_tokenizer
 from pipeline.outputs import is_results, require_own_file
 from pipeline.params import Params
 from pipeline.prompts import PromptFormat, read_prompts
@@ -83,25 +84,36 @@ def score(
 def _student_samples(
     drawn: Sequence[tuple[str, Asked, int]], params: Params, student_path: Path, teacher: Teacher
 ) -> Iterator[Wanted]:
-    """Samples of the student for each (part, prompts, how many)."""
-    places = [(part, each, number) for part, asked, count in drawn for each in asked for number in range(count)]
+    """Samples of the student for each (part, prompts, how many); none of prompts that it cannot read."""
+    places = {
+        f"{part}/{each[0].id}/{number}": (part, each, number)
+        for part, asked, count in drawn
+        for each in asked
+        for number in range(count)
+    }
     if not places:
         return
     require_same_tokenizer(teacher.description["tokenizer"], load_tokenizer(student_path), student_path)
-    model = load_lm(student_path).to(best_device())
-    lengths = ((len(ids), params.max_tokens) for _, (_, _, ids), _ in places)
-    require_context(model.config, lengths, f"the student {student_path}")
+    engine = HfEngine(load_lm(student_path).to(best_device()), params.score.batch_size)
     asks = [
-        Ask(str(place), ids, sample_seed(digest([params.seed, part, prompt.id, number])))
-        for place, (part, (prompt, _, ids), number) in enumerate(places)
+        Ask(key, ids, sample_seed(digest([params.seed, part, prompt.id, number])))
+        for key, (part, (prompt, _, ids), number) in places.items()
     ]
+    reasons = {ask.key: reason for ask in asks if (reason := engine.unreadable(ask, params.max_tokens))}
+    if reasons:
+        prompts = {places[key][1][0].id: reason for key, reason in reasons.items()}
+        first, reason = next(iter(prompts.items()))
+        what = f"the student {student_path} cannot read {len(prompts):,} prompts; the first, '{first}': {reason}"
+        if len(reasons) == len(asks):
+            raise UserError(f"{what}. There are no others")
+        console.warn(f"{what}. It gives no samples of them")
+    asks = [ask for ask in asks if ask.key not in reasons]
     sampling = Sampling(params.score.temperature, 1.0, params.max_tokens, teacher.stops)
     answers: dict[str, np.ndarray] = {}
     with console.progress("samples of the student", len(asks)) as advance:
-        engine = HfEngine(model, params.score.batch_size)
         for answer in needed(engine.sample(asks, sampling, k=1), f"the student {student_path}"):
             answers[answer.key] = answer.response_ids
             advance()
-    for place, (part, (prompt, text, ids), number) in enumerate(places):
-        response = answers[str(place)]
-        yield asking.to_score(part, prompt, text, ids, number, "student", response)
+    for key, (part, (prompt, text, ids), number) in places.items():
+        if key in answers:
+            yield asking.to_score(part, prompt, text, ids, number, "student", answers[key])

@@ -26,7 +26,7 @@ from pipeline.models import (
     tokenizer_identity,
     weights_digest,
 )
-from pipeline.outputs import is_results, require_can_write, require_own_file
+from pipeline.outputs import is_results, require_apart, require_can_write, require_own_file
 from pipeline.params import Params, Role, Teach
 from pipeline.prompts import PromptFormat, encode_response, read_prompts
 from pipeline.provenance import code_fingerprint, fingerprint, write_results
@@ -54,6 +54,7 @@ def teach(
     A base that is neither cut nor trained is not copied: `out` becomes a link to it. results: file for what it took.
     """
     settings: Teach = getattr(params.teach, role)
+    require_apart({"--out": out}, {"--runs": runs / "teach"})
     require_own_model(out)
     if results is not None:
         require_own_file(results, partial(is_results, stage="teach"))

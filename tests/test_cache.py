@@ -20,7 +20,7 @@ import yaml
 
 from pipeline.shards.collecting import garbage, in_use
 from pipeline.shards.exporting import export, splits_of_selection
-from pipeline.shards.references import references
+from pipeline.shards.references import Reference, references
 from pipeline.shards.schema import SCHEMA
 from pipeline.shards.selection import Selection
 from pipeline.shards.storage import Storage
@@ -200,6 +200,82 @@ def test_gc_keeps_what_a_selection_uses_that_is_not_at_its_place_until_it_is_for
     code, said = cli("gc", "--forget", tmp_path / "disk" / "a", "--yes")
     assert code == 0 and files(own_store) < kept and "is forgotten" in said, said
     generate(stub_params(teacher, "seed=1"), prompts, tmp_path / "again", engine=Recorder(teacher, die_after=0))
+
+
+@pytest.mark.parametrize("happened", ["renamed", "not mounted", "not mounted, and the run is interrupted"])
+def test_gc_keeps_what_an_absent_selection_uses_when_another_one_is_written_at_its_place(
+    teacher, prompts, tmp_path, own_store, cli, happened
+):
+    out, elsewhere = tmp_path / "disk" / "a", tmp_path / "elsewhere"
+    generate(stub_params(teacher, "generate.materialize=false"), prompts, out)
+    month_ago = time.time() - 30 * 86400
+    ((first,), _) = references(Storage(own_store))
+    os.utime(own_store / first.name, (month_ago,) * 2)
+    out.rename(elsewhere)
+    other = stub_params(teacher, "generate.materialize=false", "generate.samples=1")  # of the same requests
+    if "interrupted" in happened:
+        other = stub_params(teacher, "generate.materialize=false", "generate.samples=1", "seed=1")
+        with pytest.raises(Exception, match="the engine died"):
+            generate(other, prompts, out, engine=Recorder(teacher, die_after=3))
+        assert cli("gc", "--yes")[0] == 0 and len(list(Selection(elsewhere).rows("train"))) == 40
+    generate(other, prompts, out)
+    kept = files(own_store)
+    code, said = cli("gc", "--yes")
+    assert code == 0 and "nothing to remove" in said and files(own_store) == kept, said
+    assert [line for line in said.splitlines() if str(out) in line and "30 days" in line], said
+    assert len(list(Selection(elsewhere).rows("train"))) == 40
+    if happened != "renamed":  # the disk is there again, and hides what was written meanwhile
+        out.rename(tmp_path / "hidden")
+        elsewhere.rename(out)
+        assert cli("gc", "--yes")[0] == 0 and files(own_store) == kept
+        assert len(list(Selection(out).rows("train"))) == 40 and len(list(Selection(tmp_path / "hidden").rows("train")))
+        return
+    code, said = cli("gc", "--forget", out, "--yes")  # the one that is not there, not the one that is
+    assert code == 0 and len(files(own_store)) < len(kept), said
+    assert len(list(Selection(out).rows("train"))) == 20
+    assert len(references(Storage(own_store))[0]) == 1 and "not at its place" not in cli("gc")[1]
+
+
+def test_a_selection_that_an_interrupted_run_was_to_replace_stays_in_use_when_it_is_moved(
+    teacher, prompts, tmp_path, own_store, cli
+):
+    generate(stub_params(teacher, "generate.materialize=false"), prompts, tmp_path / "a")
+    with pytest.raises(Exception, match="the engine died"):
+        generate(stub_params(teacher, "seed=1"), prompts, tmp_path / "a", engine=Recorder(teacher, die_after=20))
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert cli("gc", "--yes")[0] == 0
+    assert len(list(Selection(tmp_path / "b").rows("train"))) == 40
+
+
+def test_gc_releases_what_a_selection_used_that_was_replaced_in_its_place(teacher, prompts, tmp_path, own_store, cli):
+    """Also after an interrupted run, and for selections of which an earlier version left word."""
+    for number, seed in enumerate((0, 1, 2)):
+        generate(stub_params(teacher, f"seed={seed}", "generate.corrupted=0"), prompts, tmp_path / "a")
+        cli("gc", "--yes")
+        ((reference,), _) = references(Storage(own_store))
+        assert len(list(own_store.glob("*/*/request.json"))) == 2 and reference.complete, seed
+        if number == 0:
+            entries = json.loads((own_store / reference.name).read_text())
+            entries.pop("manifest")
+            (own_store / reference.name).write_text(json.dumps(entries))
+        if number == 1:
+            with pytest.raises(Exception, match="the engine died"):
+                generate(
+                    stub_params(teacher, "seed=7"), prompts, tmp_path / "a", engine=Recorder(teacher, die_after=20)
+                )
+            assert "nothing to remove" in cli("gc", "--yes")[1]
+
+
+def test_an_unfinished_run_that_an_earlier_version_recorded_is_known_and_can_be_forgotten(tmp_path, own_store, cli):
+    """Under the name of a selection that was written."""
+    entries = {"selection": str(tmp_path / "a"), "host": socket.gethostname(), "teacher": "0" * 16,
+               "requests": ["1" * 16], "complete": False}  # fmt: skip
+    name = Reference.of(tmp_path / "a", "", [], complete=True).name
+    (own_store / "references").mkdir(parents=True)
+    (own_store / name).write_text(json.dumps(entries))
+    assert f"{tmp_path / 'a'} on {socket.gethostname()} (not finished)" in cli("gc")[1]
+    cli("gc", "--forget", tmp_path / "a", "--yes")
+    assert not files(own_store)
 
 
 def test_a_user_on_another_machine_can_be_forgotten_and_one_that_was_recorded_anew_is_not(

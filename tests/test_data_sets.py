@@ -263,6 +263,9 @@ def test_prepare_reads_a_data_set_and_leaves_counts(tmp_path, teacher):
     assert done.returncode == 0, done.stderr
     assert "20 prompts" in done.stdout
     assert len(read_prompts(tmp_path / "p" / "p.parquet", ("train",))) == 20
-    counts = json.loads((tmp_path / "p" / "counts.json").read_text())
+    counts = json.loads((tmp_path / "p" / "p-counts.json").read_text())
     assert counts["test"]["kept"] == 6 and counts["teach"] == {}
     assert load_tokenizer(tmp_path / "data" / "tokenizer").convert_tokens_to_ids(WORDS[0]) > 3
+    again = run_cli("prepare", "--params", "/dev/null", *options, "--out", tmp_path / "p" / "p.parquet",
+                    "--tokenizer", tmp_path / "data" / "tokenizer", cwd=tmp_path)  # fmt: skip
+    assert again.returncode == 0, again.stderr

@@ -89,14 +89,14 @@ def test_a_signal_while_libraries_are_imported_ends_it_with_one_line(tmp_path, l
 # One interrupt, and only one
 
 
-def python(code: str) -> subprocess.CompletedProcess:
+def python(code: str, **options) -> subprocess.CompletedProcess:
     """A small command that uses `pipeline.interrupts`."""
     begin = (
         "import os, signal, time\nfrom pipeline import interrupts\nfrom pipeline.errors import Interrupted\n"
         "interrupts.install(); interrupts.begin()\n"
         "def send(number=signal.SIGINT):\n    os.kill(os.getpid(), number)\n    time.sleep(0.01)\n"
     )
-    process = fresh("-c", begin + code, entry=(sys.executable,))
+    process = fresh("-c", begin + code, entry=(sys.executable,), **options)
     said = process.communicate(timeout=60)
     return subprocess.CompletedProcess(process.args, process.returncode, *said)
 

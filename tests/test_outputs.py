@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pytest
 
 from pipeline.cli import app
 from pipeline.errors import UserError
-from pipeline.models import describe_model, link_model, load_lm, load_tokenizer, weights_digest
+from pipeline.models import describe_model, link_model, load_lm, load_tokenizer, require_own_model, weights_digest
 from pipeline.options import AUDIT, CURVES, EVALUATION, PROMPTS, REWARD, SCORED, SELECTION, START, STUDENT, TOKENIZER
 from pipeline.outputs import (
     MARK,
@@ -25,6 +26,11 @@ from pipeline.outputs import (
     require_own_folder,
     require_own_results,
 )
+from pipeline.params_file import load_params
+from pipeline.shards.exporting import export, splits_of_selection
+from pipeline.shards.files import write_json_atomically
+from pipeline.shards.replaceable import require_own_selection
+from pipeline.shards.selection import Selection
 from stages.distill import distill
 from stages.evaluate import evaluate
 from stages.generate import generate
@@ -36,6 +42,7 @@ from stages.teach import teach
 from tests.conftest import ROOT, at_once, make_params
 from tests.processes import run
 from tests.test_faults import needs_mount, small_disk
+from tests.test_interrupts import ENDING, python
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -80,7 +87,7 @@ def file_of_somebody(path: Path, teacher: Path) -> None:
 
 
 def counts_of_somebody(path: Path, teacher: Path) -> None:
-    (path.parent / "counts.json").write_text('{"mine": 1}')
+    (path.parent / f"{path.name}-counts.json").write_text('{"mine": 1}')
 
 
 def made_for_something_else(path: Path, teacher: Path) -> None:
@@ -124,10 +131,11 @@ OTHERS_OWN = [
 def test_what_somebody_else_made_stays_and_is_named_before_any_work(teacher, tmp_path, command, option, make):
     path = tmp_path / "theirs"
     make(path, teacher)
-    named = {counts_of_somebody: "counts.json", rows_of_somebody: "theirs/train-00000.parquet"}.get(make, "theirs")
+    names = {counts_of_somebody: "theirs-counts.json", rows_of_somebody: "theirs/train-00000.parquet"}
     before = snapshot(tmp_path)
     said = refused(*ABSENT[command], *([option] if option else []), path, cwd=tmp_path)
-    assert str(tmp_path / named) in said and ("choose another" in said or "export to a new folder" in said)
+    assert str(tmp_path / names.get(make, "theirs")) in said
+    assert "choose another" in said or "export to a new folder" in said
     assert {name: content for name, content in snapshot(tmp_path).items() if name != "log"} == before
 
 
@@ -219,6 +227,16 @@ def test_rows_of_somebody_elses_in_a_selection_stay(made, name, tmp_path):
     assert snapshot(data) == before
 
 
+def test_an_exported_data_set_is_no_selection(cache, tmp_path):
+    """Its rows have the same footers, and the names of an earlier version's selection."""
+    export(*splits_of_selection(Selection(cache / "selection")), tmp_path / "exported")
+    before = snapshot(tmp_path / "exported")
+    assert "data/train-00000.parquet" in before
+    with pytest.raises(UserError, match=r"/scored-00000.parquet is not what xkd-pipeline writes"):
+        require_own_selection(tmp_path / "exported" / "data")
+    assert snapshot(tmp_path / "exported") == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["both are torn", "both are emptied", "the manifest is gone", "the rows are torn"])
 def test_a_selection_whose_files_are_damaged_can_be_replaced(made, damage):
@@ -263,6 +281,75 @@ def test_a_folder_is_replaced_at_the_end_or_stays(tmp_path):
         (there / "notes.txt").write_text("mine")
     assert folder.is_symlink() and sorted(snapshot(there)) == [MARK, "notes.txt", "second"]
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "store") == ["link", "there"]
+
+
+REPLACE = """
+import os, pathlib, signal
+from pipeline.outputs import replacing
+real, calls = pathlib.Path.rename, []
+def rename(self, to):
+    real(self, to)
+    calls.append(to)
+    after(len(calls))
+pathlib.Path.rename = rename
+with replacing(pathlib.Path("thing"), "a thing") as made:
+    (made / "second").write_text("second")
+    after(0)
+"""
+
+
+@pytest.fixture
+def thing(tmp_path):
+    """A folder that `replacing` made, in a folder of its own."""
+    folder = tmp_path / "own" / "thing"
+    with replacing(folder, "a thing") as made:
+        (made / "first").write_text("first")
+    return folder
+
+
+@pytest.mark.parametrize("number", ENDING, ids=lambda number: number.name)
+def test_a_signal_in_the_middle_of_a_replacement_does_not_take_the_folder_away(thing, number):
+    done = python(f"def after(call):\n    if call == 1: send({int(number)})\n{REPLACE}", cwd=thing.parent)
+    assert "Interrupted" in done.stderr and sorted(snapshot(thing.parent)) == [f"thing/{MARK}", "thing/second"]
+
+
+def test_a_replacement_that_fails_brings_the_earlier_folder_back(thing, monkeypatch):
+    rename = Path.rename
+
+    def failing(path, to):
+        if to == thing and not path.name.endswith("-earlier"):
+            raise OSError(5, "Input/output error")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(UserError, match="Input/output error"), replacing(thing, "a thing") as made:
+        (made / "second").write_text("second")
+    assert sorted(snapshot(thing.parent)) == [f"thing/{MARK}", "thing/first"]
+
+
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_what_a_killed_replacement_has_left_is_tidied_by_the_next_one(thing, call):
+    """While it is filled, between its two renames, and after them."""
+    (thing.parent / ".thing-abcdefgh").mkdir()
+    (thing.parent / ".thing-abcdefgh" / "notes.txt").write_text("mine")
+    killed = python(
+        f"def after(call):\n    if call == {call}: os.kill(os.getpid(), signal.SIGKILL)\n{REPLACE}", cwd=thing.parent
+    )
+    assert killed.returncode == -signal.SIGKILL and len(list(thing.parent.iterdir())) in (3, 4)
+    assert thing.exists() == (call != 1)
+    with pytest.raises(ZeroDivisionError), replacing(thing, "a thing"):
+        print(1 / 0)
+    others = {".thing-abcdefgh/notes.txt"}
+    assert set(snapshot(thing.parent)) - others == {f"thing/{MARK}", "thing/second" if call == 2 else "thing/first"}
+
+
+def test_a_replacement_leaves_another_one_that_is_at_work_alone(thing):
+    with replacing(thing, "a thing") as made:
+        (made / "second").write_text("second")
+        with replacing(thing, "a thing") as other:
+            (other / "third").write_text("third")
+        assert (made / "second").exists()
+    assert sorted(snapshot(thing.parent)) == [f"thing/{MARK}", "thing/second"]
 
 
 def test_a_base_does_not_become_a_link_to_itself(teacher, tmp_path):
@@ -382,6 +469,73 @@ def test_a_mounted_disk_is_not_replaced_by_a_model(tmp_path):
         for output in (("teach", "--out"), ("distill", "--out"), ("reward", "--out"), ("prepare", "--tokenizer")):
             said = refused(*command_writing_to(tmp_path / "disk", *output), cwd=tmp_path)
             assert "where a disk is mounted" in said and f"give {output[1]} a folder in it" in said
+
+
+# Outputs of one command
+
+
+def test_another_prompt_file_in_the_same_folder_has_counts_of_its_own(tmp_path):
+    sizes = [f"prepare.{split}=5" for split in ("teach", "train", "validation", "test")]
+    prepare(load_params(None, sizes), tmp_path / "prompts.parquet", tmp_path / "tokenizer")
+    before = snapshot(tmp_path)
+    prepare(load_params(None, [*sizes, "prepare.train=7"]), tmp_path / "other.parquet", tmp_path / "other")
+    after = snapshot(tmp_path)
+    assert {"prompts.parquet", "counts.json"} <= before.keys() and before.items() <= after.items()
+    assert json.loads(after["other-counts.json"])["train"] == {"kept": 7}
+
+
+@pytest.mark.parametrize(
+    ("command", "outputs"),
+    [
+        ("prepare", {"--tokenizer": "x", "--out": "x/prompts.parquet"}),
+        ("prepare", {"--out": "x", "--tokenizer": "x"}),
+        ("teach", {"--out": "x", "--runs": "x/runs"}),
+        ("generate", {"--results": "x", "--out": "x"}),
+        ("generate", {"--results": "x", "--out": "x/selection"}),
+        ("reward", {"--out": "x", "--audit": "x"}),
+        ("reward", {"--out": "x", "--audit": "link/audit"}),
+        ("reward", {"--out": "runs/reward", "--runs": "runs"}),
+        ("distill", {"--out": "x", "--metrics": "x"}),
+        ("distill", {"--out": "x", "--metrics": "x/metrics"}),
+        ("distill", {"--metrics": "x", "--runs": "x"}),
+    ],
+)
+def test_outputs_that_would_replace_one_another_are_noticed_before_any_work(tmp_path, command, outputs):
+    (tmp_path / "link").symlink_to("x")
+    said = refused(*ABSENT[command], *(part for output in outputs.items() for part in output), cwd=tmp_path)
+    assert all(option in said for option in outputs) and ("lies in" in said or "are both" in said), said
+    assert {path.name for path in tmp_path.iterdir()} - {"store"} == {"link", "log"}
+
+
+def test_outputs_that_do_not_replace_one_another_may_lie_in_one_folder(tmp_path):
+    data_set = ("--set", "prepare.dataset.path=absent/", "--set", "prepare.tokenizer=absent/")
+    for command, outputs in (
+        ("prepare", ("--out", "x/prompts.parquet", "--tokenizer", "x/tokenizer", *data_set)),
+        ("generate", ("--out", "x", "--results", "x/results.json")),
+        ("distill", ("--out", "x/student", "--metrics", "x", "--runs", "x-runs")),
+    ):
+        said = refused(*ABSENT[command], *outputs, cwd=tmp_path)
+        assert "absent" in said, said
+
+
+# What an earlier version made
+
+
+def test_results_of_an_earlier_version_are_replaced_and_what_it_did_not_mark_is_said(tmp_path, teacher):
+    """It wrote no stage into most results, and no marks."""
+    results = tmp_path / "evaluation" / "results.json"
+    for versions in ({"xkd-pipeline": "0.1.0"}, {"other": "1"}):
+        write_json_atomically(results, {"provenance": {"seed": 0, "versions": versions}})
+        (results.parent / "metrics.json").write_text("{}")
+        if "other" in versions:
+            with pytest.raises(UserError, match="or a version before this one wrote it"):
+                require_own_results(results.parent, "evaluate")
+        else:
+            begin_results(results.parent, "evaluate")
+            assert (results.parent / MARK).is_file()
+    model_of_somebody(tmp_path / "model", teacher)
+    with pytest.raises(UserError, match="or by a version before this one, which left no mark"):
+        require_own_model(tmp_path / "model")
 
 
 # What is written about it

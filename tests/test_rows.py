@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import UserError
-from pipeline.models import load_config, load_lm
+from pipeline.models import load_config, load_lm, load_tokenizer
 from pipeline.prompts import Prompt, write_prompts
 from pipeline.shards.checking import RowCheck
 from pipeline.shards.files import sha256_file
@@ -28,7 +28,7 @@ from pipeline.teachers.stub import StubEngine
 from stages.evaluate import evaluate
 from stages.generate import generate
 from stages.score import score
-from tests.conftest import make_params, make_prompts
+from tests.conftest import make_model, make_params, make_prompts
 from tests.test_engines import DRAWN, by_key, make_asks
 from tests.test_generate import contents, stub_params
 
@@ -70,7 +70,7 @@ def test_a_teacher_that_says_nan_is_an_error_and_stores_nothing(broken, student,
 def test_a_student_that_says_nan_is_an_error(broken, teacher, tmp_path):
     """Its samples would be scored, and its answers counted, as if it had said them."""
     prompts = make_prompts(tmp_path / "prompts.parquet", train=3, validation=2, test=2)
-    with pytest.raises(UserError, match=r"the student .*broken gave no answer: it has .* not finite"):
+    with pytest.raises(UserError, match=r"the student .*gave no answer to row negatives/\w+/0: it has .* not finite"):
         score(make_params(teacher), prompts, broken, tmp_path / "scored")
     generate(make_params(teacher), prompts, tmp_path / "out")
     with pytest.raises(UserError, match=r"the model .*broken .* has logits that are no numbers"):
@@ -164,11 +164,58 @@ def test_a_token_beyond_the_embedding_fails_alone(teacher):
     beyond = replace(asks[3], key="beyond", prompt_ids=np.array([5, 44, 6], np.int32))
     engine = HfEngine(load_lm(teacher))
     found = {answer.key: answer for answer in engine.sample([*asks, beyond], DRAWN, 5)}
-    assert "token 44, and the teacher has 44 embeddings" in found.pop("beyond").reason
+    assert "token 44, and the model has 44 embeddings" in found.pop("beyond").reason
     assert not any(isinstance(answer, Failure) for answer in found.values()) and len(found) == 20
     given = Ask("given", asks[0].prompt_ids, response_ids=np.array([50], np.int32))
     (answer,) = engine.score([given], 5, (2,))
     assert "token 50" in answer.reason
+
+
+@pytest.fixture
+def small_embedding(tmp_path):
+    """Makes a copy of a model whose tokenizer knows a word, `more`, that its embedding has not."""
+
+    def copied(model):
+        folder = shutil.copytree(model, tmp_path / "small" / model.parent.name)
+        tokenizer = load_tokenizer(folder)
+        tokenizer.add_tokens(["more"])
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return copied
+
+
+def test_a_prompt_that_the_student_cannot_read_gives_no_samples_and_the_others_do(
+    teacher, student, small_embedding, tmp_path, own_store, capsys
+):
+    """Its references fail alone too, and what is evaluated on it is an error that names it."""
+    teacher, student = small_embedding(teacher), small_embedding(student)
+    train, held_out = ["w1 w2", "w3 more", "w5 w6"], ["w7 w8", "w9 more"]
+    write_texts(tmp_path / "p.parquet", train=train, validation=held_out, test=["w1", "w2 more"])
+    params = make_params(teacher)
+    summary = score(params, tmp_path / "p.parquet", student, tmp_path / "scored")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "cannot read 2 prompts; the first, 'w3-more': it has token 44, and the model" in said
+    left_out = [row["prompt_id"] for row in skipped(own_store)]
+    assert summary.skipped == len(left_out) and set(left_out) == {"w3-more"}
+    rows = [(name, row) for name in ("negatives", "samples") for row in Selection(tmp_path / "scored").rows(name)]
+    found = {(name, row.prompt_id) for name, row in rows if row.origin == "student"}
+    assert found == {("negatives", "w1-w2"), ("negatives", "w5-w6"), ("samples", "w7-w8")}
+    write_texts(tmp_path / "none.parquet", train=["more"], validation=["w1 more"])
+    with pytest.raises(UserError, match=r"the student .* cannot read 2 prompts; .*, 'more': .* There are no others"):
+        score(params, tmp_path / "none.parquet", student, tmp_path / "none")
+    generate(params, tmp_path / "p.parquet", tmp_path / "out")
+    with pytest.raises(UserError, match=r"the model .* gave no answer to row greedy/1: it has token 44, and the model"):
+        evaluate(params, tmp_path / "p.parquet", {"student": student}, tmp_path / "out", tmp_path / "evaluation")
+
+
+def test_a_prompt_longer_than_the_student_reads_gives_no_samples(teacher, tmp_path, capsys):
+    short = make_model(tmp_path / "short", seed=1, width=32, layers=1, context=10)
+    write_texts(tmp_path / "p.parquet", train=["w1 w2", "w1 w2 w3 w4 w5 w6"], validation=["w7 w8"])
+    score(make_params(teacher), tmp_path / "p.parquet", short, tmp_path / "scored")
+    assert "'w1-w2-w3-w4-w5-w6': a prompt of 7 tokens" in " ".join(capsys.readouterr().err.split())
+    samples = [row for row in Selection(tmp_path / "scored").rows("negatives") if row.origin == "student"]
+    assert {row.prompt_id for row in samples} == {"w1-w2"}
 
 
 def write_texts(path, **splits) -> None:

@@ -11,7 +11,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.shards.files import sha256_file, write_json_atomically
 from pipeline.shards.manifest import sealed
-from pipeline.shards.selection import Part, Selection, write_selection
+from pipeline.shards.selection import Part, Selection, _write_part, write_selection
 from pipeline.shards.store import RequestFolder, pick
 from pipeline.shards.verifying import verify_selection
 from tests.test_shards import REQUEST, TEACHER, assert_same, damage_flip, folder, make_row, meta
@@ -202,6 +202,28 @@ def test_whenever_a_rewrite_ends_before_its_time_one_selection_is_whole(tmp_path
     assert {path.name for path in out.iterdir()} == {
         "manifest.json", *(file["name"] for file in Selection(out).part("train")["files"])
     }  # fmt: skip
+
+
+def test_what_a_killed_rewrite_has_left_goes_before_anything_is_written(tmp_path, folder, monkeypatch):
+    """On a small disk there would be no room for both, however often the same command is run."""
+    folder.add([make_row(0), make_row(1)], meta())
+    out, at_first = tmp_path / "out", []
+    write_selection(out, {"train": part_of(folder, [0], 3)}, TEACHER, 3, 0, True)
+    with monkeypatch.context() as patch:
+        die_at(5, patch)
+        with suppress(Killed):
+            write_selection(out, {"train": part_of(folder, [1], 3)}, TEACHER, 3, 0, True)
+    (left,) = out.glob(".tmp-*")
+    assert list(left.iterdir()) and not faults(out)
+    (out / ".tmp-mine").mkdir()
+
+    def seen(*given):
+        at_first.extend(path.name for path in out.glob(".tmp-*"))
+        return _write_part(*given)
+
+    monkeypatch.setattr("pipeline.shards.selection._write_part", seen)
+    write_selection(out, {"train": part_of(folder, [1], 3)}, TEACHER, 3, 0, True)
+    assert len(at_first) == 2 and ".tmp-mine" in at_first and left.name not in at_first
 
 
 def test_a_write_that_fails_at_the_swap_leaves_no_new_files(tmp_path, folder, monkeypatch):

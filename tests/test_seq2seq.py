@@ -132,7 +132,7 @@ def test_a_prompt_and_a_response_may_each_fill_the_context_of_absolute_positions
         np.testing.assert_allclose(answer.lse, lse, atol=1e-4)
     assert max(len(answer.response_ids) for answer in drawn) == 20
     (failed,) = engine.score([replace(given, response_ids=np.arange(4, 25, dtype=np.int32))], 5, (2,))
-    assert "21 exceed the teacher's context of 20 for each" in failed.reason
+    assert "21 exceed the model's context of 20 for each" in failed.reason
     require_context(model.config, [(20, 20)], "the student")
     with pytest.raises(UserError, match=r"at most 20 tokens.*has 3 \+ 21"):
         require_context(model.config, [(20, 20), (3, 21)], "the student")

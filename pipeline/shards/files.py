@@ -9,7 +9,7 @@ import os
 import stat
 import uuid
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +121,15 @@ def replace_file(path: Path, to: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path):
-    """Have a folder for oneself among this machine's processes, waiting for it; where locks are unknown, do without."""
+def locked(folder: Path, wait: bool = True):
+    """Have a folder for oneself among this machine's processes, waiting for it; where locks are unknown, do without.
+
+    Without `wait`, raises OSError where another one has it, or where locks are unknown.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with suppress(OSError) if wait else nullcontext():
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     finally:
         os.close(descriptor)

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.shards.files import digest, is_in_the_way, sha256_file
+from pipeline.shards.files import ASIDE, digest, is_in_the_way, sha256_file
 from pipeline.shards.schema import SCHEMA_VERSION
 
 MANIFEST = "manifest.json"
@@ -49,6 +49,14 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
+def seal_of(folder: Path) -> str | None:
+    """What tells the selection in a folder from others; None where there is none whose manifest is whole."""
+    try:
+        return read_manifest(folder)["sha256"]
+    except (UserError, OSError):
+        return None
+
+
 def listed_files(manifest: dict) -> dict[str, dict]:
     """The manifest's entry of every file of rows, by name."""
     return {file["name"]: file for part in manifest["parts"].values() for file in part["files"]}
@@ -59,11 +67,21 @@ def selection_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if re.fullmatch(_ROWS, path.name))
 
 
+def is_staged(path: Path) -> bool:
+    """Whether it is the folder in which a run prepares a selection, or a file that an earlier version prepared."""
+    return bool(_STAGED.fullmatch(path.name))
+
+
 def is_left_behind(path: Path) -> bool:
-    """Whether it is a file of an earlier selection, or the folder in which a killed run prepared one."""
-    if path.is_dir() and not path.is_symlink():
-        return bool(_STAGED.fullmatch(path.name))
-    return bool(_LEFT_BEHIND.fullmatch(path.name) or _STAGED.fullmatch(path.name))
+    """Whether it is a file of an earlier selection, or what a killed run prepared."""
+    is_file = not path.is_dir() or path.is_symlink()
+    return is_staged(path) or (is_file and bool(_LEFT_BEHIND.fullmatch(path.name)))
+
+
+def is_named_by_content(path: Path) -> bool:
+    """Whether it is a file of rows whose name has the digest of its bytes, as in no export and no earlier version."""
+    name = re.fullmatch(_ROWS, path.name.removesuffix(ASIDE))
+    return bool(name and name[2]) and name[2] == f"-{sha256_file(path)[:12]}"
 
 
 def holds_selection(folder: Path) -> bool:

@@ -10,15 +10,20 @@ import os
 import socket
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.shards.files import ASIDE, digest, is_in_the_way, move_aside
-from pipeline.shards.manifest import holds_selection, read_manifest
+from pipeline.shards.manifest import holds_selection, read_manifest, seal_of
 from pipeline.shards.storage import Storage
 
 FOLDER = "references"
+
+
+# What a reference's file is of: the selection that was written last to a place, an unfinished run that is to replace
+# it, or an earlier selection of that place that was not there any more when such a run began.
+WRITTEN, UNFINISHED, DISPLACED = "written", "unfinished", "displaced"
 
 
 @dataclass(frozen=True)
@@ -30,17 +35,22 @@ class Reference:
     teacher: str
     requests: tuple[str, ...]
     complete: bool
+    manifest: str | None = None  # its seal; earlier versions did not say it, unfinished runs have none
+    kind: str = WRITTEN  # by the name of its file
     recorded: float | None = None  # seconds since 1970 at which it was left, by its file
 
     @classmethod
     def of(cls, selection: Path, teacher: str, requests: list[str], complete: bool) -> "Reference":
         """That a selection of this machine uses these requests (identities)."""
-        return cls(str(selection.absolute()), socket.gethostname(), teacher, tuple(requests), complete)
+        seal, kind = (seal_of(selection), WRITTEN) if complete else (None, UNFINISHED)
+        place = str(selection.absolute())
+        return cls(place, socket.gethostname(), teacher, tuple(requests), complete, seal, kind)
 
     @property
     def name(self) -> str:
         """Its file in the store."""
-        return f"{FOLDER}/{digest([self.host, self.selection])[:16]}.json"
+        more = {WRITTEN: [], UNFINISHED: [UNFINISHED], DISPLACED: [self.teacher, self.requests, self.manifest]}
+        return f"{FOLDER}/{digest([self.host, self.selection, *more[self.kind]])[:16]}.json"
 
     @property
     def here(self) -> bool:
@@ -48,36 +58,61 @@ class Reference:
 
     @property
     def absent(self) -> bool:
-        """Whether nothing of the selection is at its place now: it was deleted or moved, or its disk is not there."""
-        return self.here and self.complete and not holds_selection(Path(self.selection))
+        """Whether its place has nothing, or another selection: it was deleted or moved, or its disk is not there."""
+        place = Path(self.selection)
+        if not (self.here and self.complete):
+            return False
+        if not holds_selection(place):
+            return True
+        if self.manifest is None and self.kind == WRITTEN:  # all that is known is of whom it asked what
+            return not _keys_there(place).keys() <= self._everything().keys()
+        return seal_of(place) not in (None, self.manifest)
 
     def uses(self) -> dict[str, tuple[set[str], int] | None]:
         """`<teacher>/<request>` -> keys in use and their k; None where all of the request is to be kept.
 
-        That is so for a selection that is on another machine, absent, unfinished, damaged, or not the one that left
-        word. What lies in the folder meanwhile is in use too.
+        That is so for a selection that is on another machine, absent, unfinished or damaged. What lies in the folder
+        meanwhile is in use too.
         """
-        everything = {f"{self.teacher}/{request}": None for request in self.requests}
-        if not self.here:
-            return everything
-        try:
-            found = keys_of(Path(self.selection))
-        except UserError:
-            return everything
-        return found if self.complete and found.keys() <= everything.keys() else found | everything
+        there = _keys_there(Path(self.selection)) if self.here else {}
+        return there if there and self.complete and not self.absent else there | self._everything()
+
+    def _everything(self) -> dict[str, None]:
+        return {f"{self.teacher}/{request}": None for request in self.requests}
 
     def record(self, storage: Storage) -> bool:
-        """Leave word in the store; whether that was possible."""
+        """Leave word in the store; whether that was possible.
+
+        An unfinished run leaves the word of the selection that it is to replace, and moves that of one that is absent
+        to a name of its own: what will be written to its place does not replace it.
+        """
         try:
             if _in_the_way(storage) == [FOLDER]:
                 move_aside(storage.path / FOLDER)
+            place = replace(self, kind=WRITTEN).name
+            earlier = None if self.complete else _parsed(storage.read_text(place), place)
+            if earlier is not None and earlier.absent:
+                storage.move(place, replace(earlier, kind=DISPLACED).name)
             storage.write_json(self.name, {name: getattr(self, name) for name in _ENTRIES})
+            if self.complete:  # the run is over, and a selection that was displaced is at its place again
+                over = {replace(self, kind=kind).name for kind in (UNFINISHED, DISPLACED)}
+                for name in over & storage.find(FOLDER).keys():
+                    storage.remove(name)
         except (OSError, UserError):
             return False
         return True
 
 
-_ENTRIES = [field.name for field in fields(Reference) if field.name != "recorded"]
+_REQUIRED = ["selection", "host", "teacher", "requests", "complete"]
+_ENTRIES = [*_REQUIRED, "manifest"]
+
+
+def _keys_there(place: Path) -> dict[str, tuple[set[str], int]]:
+    """`keys_of` what lies at a place; empty where that is nothing that can be read."""
+    try:
+        return keys_of(place)
+    except (UserError, OSError):
+        return {}
 
 
 def keys_of(selection: Path) -> dict[str, tuple[set[str], int]]:
@@ -101,8 +136,8 @@ def references(storage: Storage) -> tuple[list[Reference], list[str]]:
         text = storage.read_text(name)
         if text is None and storage.has_gone(name):
             continue
-        reference = _parsed(text)
-        if reference is None or reference.name != name:
+        reference = _parsed(text, name)
+        if reference is None:
             unreadable.append(name)
         else:
             found.append(replace(reference, recorded=file.modified))
@@ -112,7 +147,8 @@ def references(storage: Storage) -> tuple[list[Reference], list[str]]:
 def named(known: list[Reference], names: Iterable[str]) -> list[Reference]:
     """The references that are meant: a selection's path, `PATH on HOST`, or `all` that are absent.
 
-    Raises UserError for a name that is none of them.
+    Where one of a path is absent and another one is there, the absent one is meant. Raises UserError for a name that is
+    none of them.
     """
     meant = []
     for name in names:
@@ -123,7 +159,7 @@ def named(known: list[Reference], names: Iterable[str]) -> list[Reference]:
         elif not found:
             users = ", ".join(f"{each.selection} on {each.host}" for each in known) or "none"
             raise UserError(f"--forget {name}: no selection of this name uses the store; those that do: {users}")
-        meant += found
+        meant += [each for each in found if each.absent] or found
     return meant
 
 
@@ -138,12 +174,14 @@ def _in_the_way(storage: Storage) -> list[str]:
     return [f"{FOLDER}/{name}" for name in strange]
 
 
-def _parsed(text: str | None) -> Reference | None:
-    """None for a text that is no reference; entries of a later version are ignored."""
+def _parsed(text: str | None, name: str) -> Reference | None:
+    """None for a text that is no reference, or not the one of this name; entries of a later version are ignored."""
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         entry = json.loads(text or "")
-        found = Reference(**{name: entry[name] for name in _ENTRIES})
-        texts = [found.selection, found.host, found.teacher, *found.requests]
+        found = Reference(**{field: entry[field] for field in _REQUIRED}, manifest=entry.get("manifest"))
+        texts = [found.selection, found.host, found.teacher, *found.requests, found.manifest or ""]
         if all(isinstance(text, str) for text in texts) and isinstance(found.complete, bool):
-            return replace(found, requests=tuple(found.requests))
+            found = replace(found, requests=tuple(found.requests))
+            kinds = (replace(found, kind=kind) for kind in (WRITTEN, UNFINISHED, DISPLACED))
+            return next((reference for reference in kinds if reference.name == name), None)
     return None

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from pipeline.outputs import entries, foreign, not_ours, require_can_write
 from pipeline.shards.files import ASIDE
-from pipeline.shards.manifest import MANIFEST, is_left_behind
+from pipeline.shards.manifest import MANIFEST, is_left_behind, is_named_by_content
 from pipeline.shards.schema import METADATA_KEY
 
 _HEAD = re.compile(rb'\s*\{\s*"schema_version":\s*\d+,\s*"teacher":')  # how a manifest begins, torn or whole
@@ -32,9 +32,10 @@ def require_own_selection(folder: Path, option: str = "--out") -> None:
 
 
 def _is_ours(path: Path, manifests: list[Path]) -> bool:
-    """Whether we wrote it: a manifest by how it begins, rows by their footer or, where that is damaged, a manifest.
+    """Whether we wrote it for a selection; what is empty, or gone meanwhile, is nobody's loss.
 
-    What is empty, or gone meanwhile, is nobody's loss.
+    A manifest is known by how it begins. Rows beside one are known by their footer or, where that is damaged, by the
+    manifest; rows without one by a name that fits their content: those of an export have the same footer.
     """
     try:
         if not path.stat().st_size:
@@ -42,6 +43,8 @@ def _is_ours(path: Path, manifests: list[Path]) -> bool:
         if path in manifests:
             with open(path, "rb") as file:
                 return bool(_HEAD.match(file.read(4096)))
+        if not manifests:
+            return is_named_by_content(path)
         return METADATA_KEY in (pq.read_schema(path).metadata or {})
     except FileNotFoundError:
         return True

@@ -36,6 +36,7 @@ from pipeline.shards.manifest import (
     MANIFEST,
     WRITE_AGAIN,
     is_left_behind,
+    is_staged,
     listed_files,
     read_manifest,
     rows_name,
@@ -167,6 +168,7 @@ def write_selection(
         "parts": {},
     } | ({} if student is None else {"student": student})
     with writing_to(out), locked(out):  # two runs with one `out` write one after the other
+        _remove(path for path in out.iterdir() if is_staged(path))  # first, since it takes the room of a selection
         staged = out / f".tmp-{uuid.uuid4().hex}"
         try:
             with writing_to(staged):

@@ -22,6 +22,7 @@ from pipeline.shards.manifest import (
     file_fault,
     listed_files,
     read_manifest,
+    seal_of,
     selection_files,
 )
 from pipeline.shards.references import references
@@ -174,10 +175,10 @@ def verify_selection(folder: Path, store: str | Path | None, set_aside: bool) ->
     selection is whole without them.
     """
     while True:
-        before = _seal(folder)
+        before = seal_of(folder)
         faults = list(_selection_faults(folder, store))
         with locked(folder) if folder.is_dir() else nullcontext():  # nobody replaces it now
-            if faults and _seal(folder) != before:
+            if faults and seal_of(folder) != before:
                 continue  # somebody did while it was looked at
             if all(fault.path.name != MANIFEST for fault in faults):
                 faults += [_Fault(path, "manifest.json does not list it") for path in _unlisted(folder)]
@@ -186,14 +187,6 @@ def verify_selection(folder: Path, store: str | Path | None, set_aside: bool) ->
                 moved = movable and _aside(lambda path=fault.path: move_aside(path))
                 yield Problem(str(fault.path), fault.what, "generate (or score) writes the selection again", moved)
         return
-
-
-def _seal(folder: Path) -> str | None:
-    """What tells a selection from another one in its place; None where there is none that is whole."""
-    try:
-        return read_manifest(folder)["sha256"]
-    except (UserError, OSError):
-        return None
 
 
 def _unlisted(folder: Path) -> list[Path]:

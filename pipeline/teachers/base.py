@@ -86,7 +86,7 @@ def needed(answers: Iterable[Answer | Failure], what: str) -> Iterator[Answer]:
     """Answers of a model of which every row is needed. Raises UserError at the first that cannot be made."""
     for answer in answers:
         if reason := answer.reason if isinstance(answer, Failure) else value_fault(answer):
-            raise UserError(f"{what} gave no answer: {reason}")
+            raise UserError(f"{what} gave no answer to row {answer.key}: {reason}")
         yield answer
 
 
@@ -95,7 +95,7 @@ def too_long(prompt: int, response: int, context: Context) -> str | None:
     if context.holds(prompt, response):
         return None
     return (
-        f"a prompt of {prompt} tokens and a response of up to {response} exceed the teacher's context of "
+        f"a prompt of {prompt} tokens and a response of up to {response} exceed the model's context of "
         f"{context.tokens}{' for each' if context.each else ''}: "
         "shorten the prompt or lower max_tokens"
     )
@@ -106,6 +106,4 @@ def unknown_token(ask: Ask, vocabulary: int) -> str | None:
     highest = max(ids.max(initial=-1) for ids in (ask.prompt_ids, ask.response_ids) if ids is not None)
     if highest < vocabulary:
         return None
-    return (
-        f"it has token {highest}, and the teacher has {vocabulary} embeddings: its tokenizer is larger than the model"
-    )
+    return f"it has token {highest}, and the model has {vocabulary} embeddings: its tokenizer is larger than the model"

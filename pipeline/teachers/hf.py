@@ -46,6 +46,10 @@ class HfEngine:
     def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]:
         return self._run(asks, lambda ask: len(ask.response_ids), lambda batch: self._scored(batch, k, stop_token_ids))
 
+    def unreadable(self, ask: Ask, response: int) -> str | None:
+        """Why an ask with a response of up to so many tokens cannot be read, if it cannot."""
+        return too_long(len(ask.prompt_ids), response, self.context) or unknown_token(ask, self.vocab_size)
+
     def _run(
         self, asks: Iterable[Ask], response: Callable[[Ask], int], answer: Callable[[list[Ask]], list[Answer]]
     ) -> Iterator[Answer | Failure]:
@@ -54,8 +58,7 @@ class HfEngine:
         while window := list(islice(waiting, _WINDOW * self.batch_size)):
             fitting = []
             for ask in window:
-                reason = too_long(len(ask.prompt_ids), response(ask), self.context)
-                if reason := reason or unknown_token(ask, self.vocab_size):
+                if reason := self.unreadable(ask, response(ask)):
                     yield Failure(ask.key, reason)
                 else:
                     fitting.append(ask)
