@@ -10,7 +10,7 @@ from pipeline.models import load_lm
 from pipeline.shards.schema import from_table, to_table
 from pipeline.shards.selection import Selection
 from stages.batches import Response, collate
-from stages.evaluate import _kl_to_teacher
+from stages.closeness import HeldOut, LogitSource
 from stages.objectives.sparse import sparse_divergence
 from stages.reward_fit import RewardLearner
 from stages.reward_model import RewardPosterior
@@ -110,9 +110,13 @@ def test_each_row_gets_its_own_share_of_what_is_scored(model_path, rows):
 
 def test_a_prompt_whose_answers_are_all_empty_does_not_count_for_the_divergence(model_path, rows):
     model = load_lm(model_path)
-    found = _kl_to_teacher(model, rows, 3)
-    assert np.isfinite(found).all() and (found[:, 1] > 0).all() and len(found) == len(rows) // 2
-    assert _kl_to_teacher(model, [row for row in rows if not len(row.response_ids)], 3).shape == (0, 2)
+    teacher = LogitSource(load_lm(model_path), "the teacher")
+    for sums in HeldOut(rows, teacher, 3).of(model, model_path).values():
+        assert np.isfinite(sums).all() and (sums[:, 1] > 0).all() and len(sums) == len(rows) // 2
+    empty = [row for row in rows if not len(row.response_ids)]
+    found = HeldOut(empty, teacher, 3).of(model, model_path)
+    assert found.keys() == {"kl", "reverse_kl", "kl_bound", "cross_entropy"}
+    assert all(sums.shape == (0, 2) for sums in found.values())
 
 
 def test_rows_are_batched_alike_however_they_come(rows):

@@ -41,7 +41,7 @@ def main(out: Path) -> None:
             f"{modes[m][metric]['value']:.1f} [{modes[m][metric]['low']:.1f}, {modes[m][metric]['high']:.1f}]"
             for m in ("greedy", "sampled")
         ]
-        kl, distinct = modes["heldout"]["kl_to_teacher"]["value"], modes["diversity"]["distinct_2"]
+        kl, distinct = modes["heldout"]["kl"]["value"], modes["diversity"]["distinct_2"]
         training = out / f"{name}-metrics" / "results.json"
         strength = json.loads(training.read_text()).get("heldout_lam_eff", 0.0) if training.is_file() else 0.0
         print(f"| {objective} | {reward} | {cells[0]} | {cells[1]} | {kl:.4f} | {distinct:.2f} | {strength:.3f} |")
