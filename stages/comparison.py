@@ -19,8 +19,7 @@ def compare(names: list[str], data: Path, form: Form = Form.TEXT) -> Listing:
     if differ(experiments):
         console.warn("these results are of different prompts, tasks or teachers: their numbers do not compare")
     for experiment in experiments:
-        evaluation = experiment.evaluation
-        if evaluation.get("kl") == "cache" and (word := kept_mass_warning(evaluation.get("kept_mass"))):
+        if word := kept_mass_warning(experiment.evaluation.get("kept_mass")):
             console.warn(f"{experiment.name}: {word}")
     rows = models_of(experiments)
     listing = Listing(list(_columns(rows)), rows, names=2)

@@ -257,5 +257,5 @@ def _warn(results: dict, params: Params) -> None:
     if many := {name: share for name, share in cut.items() if share > CUT_WARNING}:
         shares = ", ".join(f"{share:.0%} of {name}" for name, share in many.items())
         console.warn(f"greedy answers were cut at max_tokens ({params.max_tokens}): {shares}")
-    if results["kl"] == "cache" and (word := kept_mass_warning(results["kept_mass"])):
+    if word := kept_mass_warning(results["kept_mass"]):
         console.warn(word)

@@ -193,3 +193,18 @@ def test_a_dvc_experiment_is_read_by_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [row for row in compare(["data", "other"], Path("data")).records() if row["model"] == "distilled"]
     assert [(row["result"], row["objective"]) for row in rows] == [("data", "fkl"), ("other", "rkl")]
+
+
+def test_what_the_cache_does_not_keep_and_what_was_cut_is_shown(tmp_path, capsys):
+    one = write(tmp_path / "one", 30.0, "fkl")
+    path = one / "evaluation" / "results.json"
+    more = {
+        "kept_mass": {"k": 32, "mean": 0.66, "worst_tenth": 0.2},
+        "answers": {"distilled": {"greedy": {"tokens": 12.5, "cut": 0.25}, "sampled": {"tokens": 13.0, "cut": 0.5}}},
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    record = compare([str(one)], Path("data")).records()[-1]
+    assert (record["kept_mass"], record["cut"], record["tokens"]) == (0.66, 0.25, 12.5)
+    said = capsys.readouterr()
+    assert "66% of the teacher's probability" in said.err
+    assert any("0.660" in line and "25%" in line for line in said.out.splitlines() if "distilled" in line)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.shards.kept_mass import kept_mass_warning
 from stages.bootstrap import say_interval
 from stages.headline import KL_NAMES, headline_kl
 from stages.reporting import figures
@@ -87,7 +88,12 @@ def closeness(evaluation: dict) -> Section | None:
             f"The {kept['k']} tokens that the cache keeps at a position have {kept['mean']:.3f} of the teacher's "
             f"probability in the mean, and {kept['worst_tenth']:.3f} in the worst tenth of the positions."
         )
+        section.texts += filter(None, [_sentence(kept_mass_warning(kept))])
     return section
+
+
+def _sentence(text: str | None) -> str | None:
+    return text and f"{text[0].upper()}{text[1:]}."
 
 
 def _value(found: dict | None) -> str:
