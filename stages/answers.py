@@ -52,35 +52,34 @@ class Asking:
         """To the test prompts, of token ids `ids`; name: the model's. Raises UserError where a row cannot be made."""
         settings, seed = self.params.evaluate, self.params.seed
         first, samples = prompts[: settings.sampled_prompts], range(settings.samples)
-        greedy = [Ask(str(i), each) for i, each in enumerate(ids)]
+        greedy = [Ask(prompt.id, each) for prompt, each in zip(prompts, ids, strict=True)]
         drawn = [
-            Ask(f"{i}/{sample}", ids[i], sample_seed(digest([seed, prompt.id, sample])))
-            for i, prompt in enumerate(first)
+            Ask(f"{prompt.id}/{sample}", each, sample_seed(digest([seed, prompt.id, sample])))
+            for prompt, each in zip(first, ids, strict=False)
             for sample in samples
         ]
-        said = self._run(greedy, 0.0, f"greedy answers of {name}")
-        said |= self._run(drawn, settings.temperature, f"sampled answers of {name}")
-        texts = {
-            key: Said.of(answer, self.tokenizer.decode(answer.response_ids, skip_special_tokens=True))
-            for key, answer in said.items()
-        }
+        greedy = self._run(greedy, 0.0, "greedy answers", name)
+        drawn = self._run(drawn, settings.temperature, "sampled answers", name)
         return Answers(
-            [texts[str(i)] for i in range(len(prompts))],
-            [[texts[f"{i}/{sample}"] for sample in samples] for i in range(len(first))],
+            [self._said(greedy[prompt.id]) for prompt in prompts],
+            [[self._said(drawn[f"{prompt.id}/{sample}"]) for sample in samples] for prompt in first],
         )
 
     def samples(self, prompts: Mapping[str, np.ndarray], name: str) -> dict[str, Answer]:
         """One sample, at temperature 1, to each of the held-out prompts (id -> token ids)."""
         asks = [Ask(key, ids, sample_seed(digest([self.params.seed, key, "own"]))) for key, ids in prompts.items()]
-        return self._run(asks, 1.0, f"held-out samples of {name}")
+        return self._run(asks, 1.0, "held-out samples", name)
 
-    def _run(self, asks: Sequence[Ask], temperature: float, what: str) -> dict[str, Answer]:
+    def _run(self, asks: Sequence[Ask], temperature: float, what: str, name: str) -> dict[str, Answer]:
         sampling, found = Sampling(temperature, 1.0, self.params.max_tokens, self.stops), {}
-        with console.progress(what, len(asks)) as advance:
-            for answer in needed(self.engine.sample(asks, sampling, k=1), what):
+        with console.progress(f"{what} of {name}", len(asks)) as advance:
+            for answer in needed(self.engine.sample(asks, sampling, k=1), f"the model {name}"):
                 found[answer.key] = answer
                 advance()
         return found
+
+    def _said(self, answer: Answer) -> Said:
+        return Said.of(answer, self.tokenizer.decode(answer.response_ids, skip_special_tokens=True))
 
 
 def cached_answers(selection: Selection, params: Params, prompts: Sequence[Prompt]) -> Answers:

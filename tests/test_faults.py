@@ -257,7 +257,7 @@ def test_signals_that_follow_an_interrupt_cut_nothing_off(lab, note, fault):
     assert "interrupted. What was made so far is kept; run the same command to go on" in process.output
     assert "Traceback" not in process.output and not list(lab.store.rglob(".tmp-*"))
     kept = rows_in(lab.store)
-    answered = int(re.findall(r"sampling .* (\d+)/\d+", process.output)[-1])
+    answered = int(re.findall(r"sampling: (\d+)/\d+", process.output)[-1])
     assert 100 < answered == len(set(kept)) == len(kept) < ALL
     assert lab.finish() == ALL - len(kept)
     note(fault, "unwritten rows were written, the message says what to do", written(answered - len(kept)))

@@ -205,7 +205,7 @@ def test_a_prompt_that_the_student_cannot_read_gives_no_samples_and_the_others_d
     with pytest.raises(UserError, match=r"the student .* cannot read 2 prompts; .*, 'more': .* There are no others"):
         score(params, tmp_path / "none.parquet", student, tmp_path / "none")
     generate(params, tmp_path / "p.parquet", tmp_path / "out")
-    with pytest.raises(UserError, match=r"the model .* gave no answer to row greedy/1: it has token 44, and the model"):
+    with pytest.raises(UserError, match=r"the model .* gave no answer to row w2-more: it has token 44, and the model"):
         evaluate(params, tmp_path / "p.parquet", {"student": student}, tmp_path / "out", tmp_path / "evaluation")
 
 
