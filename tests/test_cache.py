@@ -266,6 +266,18 @@ def test_gc_releases_what_a_selection_used_that_was_replaced_in_its_place(teache
             assert "nothing to remove" in cli("gc", "--yes")[1]
 
 
+def test_gc_releases_what_dvc_removed_to_run_the_stage_again(teacher, prompts, tmp_path, own_store, cli, monkeypatch):
+    """DVC removes the outputs of a stage before it runs it, and has their files itself."""
+    generate(stub_params(teacher), prompts, tmp_path / "a")
+    before = {path.parent for path in own_store.glob("*/*/request.json")}
+    shutil.rmtree(tmp_path / "a")
+    monkeypatch.setenv("DVC_STAGE", "generate")
+    generate(stub_params(teacher, "seed=1", "generate.corrupted=0"), prompts, tmp_path / "a")
+    cli("gc", "--yes")
+    left = {path.parent for path in own_store.glob("*/*/request.json")}
+    assert len(before) == len(left) == 2 and len(before & left) == 1  # the references are scored alike
+
+
 def test_an_unfinished_run_that_an_earlier_version_recorded_is_known_and_can_be_forgotten(tmp_path, own_store, cli):
     """Under the name of a selection that was written."""
     entries = {"selection": str(tmp_path / "a"), "host": socket.gethostname(), "teacher": "0" * 16,

@@ -227,7 +227,7 @@ def test_engine_options_reach_vllm_and_no_identity(monkeypatch, teacher):
     assert (given["max_num_seqs"], given["block_size"]) == (8, 32)
     plain = make_params(teacher, "generate.engine=vllm")
     assert found.description == Teacher.of(plain.generate).description
-    assert sampling_request(params, found) == sampling_request(plain, found)
+    assert sampling_request(params, found, 1.0, 1.0) == sampling_request(plain, found, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("vocabulary, tokens", [(1000, 8192), (151_936, 1766), (10**6, 1024)])

@@ -91,7 +91,8 @@ class Reference:
                 move_aside(storage.path / FOLDER)
             place = replace(self, kind=WRITTEN).name
             earlier = None if self.complete else _parsed(storage.read_text(place), place)
-            if earlier is not None and earlier.absent:
+            # Before it runs a stage, DVC itself removes what the stage is about to replace, and has it in its own cache.
+            if earlier is not None and earlier.absent and "DVC_STAGE" not in os.environ:
                 storage.move(place, replace(earlier, kind=DISPLACED).name)
             storage.write_json(self.name, {name: getattr(self, name) for name in _ENTRIES})
             if self.complete:  # the run is over, and a selection that was displaced is at its place again
