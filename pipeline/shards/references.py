@@ -91,7 +91,7 @@ class Reference:
                 move_aside(storage.path / FOLDER)
             place = replace(self, kind=WRITTEN).name
             earlier = None if self.complete else _parsed(storage.read_text(place), place)
-            # Before it runs a stage, DVC itself removes what the stage is about to replace, and has it in its own cache.
+            # DVC itself removes what a stage is about to replace, and has it in its own cache.
             if earlier is not None and earlier.absent and "DVC_STAGE" not in os.environ:
                 storage.move(place, replace(earlier, kind=DISPLACED).name)
             storage.write_json(self.name, {name: getattr(self, name) for name in _ENTRIES})
