@@ -32,7 +32,7 @@ from pipeline.teachers.hf import HfEngine
 from stages.answers import Asking, cached_answers
 from stages.bootstrap import say_interval
 from stages.closeness import HeldOut, live_teacher
-from stages.headline import KL_NAMES, headline_kl
+from stages.headline import KL_NAMES, headline_kl, headline_metric
 from stages.scores import Outcome, lengths, scores
 from stages.students import require_plain_head
 
@@ -156,7 +156,7 @@ def _of(
 
 def _headline(results: dict) -> dict[str, dict[str, float]]:
     """The few numbers that `dvc metrics` shows on one screen; all are in results.json, with intervals."""
-    headline, shown = next(iter(results["higher_is_better"])), {}
+    headline, shown = headline_metric(results), {}
     for name, modes in results["metrics"].items():
         shown[name] = {headline: round(modes["greedy"][headline]["value"], 2)}
         measure, kl = headline_kl(modes)
@@ -195,7 +195,7 @@ def _write_predictions(path: Path, outcomes: Mapping[str, Outcome], prompts: Seq
 
 def _report(results: dict, out: Path) -> None:
     metrics, candidate = results["metrics"], results["candidate"]
-    headline = next(iter(results["higher_is_better"]))
+    headline = headline_metric(results)
     measure, _ = headline_kl(metrics[candidate])
     console.table(
         f"{headline} on the test prompts; {KL_NAMES[measure]} on held-out samples of the teacher, nats per token",

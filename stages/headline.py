@@ -1,4 +1,4 @@
-"""Which KL a model is quoted with: the exact one where the teacher ran, else the bound that its cached top k gives."""
+"""What a model is quoted with: its task's first metric, and the exact KL or, where no teacher ran, its bound."""
 
 from collections.abc import Mapping
 
@@ -8,6 +8,11 @@ KL_NAMES = {
     "kl_bound": "KL(T‖S), bound",
     "cross_entropy": "cross-entropy",
 }
+
+
+def headline_metric(evaluation: Mapping) -> str:
+    """The task's first metric, of the results of `evaluate`."""
+    return next(iter(evaluation["higher_is_better"]))
 
 
 def headline_kl(modes: Mapping) -> tuple[str, Mapping | None]:

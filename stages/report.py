@@ -8,13 +8,13 @@ from pipeline.errors import UserError
 from pipeline.outputs import require_own_file
 from pipeline.params import Report
 from pipeline.shards.files import write_atomically
-from stages.headline import KL_NAMES, headline_kl
+from stages.headline import KL_NAMES, headline_kl, headline_metric
 from stages.reporting import figures
 from stages.reporting.answered import answers
 from stages.reporting.curves import curve_of
 from stages.reporting.experiments import Experiment, differ, read_experiments
 from stages.reporting.page import GENERATOR, Card, Figure, Section, render_page
-from stages.reporting.quality import beside, closeness, diversity, headline, quality
+from stages.reporting.quality import beside, closeness, diversity, quality
 from stages.reporting.results import Asking, Audit, Distill, Prepared, Taught, read_evaluation, read_results
 from stages.reporting.reward import reward_section
 from stages.reporting.setting import costs, glossary, provenance, setting
@@ -88,7 +88,7 @@ def _subtitle(found: dict) -> str:
 
 def _cards(found: dict) -> list[Card]:
     evaluation = found["evaluation"]
-    metric, metrics = headline(evaluation), evaluation["metrics"]
+    metric, metrics = headline_metric(evaluation), evaluation["metrics"]
     cards = [Card(f"{modes['greedy'][metric]['value']:.1f}", f"{metric}, {name}") for name, modes in metrics.items()]
     kls = {name: headline_kl(modes) for name, modes in metrics.items()}
     if all(kls.get(name, (None, None))[1] for name in ("undistilled", "distilled")):

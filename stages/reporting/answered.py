@@ -6,6 +6,7 @@ from random import Random
 import polars as pl
 
 from pipeline.errors import in_one_line
+from stages.headline import headline_metric
 from stages.reporting.page import Answered, Sample, Section
 
 _COLUMNS = ["prompt_id", "prompt", "references", "model", "response", "score", "cut"]
@@ -19,7 +20,7 @@ def answers(path: Path, evaluation: dict, count: int) -> Section | None:
         frame = pl.read_parquet(path).filter(pl.col("mode") == "greedy").select(_COLUMNS)
     groups = {group["prompt_id"][0]: group.to_dicts() for group in frame.partition_by("prompt_id", maintain_order=True)}
     candidate, checked = evaluation["candidate"], evaluation.get("checked", False)
-    metric, best = next(iter(evaluation["higher_is_better"])), 100.0
+    metric, best = headline_metric(evaluation), 100.0
     scores = {
         prompt: next((row["score"] for row in rows if row["model"] == candidate), best)
         for prompt, rows in groups.items()

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.shards.files import parse_json, read_json, require_shape
+from stages.headline import headline_metric
 from stages.reporting.results import read_evaluation
 
 _EVALUATION = "evaluation/results.json"
@@ -31,7 +32,7 @@ class Experiment:
     @property
     def headline(self) -> str:
         """The task's first metric."""
-        return next(iter(self.evaluation["higher_is_better"]))
+        return headline_metric(self.evaluation)
 
     def objective_of(self, model: str) -> str | None:
         return self.objective if model == self.evaluation["candidate"] else None

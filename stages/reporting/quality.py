@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.shards.kept_mass import kept_mass_warning
 from stages.bootstrap import say_interval
-from stages.headline import KL_NAMES, headline_kl
+from stages.headline import KL_NAMES, headline_kl, headline_metric
 from stages.reporting import figures
 from stages.reporting.experiments import Experiment, Scored, differ, models_of
 from stages.reporting.page import Figure, Section, Table
@@ -15,11 +15,6 @@ _MEANINGS = {
     "kl": "KL(T‖S) is exact, over the whole vocabulary: teacher T and model S both ran over held-out samples of T.",
     "kl_bound": "KL(T‖S), bound: the teacher could not run, so this is the lower bound that its cached tokens give.",
 }
-
-
-def headline(evaluation: dict) -> str:
-    """The task's first metric."""
-    return next(iter(evaluation["higher_is_better"]))
 
 
 def quality(evaluation: dict) -> Section:
@@ -102,7 +97,7 @@ def _value(found: dict | None) -> str:
 
 def diversity(evaluation: dict) -> Section:
     """Quality against diversity of the sampled answers, how long answers are, and how many were cut."""
-    metrics, metric = evaluation["metrics"], headline(evaluation)
+    metrics, metric = evaluation["metrics"], headline_metric(evaluation)
     section = Section(
         "diversity",
         "Quality and diversity",
