@@ -76,7 +76,7 @@ def show(
     storage = open_store(store)
     name = find_request(storage, request)
     (info,) = [info for info in catalogue(storage, name) if info.name == name]
-    masses = kept_masses(storage, info)
+    masses = [] if form is Form.CSV else kept_masses(storage, info)  # CSV has the shards alone
     users = [user for user in references(storage)[0] if name in (f"{user.teacher}/{each}" for each in user.requests)]
     shards = Listing(SHARD_COLUMNS, sorted(info.shards, key=lambda shard: shard.modified or 0.0))
     if form is not Form.TEXT:
