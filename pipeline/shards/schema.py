@@ -60,6 +60,8 @@ class Row:
     topk_ids: np.ndarray  # int32 [T, k], in rank order
     topk_logprobs: np.ndarray  # float16 [T, k]
     lse: np.ndarray | None  # float32 [T], log-sum-exp of the raw logits
+    tau: np.ndarray | None = None  # float32 [T], threshold of a sampled support; None for a plain top k
+    tail: np.ndarray | None = None  # float32 [T], mass outside a plain top k, taken before rounding
 
     @property
     def k(self) -> int:

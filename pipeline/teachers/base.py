@@ -53,7 +53,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """One response of T tokens with the teacher's top k at every position (columns of a shard)."""
+    """One response of T tokens with the tokens that are kept of the teacher at every position (columns of a shard)."""
 
     key: str
     response_ids: np.ndarray  # int32 [T]; ends with the stop token where finish is `stop`
@@ -62,6 +62,9 @@ class Answer:
     topk_ids: np.ndarray  # int32 [T, k]
     topk_logprobs: np.ndarray  # float32 [T, k]
     lse: np.ndarray | None  # float32 [T]
+    tau: np.ndarray | None = None  # float32 [T], threshold of a sampled support; None for a plain top k
+    tail: np.ndarray | None = None  # float32 [T], mass outside a plain top k; None for a sampled support
+    dropped: float = 0.0  # largest mass at a position that was on ids which only padding of the embedding has
 
 
 @dataclass(frozen=True)

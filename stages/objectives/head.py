@@ -23,6 +23,9 @@ class TopK(NamedTuple):
 
     ids: Tensor  # [N, k], distinct in a row
     logprobs: Tensor  # [N, k], full-vocabulary normalisation, at temperature 1
+    tau: Tensor | None = None  # [N], threshold of a sampled support (pipeline.supports); None for a plain top k
+    tail: Tensor | None = None  # [N], mass outside a plain top k, where it is known
+    own: Tensor | None = None  # [N], log-probability of the response's own token
 
 
 class Head(NamedTuple):
