@@ -11,6 +11,7 @@ from pipeline.errors import UserError, reason_of
 from pipeline.models import load_lm
 from pipeline.params import Generate
 from pipeline.shards.identity import Sampling, sample_seed
+from pipeline.supports import offsets, systematic
 from pipeline.teachers import Answer, Ask, Failure, choose_engine, require_supported
 from pipeline.teachers.hf import HfEngine
 from pipeline.teachers.stub import StubEngine
@@ -65,6 +66,89 @@ def assert_columns_are_those_of_the_model(answer: Answer, ask: Ask, model, k: in
     assert 2 not in answer.response_ids[:-1]
 
 
+def causal_logits(model, ask: Ask, response: np.ndarray) -> torch.Tensor:
+    """[T, V] of one pass over prompt and response, float32."""
+    ids = torch.tensor(np.concatenate([ask.prompt_ids, response]))[None].long()
+    with torch.no_grad():
+        return model(input_ids=ids).logits[0, -len(response) - 1 : -1].float()
+
+
+def assert_support_is_that_of(answer: Answer, logits: torch.Tensor, k: int, real: int, tolerance: float = 1e-4) -> None:
+    """The oracle of a sampled support: float64 over logits [T, V], with the offset of the answer's own normaliser.
+
+    real: ids that are no padding.
+    """
+    exact, tokens = logits[:, :real].double(), torch.tensor(answer.response_ids)
+    lse, own = exact.logsumexp(-1), logits.double().gather(-1, tokens.long()[:, None])[:, 0]
+    logprobs = exact - lse[:, None]
+    drawn = systematic(logprobs.exp(), k, offsets(k, tokens, logprobs.argmax(-1), torch.tensor(answer.lse)))
+    np.testing.assert_array_equal(answer.topk_ids, drawn.places)
+    np.testing.assert_allclose(answer.tau, drawn.tau, atol=tolerance)
+    np.testing.assert_allclose(answer.lse, lse, atol=tolerance)
+    np.testing.assert_allclose(answer.topk_logprobs, logprobs.gather(-1, drawn.places), atol=tolerance)
+    np.testing.assert_allclose(answer.logprobs, own - lse, atol=tolerance)
+    np.testing.assert_allclose(np.maximum(np.exp(answer.topk_logprobs), answer.tau[:, None]).sum(-1), 1, atol=1e-5)
+    assert (np.diff(answer.topk_logprobs, axis=1) <= 0).all() and answer.tail is None
+    assert answer.topk_logprobs.dtype == answer.tau.dtype == answer.lse.dtype == answer.logprobs.dtype == np.float32
+    assert answer.dropped == pytest.approx(logits.double().softmax(-1)[:, real:].sum(-1).max().item(), abs=tolerance)
+
+
+def as_given(asks, drawn: dict[str, Answer]) -> list[Ask]:
+    """The same prompts with the responses that were drawn."""
+    return [replace(ask, response_ids=drawn[ask.key].response_ids) for ask in asks]
+
+
+@pytest.mark.parametrize("real", [44, 38])
+def test_hf_draws_the_support_that_the_models_logits_have(hf, real):
+    """Sampling and scoring; also of a model that has 6 more embeddings than its tokenizer has ids."""
+    engine, asks = HfEngine(hf.model, 7, vocabulary=real), make_asks(20)
+    drawn = by_key(engine.sample(asks, DRAWN, 5, support="sampled"))
+    scored = by_key(engine.score(as_given(asks, drawn), 5, (2,), support="sampled"))
+    for ask in asks:
+        for answer in (drawn[ask.key], scored[ask.key]):
+            logits = causal_logits(hf.model, ask, answer.response_ids)
+            assert_support_is_that_of(answer, logits, 5, real)
+    assert max(answer.topk_ids.max() for answer in drawn.values()) < real
+    assert any(answer.dropped > 1e-6 for answer in drawn.values()) == (real < 44)
+
+
+def test_where_two_readings_agree_in_the_normalisers_bits_they_keep_the_same_tokens(hf, one_thread):
+    asks = make_asks(40)
+    drawn = by_key(hf.sample(asks, DRAWN, 5, support="sampled"))
+    scored = by_key(hf.score(as_given(asks, drawn), 5, (2,), support="sampled"))
+    agreeing = 0
+    for key, answer in drawn.items():
+        same = answer.lse == scored[key].lse
+        np.testing.assert_array_equal(answer.topk_ids[same], scored[key].topk_ids[same])
+        agreeing += same.sum()
+    assert agreeing > 20
+
+
+def test_the_support_changes_no_response_and_no_top_k_leaves_padding_out(hf):
+    """A response belongs to its prompt and seed: its tokens, and a top k, are those of the whole embedding."""
+    asks, padded = make_asks(12), HfEngine(hf.model, vocabulary=30)
+    plain = by_key(hf.sample(asks, DRAWN, 5))
+    for key, answer in by_key(padded.sample(asks, DRAWN, 5)).items():
+        np.testing.assert_array_equal(answer.topk_ids, plain[key].topk_ids)
+        assert answer.tau is None and answer.dropped == 0
+        np.testing.assert_allclose(np.exp(answer.topk_logprobs).sum(-1) + answer.tail, 1, atol=1e-6)
+    for key, answer in by_key(padded.sample(asks, DRAWN, 5, support="sampled")).items():
+        np.testing.assert_array_equal(answer.response_ids, plain[key].response_ids)
+    assert any((answer.response_ids >= 30).any() for answer in plain.values())
+
+
+@pytest.mark.parametrize("support, k, width", [("topk", 0, 0), ("topk", 50, 44), ("sampled", 50, 40)])
+def test_hf_keeps_none_or_all_of_the_tokens_there_are(hf, support, k, width):
+    engine, asks = HfEngine(hf.model, vocabulary=40), make_asks(9)
+    drawn = by_key(engine.sample(asks, DRAWN, k, support=support))
+    for ask in asks:
+        answer = drawn[ask.key]
+        logits = causal_logits(hf.model, ask, answer.response_ids)[:, : 40 if support == "sampled" else 44]
+        assert answer.topk_ids.shape == answer.topk_logprobs.shape == (len(answer.response_ids), width)
+        np.testing.assert_allclose(answer.lse, logits.logsumexp(-1), atol=1e-4)
+        np.testing.assert_array_equal(answer.tau if support == "sampled" else answer.tail, 0 if width else 1)
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
 def test_hf_returns_the_models_own_numbers(hf, sampling):
     asks = make_asks(20)
@@ -84,22 +168,23 @@ def assert_identical(one: dict[str, Answer], other: dict[str, Answer]) -> None:
     """In every bit."""
     assert one.keys() == other.keys()
     for key, answer in one.items():
-        for name in ("response_ids", "logprobs", "topk_ids", "topk_logprobs", "lse"):
+        for name in ("response_ids", "logprobs", "topk_ids", "topk_logprobs", "lse", "tau", "tail", "dropped"):
             np.testing.assert_array_equal(getattr(answer, name), getattr(other[key], name))
 
 
-def test_a_sample_does_not_depend_on_its_batch(hf, one_thread):
+@pytest.mark.parametrize("support", ["topk", "sampled"])
+def test_a_sample_does_not_depend_on_its_batch(hf, one_thread, support):
     """Prompts of 2 to 40 tokens, alone and in batches of any size and order: equal in every bit."""
     rng = np.random.default_rng(0)
     asks = [replace(ask, prompt_ids=rng.integers(4, 44, 2 + 5 * i % 39).astype(np.int32))
             for i, ask in enumerate(make_asks(50))]  # fmt: skip
-    drawn = by_key(HfEngine(hf.model, batch_size=64).sample(asks, DRAWN, 5))
-    given = [replace(ask, response_ids=drawn[ask.key].response_ids) for ask in asks]
-    scored = by_key(HfEngine(hf.model, batch_size=64).score(given, 5, (2,)))
+    drawn = by_key(HfEngine(hf.model, batch_size=64).sample(asks, DRAWN, 5, support=support))
+    given = as_given(asks, drawn)
+    scored = by_key(HfEngine(hf.model, batch_size=64).score(given, 5, (2,), support=support))
     for size in (1, 3, 7, 20):
         engine = HfEngine(hf.model, batch_size=size)
-        assert_identical(drawn, by_key(engine.sample(asks[::-1], DRAWN, 5)))
-        assert_identical(scored, by_key(engine.score(given[::-1], 5, (2,))))
+        assert_identical(drawn, by_key(engine.sample(asks[::-1], DRAWN, 5, support=support)))
+        assert_identical(scored, by_key(engine.score(given[::-1], 5, (2,), support=support)))
 
 
 def test_samples_follow_the_models_distribution(hf):
@@ -132,16 +217,17 @@ def test_an_error_becomes_one_line_of_bounded_length():
     assert len(reason_of(ValueError("x" * 1000))) == 300
 
 
-def test_the_stub_is_deterministic_and_scores_what_it_sampled():
-    stub, asks = StubEngine(44), make_asks(10)
-    drawn = by_key(stub.sample(asks, DRAWN, 5))
-    again = by_key(stub.sample(asks[::-1], DRAWN, 5))
-    scored = by_key(stub.score([Ask(a.key, a.prompt_ids, 0, drawn[a.key].response_ids) for a in asks], 5, (2,)))
-    for key, answer in drawn.items():
-        for other in (again[key], scored[key]):
-            np.testing.assert_array_equal(answer.response_ids, other.response_ids)
-            np.testing.assert_array_equal(answer.topk_logprobs, other.topk_logprobs)
-        assert (np.exp(answer.topk_logprobs).sum(-1) < 1).all()
+@pytest.mark.parametrize("support", ["topk", "sampled"])
+def test_the_stub_is_deterministic_and_scores_what_it_sampled(support):
+    stub, asks = StubEngine(44, vocabulary=40), make_asks(10)
+    drawn = by_key(stub.sample(asks, DRAWN, 5, support=support))
+    assert_identical(drawn, by_key(stub.sample(asks[::-1], DRAWN, 5, support=support)))
+    assert_identical(drawn, by_key(stub.score(as_given(asks, drawn), 5, (2,), support=support)))
+    for answer in drawn.values():
+        p = np.exp(answer.topk_logprobs)
+        mass = np.maximum(p, answer.tau[:, None]).sum(-1) if support == "sampled" else p.sum(-1) + answer.tail
+        np.testing.assert_allclose(mass, 1, atol=1e-5)
+        assert (p.sum(-1) < 1).all() and (answer.topk_ids < (40 if support == "sampled" else 44)).all()
 
 
 def test_auto_prefers_vllm_and_a_missing_vllm_is_a_clear_error(monkeypatch):
@@ -188,11 +274,11 @@ def test_hf_halves_a_batch_that_does_not_fit_into_memory_down_to_one_row(hf, mon
     asks, sizes, sampled = [ask for ask in make_asks(20) if len(ask.prompt_ids) <= 8][:7], [], HfEngine._sampled
     huge = asks[3].key
 
-    def short_of_memory(self, batch, sampling, k):
+    def short_of_memory(self, batch, *asked):
         sizes.append(len(batch))
         if len(batch) > 2 or huge in {ask.key for ask in batch}:
             raise torch.OutOfMemoryError("tried to allocate 2 GiB")
-        return sampled(self, batch, sampling, k)
+        return sampled(self, batch, *asked)
 
     expected = by_key(hf.sample(asks, DRAWN, 5))
     monkeypatch.setattr(HfEngine, "_sampled", short_of_memory)
@@ -207,11 +293,11 @@ def test_hf_remembers_the_batch_that_fitted_into_memory(teacher, monkeypatch):
     """Only the first batch of a length fails; another length is tried in full."""
     sizes, sampled = [], HfEngine._sampled
 
-    def short_of_memory(self, batch, sampling, k):
+    def short_of_memory(self, batch, *asked):
         sizes.append(len(batch))
         if len(batch) > 4 and len(batch[0].prompt_ids) > 8:
             raise torch.OutOfMemoryError("tried to allocate 2 GiB")
-        return sampled(self, batch, sampling, k)
+        return sampled(self, batch, *asked)
 
     monkeypatch.setattr(HfEngine, "_sampled", short_of_memory)
     lengths = [12] * 16 + [4] * 8

@@ -26,7 +26,7 @@ from pipeline.teachers.stub import StubEngine
 from stages.asking import Teacher
 from stages.generate import Summary, generate
 from tests.conftest import ROOT, make_params, make_prompts, run_cli
-from tests.test_engines import DRAWN, GREEDY, by_key, make_asks
+from tests.test_engines import DRAWN, GREEDY, as_given, by_key, make_asks
 
 pytestmark = pytest.mark.slow
 
@@ -74,9 +74,13 @@ def assert_same_rows(ours, alone) -> None:
         np.testing.assert_array_equal(ours[key].response_ids, answer.response_ids)
         np.testing.assert_array_equal(ours[key].topk_ids, answer.topk_ids)
         assert ours[key].finish == answer.finish
-        for name in ("logprobs", "topk_logprobs", "lse"):
-            np.testing.assert_allclose(getattr(ours[key], name), getattr(answer, name), atol=1e-4)
-            assert getattr(ours[key], name).dtype == np.float32
+        assert ours[key].dropped == pytest.approx(answer.dropped, abs=1e-4)
+        for name in ("logprobs", "topk_logprobs", "lse", "tau", "tail"):
+            if getattr(answer, name) is None:
+                assert getattr(ours[key], name) is None
+            else:
+                np.testing.assert_allclose(getattr(ours[key], name), getattr(answer, name), atol=1e-4)
+                assert getattr(ours[key], name).dtype == np.float32
 
 
 def test_two_replicas_make_the_rows_that_the_engine_makes_alone(teacher):
@@ -85,6 +89,33 @@ def test_two_replicas_make_the_rows_that_the_engine_makes_alone(teacher):
     assert_same_rows(drawn, by_key(alone.sample(asks, DRAWN, 5)))
     given = [Ask(ask.key, ask.prompt_ids, 0, drawn[ask.key].response_ids) for ask in asks]
     assert_same_rows(by_key(open_ray(teacher).score(given, 5, (2,))), by_key(alone.score(given, 5, (2,))))
+
+
+def test_replicas_draw_supports_and_know_which_ids_are_padding(teacher):
+    loading = Loading("float32", 40, replicas=2, replica_engine="stub", vocabulary=30)
+    engine, alone, asks = RayEngine(teacher, loading), StubEngine(44, vocabulary=30), make_asks(24)
+    drawn = by_key(engine.sample(asks, DRAWN, 5, support="sampled"))
+    assert_same_rows(drawn, by_key(alone.sample(asks, DRAWN, 5, support="sampled")))
+    given = as_given(asks, drawn)
+    scored = by_key(engine.score(given, 5, (2,), support="sampled"))
+    assert_same_rows(scored, by_key(alone.score(given, 5, (2,), support="sampled")))
+    assert min(answer.dropped for answer in scored.values()) > 0.01
+
+
+def test_a_replica_that_cannot_serve_the_support_ends_the_job_with_its_reason_and_no_row(teacher):
+    class TopKAlone(Replica):
+        def __init__(self, folder, loading, job):
+            def refuse(self, asks, sampling, k, support):
+                raise UserError("use generate.support=topk")
+                yield
+
+            StubEngine.sample = refuse
+            super().__init__(folder, loading, job)
+
+    engine = open_ray(teacher, "stub")
+    engine.replica = TopKAlone
+    with pytest.raises(RuntimeError, match=r"generate\.support=topk"):
+        list(engine.sample(make_asks(4), DRAWN, 5, support="sampled"))
 
 
 def test_a_copy_that_no_machine_can_hold_is_an_error(teacher):
@@ -185,7 +216,7 @@ def test_an_engine_that_says_it_is_dead_is_replaced_and_the_row_tried_elsewhere(
                 (tmp_path / "dead").touch()
                 self.engine.sample = self._die
 
-        def _die(self, asks, sampling, k):
+        def _die(self, asks, sampling, k, support):
             raise EngineDead("the device failed")
 
     engine, asks = open_ray(teacher, "stub"), make_asks(24)

@@ -23,6 +23,7 @@ from stages.reward import reward
 from stages.rows import from_rows
 from stages.students import require_plain_head, score_tokens
 from tests.conftest import WORDS, make_params, make_prompts, make_seq2seq_model
+from tests.test_engines import as_given, assert_support_is_that_of
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -42,6 +43,19 @@ def logits_of(model, prompt_ids, response_ids) -> torch.Tensor:
     """The oracle: one pass over one prompt and its response, no padding, by the model's own shift of labels."""
     prompt, labels = torch.tensor(prompt_ids)[None].long(), torch.tensor(response_ids)[None].long()
     return model(input_ids=prompt, labels=labels).logits[0]
+
+
+@pytest.mark.parametrize("real", [44, 38])
+def test_a_sampled_support_is_that_of_the_decoders_logits(t5, real):
+    """Sampling and scoring; also of a model that has 6 more embeddings than its tokenizer has ids."""
+    model, given = load_lm(t5), asks(9)
+    engine = HfEngine(model, 4, vocabulary=real)
+    drawn = {answer.key: answer for answer in engine.sample(given, Sampling(1.0, 1.0, 6, (2,)), 5, support="sampled")}
+    scored = {answer.key: answer for answer in engine.score(as_given(given, drawn), 5, (2,), support="sampled")}
+    for ask in given:
+        logits = logits_of(model, ask.prompt_ids, drawn[ask.key].response_ids)
+        for answer in (drawn[ask.key], scored[ask.key]):
+            assert_support_is_that_of(answer, logits, 5, real)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -12,14 +12,26 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.errors import UserError
 from pipeline.models import load_lm
+from pipeline.shards.schema import value_fault
 from pipeline.shards.selection import Selection
-from pipeline.teachers import Ask, EngineDead, Failure, Loading, open_engine
+from pipeline.teachers import Answer, Ask, EngineDead, Failure, Loading, open_engine
 from pipeline.teachers.hf import HfEngine
 from stages.asking import Teacher, sampling_request
 from stages.generate import generate
 from tests.conftest import ROOT, make_params, make_prompts
-from tests.test_engines import DRAWN, GREEDY, assert_columns_are_those_of_the_model, by_key, make_asks
+from tests.test_engines import (
+    DRAWN,
+    GREEDY,
+    as_given,
+    assert_columns_are_those_of_the_model,
+    assert_identical,
+    assert_support_is_that_of,
+    by_key,
+    causal_logits,
+    make_asks,
+)  # fmt: skip
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 pytestmark = [pytest.mark.slow, needs_vllm]
@@ -92,6 +104,117 @@ def test_vllm_reads_a_full_context_and_keeps_the_whole_vocabulary(vllm, hf):
     assert_columns_are_those_of_the_model(answer, ask, hf.model, 44, 1e-3)
 
 
+def answers_of_both(engine, asks, k: int, support: str) -> list[tuple[Ask, Answer]]:
+    """Drawn ones, and the same responses scored."""
+    drawn = by_key(engine.sample(asks, DRAWN, k, support=support))
+    scored = by_key(engine.score(as_given(asks, drawn), k, (2,), support=support))
+    return [(ask, answers[ask.key]) for answers in (drawn, scored) for ask in asks]
+
+
+@pytest.fixture
+def padded(vllm, monkeypatch):
+    """The open engine, with a tokenizer that has 38 of the model's 44 ids."""
+    monkeypatch.setattr(vllm, "loading", replace(vllm.loading, vocabulary=38))
+    return vllm
+
+
+def test_vllm_draws_the_support_that_the_models_logits_have(vllm, hf):
+    for ask, answer in answers_of_both(vllm, make_asks(32), 5, "sampled"):
+        assert_support_is_that_of(answer, causal_logits(hf.model, ask, answer.response_ids), 5, 44, 1e-3)
+
+
+def test_vllm_keeps_no_padding(padded, hf):
+    for ask, answer in answers_of_both(padded, make_asks(32), 5, "sampled"):
+        assert_support_is_that_of(answer, causal_logits(hf.model, ask, answer.response_ids), 5, 38, 1e-3)
+        assert answer.topk_ids.max() < 38
+
+
+def test_where_vllm_and_hf_agree_in_the_normalisers_bits_they_keep_the_same_tokens(vllm, hf):
+    asks, agreeing = make_asks(64), 0
+    drawn = by_key(vllm.sample(asks, DRAWN, 5, support="sampled"))
+    given = as_given(asks, drawn)
+    for other in (vllm.score(given, 5, (2,), support="sampled"), hf.score(given, 5, (2,), support="sampled")):
+        for key, answer in by_key(other).items():
+            same = answer.lse == drawn[key].lse
+            np.testing.assert_array_equal(answer.topk_ids[same], drawn[key].topk_ids[same])
+            agreeing += same.sum()
+    assert agreeing > 50
+
+
+def test_a_sampled_support_does_not_depend_on_its_neighbours(vllm):
+    asks = make_asks(32)
+    together = by_key(vllm.sample(asks, DRAWN, 5, support="sampled"))
+    for ask in asks[::-1][:6]:
+        for key, answer in by_key(vllm.sample([ask], DRAWN, 5, support="sampled")).items():
+            same = answer.lse == together[key].lse
+            np.testing.assert_array_equal(answer.topk_ids[same], together[key].topk_ids[same])
+            np.testing.assert_array_equal(answer.response_ids, together[key].response_ids)
+
+
+def test_one_open_engine_serves_both_supports_in_turn(vllm, hf):
+    asks = make_asks(8)
+    for support, k in (("topk", 5), ("sampled", 3), ("topk", 0), ("sampled", 44), ("topk", 1), ("sampled", 1)):
+        for ask, answer in answers_of_both(vllm, asks, k, support):
+            logits = causal_logits(hf.model, ask, answer.response_ids)
+            if support == "sampled":
+                assert_support_is_that_of(answer, logits, k, 44, 1e-3)
+                continue
+            assert answer.tau is None and answer.topk_ids.shape == (len(answer.response_ids), k)
+            np.testing.assert_allclose(answer.tail, 1 - logits.softmax(-1).topk(k).values.sum(-1), atol=1e-3)
+            np.testing.assert_allclose(answer.lse, logits.logsumexp(-1), atol=1e-3)
+
+
+def test_the_normaliser_of_k_0_is_not_the_top_1(vllm, hf):
+    """A request for no token looked like one of vLLM's own, which are left alone: `lse` held its only column."""
+    for ask, answer in answers_of_both(vllm, make_asks(12), 0, "topk"):
+        logits = causal_logits(hf.model, ask, answer.response_ids)
+        np.testing.assert_allclose(answer.lse, logits.logsumexp(-1), atol=1e-3)
+        assert (answer.tail == 1).all() and answer.topk_ids.shape == (len(answer.response_ids), 0)
+        np.testing.assert_allclose(
+            answer.logprobs, by_key(hf.score(as_given([ask], {ask.key: answer}), 1, (2,)))[ask.key].logprobs, atol=1e-3
+        )
+
+
+def test_more_tokens_than_there_are_ids_are_all_of_them(padded):
+    for support, width in (("topk", 44), ("sampled", 38)):
+        for _, answer in answers_of_both(padded, make_asks(4), 50, support):
+            assert answer.topk_ids.shape == (len(answer.response_ids), width)
+            np.testing.assert_allclose(np.exp(answer.topk_logprobs).sum(-1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_requests_of_vllms_own_pass_the_hook_unchanged(vllm, hf, number):
+    """They ask for fewer tokens than our rows have columns behind theirs, and get log-probabilities."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=number, prompt_logprobs=number, flat_logprobs=True)
+    ids = [5, 9, 30]
+    (output,) = vllm.llm.generate([TokensPrompt(prompt_token_ids=ids)], params, use_tqdm=False)
+    with torch.no_grad():
+        logprobs = hf.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    for flat, expected, own in (
+        (output.prompt_logprobs, logprobs[1], ids[2]),
+        (output.outputs[0].logprobs, logprobs[2], output.outputs[0].token_ids[0]),
+    ):
+        top = expected.topk(number)
+        np.testing.assert_allclose(flat.logprobs[-number - 1 :], [expected[own], *top.values], atol=1e-3)
+        assert list(flat.token_ids[-number - 1 :]) == [own, *top.indices.tolist()]
+
+
+@pytest.mark.parametrize("support", ["topk", "sampled"])
+def test_logits_that_are_no_numbers_make_rows_that_are_refused_and_leave_the_engine_alive(vllm, monkeypatch, support):
+    asks = make_asks(6)
+    (model,) = vllm.llm.collective_rpc(lambda worker: worker.model_runner.model)
+    before = by_key(vllm.sample(asks, DRAWN, 5, support=support))
+    with monkeypatch.context() as patched:
+        compute = model.compute_logits
+        patched.setattr(model, "compute_logits", lambda *given: torch.full_like(compute(*given), torch.nan))
+        found = list(vllm.score(as_given(asks, before), 5, (2,), support=support))
+    assert len(found) == 6 and all(value_fault(answer) for answer in found)
+    assert_identical(before, by_key(vllm.sample(asks, DRAWN, 5, support=support)))
+
+
 def run_python(code: str, folder, *arguments) -> str:
     """Run a script in a process of its own (a file, so that vLLM's workers can be spawned); what it printed."""
     (folder / "script.py").write_text(code)
@@ -107,18 +230,22 @@ def test_where_the_hook_does_not_act_vllm_gives_log_probabilities_and_no_lse(vll
     asks = [Ask("a" * 32, np.array([5, 6, 7], np.int32), 1)]
     vllm.llm.collective_rpc("xkd_remove")
     with monkeypatch.context() as patched:
-        patched.setattr("pipeline.teachers.vllm._patch_v1", lambda runner: lambda: None)
+        patched.setattr("pipeline.teachers.vllm._patch_v1", lambda worker: lambda: None)
         vllm._hook()
     (answer,), (oracle,) = vllm.sample(asks, GREEDY, 5), hf.sample(asks, GREEDY, 5)
     given = [replace(asks[0], response_ids=oracle.response_ids)]
     for found in (answer, *vllm.score(given, 5, (2,))):
-        assert found.lse is None
+        assert found.lse is found.tail is found.tau is None
         np.testing.assert_array_equal(found.response_ids, oracle.response_ids)
         np.testing.assert_allclose(found.logprobs, oracle.logprobs, atol=1e-3)
         np.testing.assert_allclose(found.topk_logprobs, oracle.topk_logprobs, atol=1e-3)
-    assert "without lse" in capsys.readouterr().err
+    assert "without lse and tail" in capsys.readouterr().err
+    assert [answer.topk_ids.shape[1] for answer in vllm.score(given, 0, (2,))] == [0]
+    for ask in (lambda: vllm.sample(asks, GREEDY, 5, support="sampled"), lambda: vllm.score(given, 5, (2,), "sampled")):
+        with pytest.raises(UserError, match=r"generate\.support=topk"):
+            list(ask())
     vllm._hook()
-    assert vllm.lse
+    assert vllm.hooked
 
 
 def test_engines_fill_the_store_with_the_same_rows(vllm, teacher, tmp_path):
@@ -157,7 +284,7 @@ from tests.test_engines import DRAWN, GREEDY, by_key, make_asks
 
 if __name__ == "__main__":
     engine = open_engine("vllm", Path(sys.argv[1]), Loading("float32", 40, tensor_parallel=2))
-    assert engine.lse
+    assert engine.hooked
     found = by_key(engine.sample(make_asks(8), GREEDY, 5))
     columns = ("response_ids", "topk_ids", "logprobs", "topk_logprobs", "lse")
     np.savez(sys.argv[2], **{f"{key}.{c}": getattr(found[key], c) for key in found for c in columns})
@@ -190,7 +317,7 @@ def given_to_vllm(monkeypatch, folder, loading, installed) -> tuple[list[dict], 
 
     def make(**arguments):
         made.append(arguments)
-        return SimpleNamespace(collective_rpc=lambda name: installed)
+        return SimpleNamespace(collective_rpc=lambda name, args=(): installed)
 
     monkeypatch.setattr("vllm.LLM", make)
     monkeypatch.setattr("pipeline.teachers.vllm.VllmEngine._hook_acts", lambda self: True)
@@ -241,13 +368,13 @@ def test_a_step_on_a_gpu_scores_a_bounded_number_of_tokens(monkeypatch, teacher,
 
 
 @pytest.mark.parametrize(
-    "installed, lse", [([True, True], True), ([None, True], True), ([True, False], False), ([None, False], False)]
+    "installed, hooked", [([True, True], True), ([None, True], True), ([True, False], False), ([None, False], False)]
 )
-def test_only_a_worker_that_samples_without_the_hook_makes_the_engine_do_without_lse(
-    monkeypatch, teacher, installed, lse
+def test_only_a_worker_that_samples_without_the_hook_makes_the_engine_do_without_it(
+    monkeypatch, teacher, installed, hooked
 ):
     made, engine = given_to_vllm(monkeypatch, teacher, Loading("float32", 40, 2), installed)
-    assert engine.lse == lse
+    assert engine.hooked == hooked
     assert [given["logprobs_mode"] for given in made] == ["raw_logprobs"]
 
 

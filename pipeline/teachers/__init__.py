@@ -63,7 +63,7 @@ def open_engine(name: str, folder: Path, loading: Loading) -> Engine:
     if name == "hf":
         from pipeline.teachers.hf import HfEngine
 
-        return HfEngine.load(folder, loading.dtype)
+        return HfEngine.load(folder, loading.dtype, loading.vocabulary)
     if name == "ray":
         from pipeline.teachers.ray import RayEngine
 
@@ -74,4 +74,4 @@ def open_engine(name: str, folder: Path, loading: Loading) -> Engine:
         return TextEngine()
     from pipeline.teachers.stub import StubEngine
 
-    return StubEngine.load(folder)
+    return StubEngine.load(folder, loading.vocabulary)

@@ -30,6 +30,7 @@ class Loading:
     replica_engine: str = ""  # what each copy is, with ray
     engine_options: dict[str, bool | int | float | str] = field(default_factory=dict)  # vLLM's own, over ours
     rows: int = 1024  # most rows that a copy is given at a time, with ray
+    vocabulary: int | None = None  # ids that the tokenizer has; from there on they only pad the embedding
 
     @property
     def devices(self) -> int:
@@ -76,13 +77,20 @@ class Failure:
 
 
 class Engine(Protocol):
-    """`description` goes into each shard's footer: engine and versions."""
+    """`description` goes into each shard's footer: engine and versions.
+
+    k tokens are kept at every position: with support `topk` the likeliest, with `sampled` a draw (pipeline.supports).
+    """
 
     description: dict
 
-    def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]: ...
+    def sample(
+        self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk"
+    ) -> Iterator[Answer | Failure]: ...
 
-    def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]: ...
+    def score(
+        self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk"
+    ) -> Iterator[Answer | Failure]: ...
 
 
 def needed(answers: Iterable[Answer | Failure], what: str) -> Iterator[Answer]:

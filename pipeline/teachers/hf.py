@@ -1,11 +1,12 @@
 """The transformers engine: the oracle, and the teacher on machines without vLLM.
 
 transformers' own `generate` runs the model; a logits processor looks at the raw logits of each step, draws the next
-token with each sample's own random numbers and keeps the top k. How a sequence is padded follows from its own length,
+token with each sample's own random numbers and keeps k. How a sequence is padded follows from its own length,
 and no batch has very few rows, so that a sample does not depend on its batch: in float32 on one thread, not in one bit.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pipeline.models import Context, best_device, load_lm
 from pipeline.shards.identity import Sampling
 from pipeline.shards.schema import finish_of
 from pipeline.teachers.base import Answer, Ask, EngineDead, Failure, too_long, unknown_token
+from pipeline.teachers.kept import Kept, kept, kept_of_each
 
 _WINDOW = 16  # batches that are sorted by length together; further apart, prompts keep their order
 _FEWEST = 8  # rows that a model is run on: with very few, libraries compute other roundings
@@ -27,24 +29,34 @@ _FEWEST = 8  # rows that a model is run on: with very few, libraries compute oth
 class HfEngine:
     """Batched generation over a stream of asks; left-padded for causal models, right-padded for encoders."""
 
-    def __init__(self, model, batch_size: int = 64):
+    def __init__(self, model, batch_size: int = 64, vocabulary: int | None = None):
+        """vocabulary: ids that the tokenizer has, where the model's embedding may have more."""
         import transformers
 
         self.model, self.batch_size, self.seq2seq = model, batch_size, model.config.is_encoder_decoder
+        self.vocabulary = vocabulary
         self.context = Context.of(model.config)
         self.vocab_size = model.get_input_embeddings().num_embeddings
         self._fitting: dict[tuple[int, ...], int] = {}  # rows of such lengths, after more did not fit into memory
         self.description = {"engine": "hf", "transformers": transformers.__version__, "torch": torch.__version__}
 
     @classmethod
-    def load(cls, folder: Path, dtype: str) -> "HfEngine":
-        return cls(load_lm(folder, dtype).to(best_device()))
+    def load(cls, folder: Path, dtype: str, vocabulary: int | None) -> "HfEngine":
+        return cls(load_lm(folder, dtype).to(best_device()), vocabulary=vocabulary)
 
-    def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:
-        return self._run(asks, lambda ask: sampling.max_tokens, lambda batch: self._sampled(batch, sampling, k))
+    def sample(
+        self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk"
+    ) -> Iterator[Answer | Failure]:
+        return self._run(
+            asks, lambda ask: sampling.max_tokens, lambda batch: self._sampled(batch, sampling, k, support)
+        )
 
-    def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]:
-        return self._run(asks, lambda ask: len(ask.response_ids), lambda batch: self._scored(batch, k, stop_token_ids))
+    def score(
+        self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk"
+    ) -> Iterator[Answer | Failure]:
+        return self._run(
+            asks, lambda ask: len(ask.response_ids), lambda batch: self._scored(batch, k, stop_token_ids, support)
+        )
 
     def unreadable(self, ask: Ask, response: int) -> str | None:
         """Why an ask with a response of up to so many tokens cannot be read, if it cannot."""
@@ -94,9 +106,10 @@ class HfEngine:
                 yield from self._halving(half, answer)
 
     @torch.inference_mode()
-    def _sampled(self, batch: Sequence[Ask], sampling: Sampling, k: int) -> list[Answer]:
+    def _sampled(self, batch: Sequence[Ask], sampling: Sampling, k: int, support: str) -> list[Answer]:
         filled = _filled(batch)
-        capture = _Capture([ask.seed for ask in filled], sampling, k)
+        keep = partial(kept, k=k, support=support, vocabulary=self.vocabulary)
+        capture = _Capture([ask.seed for ask in filled], sampling, keep)
         input_ids, mask = self._padded([ask.prompt_ids for ask in filled])
         output = self.model.generate(
             input_ids,
@@ -112,21 +125,19 @@ class HfEngine:
         )
         given = 1 if self.seq2seq else input_ids.shape[1]  # a decoder is given its start token
         tokens = output[:, given:].cpu().numpy().astype(np.int32)
-        return list(capture.answers(batch, tokens))
+        return list(capture.answers(batch, tokens, support))
 
     @torch.inference_mode()
-    def _scored(self, batch: Sequence[Ask], k: int, stop_token_ids: Sequence[int]) -> list[Answer]:
-        filled, answers = _filled(batch), []
+    def _scored(self, batch: Sequence[Ask], k: int, stop_token_ids: Sequence[int], support: str) -> list[Answer]:
+        filled = _filled(batch)
         logits = self._decoder_logits(filled) if self.seq2seq else self._causal_logits(filled)
-        for i, ask in enumerate(batch):
-            steps = len(ask.response_ids)
-            view = (logits[i, :steps] if self.seq2seq else logits[i, -steps - 1 : -1]).float()
-            values, ids, lse = _top_k(view, k)
-            response = torch.tensor(ask.response_ids, device=view.device).long()
-            logprobs = view.gather(-1, response[:, None]).squeeze(-1) - lse
-            columns = (array.cpu().numpy() for array in (logprobs, ids.int(), values, lse))
-            answers.append(Answer(ask.key, ask.response_ids, finish_of(ask.response_ids, stop_token_ids), *columns))
-        return answers
+        steps = [len(ask.response_ids) for ask in batch]
+        views = [row[:n] if self.seq2seq else row[-n - 1 : -1] for row, n in zip(logits, steps, strict=False)]
+        responses = [torch.tensor(ask.response_ids, device=logits.device) for ask in batch]
+        return [
+            found.answer(ask.key, ask.response_ids, finish_of(ask.response_ids, stop_token_ids), support)
+            for ask, found in zip(batch, kept_of_each(views, responses, k, support, self.vocabulary), strict=True)
+        ]
 
     def _causal_logits(self, batch: Sequence[Ask]) -> torch.Tensor:
         """[B, 1 + R, V]; left padding puts all responses at the end, and only those positions go through the head."""
@@ -171,30 +182,20 @@ def _padded(sequences: Sequence[np.ndarray], length: int, device, left: bool) ->
     return ids.to(device), mask.to(device)
 
 
-def _top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Top-k log-probabilities and ids [..., k], log-sum-exp [...] of float32 logits [..., V]."""
-    lse = torch.logsumexp(logits, -1)
-    values, ids = logits.topk(min(k, logits.shape[-1]), -1)
-    return values - lse[..., None], ids, lse
-
-
 class _Capture(LogitsProcessor):
-    """Chooses each row's next token from the raw logits and remembers the top k and the normaliser."""
+    """Chooses each row's next token from the raw logits and remembers what `keep(logits, tokens)` keeps of them."""
 
-    def __init__(self, seeds: Sequence[int], sampling: Sampling, k: int):
-        self.sampling, self.k = sampling, k
+    def __init__(self, seeds: Sequence[int], sampling: Sampling, keep: Callable[[torch.Tensor, torch.Tensor], Kept]):
+        self.sampling, self.keep = sampling, keep
         # One uniform number a step, drawn ahead from the sample's own generator.
         drawn = np.stack([np.random.default_rng(seed).random(sampling.max_tokens) for seed in seeds])
         self.uniform = np.minimum(drawn, 1 - 2**-24)  # float32 would round the largest ones to 1
-        self.steps: list[tuple[torch.Tensor, ...]] = []
+        self.steps: list[Kept] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        logits = scores.float()
-        values, ids, lse = _top_k(logits, self.k)
-        chosen = self._choose(logits)[:, None]
-        logprob = logits.gather(-1, chosen).squeeze(-1) - lse
-        self.steps.append((logprob.cpu(), ids.int().cpu(), values.cpu(), lse.cpu()))
-        return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
+        chosen = self._choose(scores.float())
+        self.steps.append(Kept(*(column.cpu() for column in self.keep(scores, chosen))))
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen[:, None], 0.0)
 
     def _choose(self, logits: torch.Tensor) -> torch.Tensor:
         if self.sampling.temperature == 0:
@@ -210,12 +211,10 @@ class _Capture(LogitsProcessor):
         rank = torch.searchsorted(below, uniform * total, right=True).minimum(last)
         return ids.gather(-1, rank).squeeze(-1)
 
-    def answers(self, batch: Sequence[Ask], tokens: np.ndarray) -> Iterator[Answer]:
-        logprobs, ids, values, lse = (torch.stack(column, 1).numpy() for column in zip(*self.steps, strict=True))
+    def answers(self, batch: Sequence[Ask], tokens: np.ndarray, support: str) -> Iterator[Answer]:
+        columns = [torch.stack(column, 1) for column in zip(*self.steps, strict=True)]
         for i, ask in enumerate(batch):
             stops = np.isin(tokens[i], self.sampling.stop_token_ids)
             steps = int(stops.argmax()) + 1 if stops.any() else len(tokens[i])
-            yield Answer(
-                ask.key, tokens[i, :steps], "stop" if stops.any() else "length",
-                logprobs[i, :steps], ids[i, :steps], values[i, :steps], lse[i, :steps],
-            )  # fmt: skip
+            finish = "stop" if stops.any() else "length"
+            yield Kept(*(column[i, :steps] for column in columns)).answer(ask.key, tokens[i, :steps], finish, support)

@@ -1,5 +1,6 @@
 """What an engine keeps of its logits at every position: a support of k tokens, the normaliser, and what is outside."""
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,11 +40,29 @@ def kept(logits: Tensor, tokens: Tensor, k: int, support: str, vocabulary: int |
     are ids. A row depends on nothing but itself. Logits that are no numbers make values that are none, and no error.
     """
     size = logits.shape[-1] if support == "topk" else min(vocabulary or logits.shape[-1], logits.shape[-1])
-    k = min(k, size)
-    # A float32 copy, its exponentials and, of the draw, k blocks of each row with their places and cumulated masses.
-    rows = max(1, _BYTES // (8 * size + 40 * _BLOCK * k))
+    k, rows = min(k, size), _rows(size, k)
     parts = [_kept(*part, k, support, size) for part in zip(logits.split(rows), tokens.split(rows), strict=True)]
     return Kept(*(torch.cat(column) for column in zip(*parts, strict=True))) if len(parts) > 1 else parts[0]
+
+
+def kept_of_each(
+    logits: Sequence[Tensor], tokens: Sequence[Tensor], k: int, support: str, vocabulary: int | None = None
+) -> Iterator[Kept]:
+    """`kept` of each of several responses: logits [T, V] and tokens [T] of each. Short ones are computed together."""
+    pieces, least = list(zip(logits, tokens, strict=True)), _rows(logits[0].shape[-1], k)
+    while pieces:
+        ends = np.cumsum([len(piece) for piece, _ in pieces])
+        together = int((ends < least).sum()) + 1
+        some, pieces = pieces[:together], pieces[together:]
+        found = kept(*(torch.cat(column) for column in zip(*some, strict=True)), k, support, vocabulary)
+        yield from map(
+            Kept._make, zip(*(column.split([len(piece) for piece, _ in some]) for column in found), strict=True)
+        )
+
+
+def _rows(size: int, k: int) -> int:
+    """Rows to be worked on at once: for each a float32 copy, exponentials and, to draw, k blocks of ids and masses."""
+    return max(1, _BYTES // (8 * size + 40 * _BLOCK * k))
 
 
 def _kept(logits: Tensor, tokens: Tensor, k: int, support: str, size: int) -> Kept:

@@ -72,11 +72,15 @@ class RayEngine:
             except ray.exceptions.RayTaskError as error:
                 raise UserError(f"on a machine of the Ray cluster: {error.cause}") from error
 
-    def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:
-        return self._run(asks, Job(k, sampling), lambda ask: sampling.max_tokens)
+    def sample(
+        self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk"
+    ) -> Iterator[Answer | Failure]:
+        return self._run(asks, Job(k, sampling, support=support), lambda ask: sampling.max_tokens)
 
-    def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]:
-        return self._run(asks, Job(k, None, tuple(stop_token_ids)), lambda ask: len(ask.response_ids))
+    def score(
+        self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk"
+    ) -> Iterator[Answer | Failure]:
+        return self._run(asks, Job(k, None, tuple(stop_token_ids), support), lambda ask: len(ask.response_ids))
 
     def _run(self, asks: Iterable[Ask], job: Job, response) -> Iterator[Answer | Failure]:
         """`response(ask)`: the most tokens that its response can have."""
@@ -86,7 +90,7 @@ class RayEngine:
         longest = max(map(response, waiting.values()))
         rows = min(
             self.loading.rows,
-            _BYTES // (longest * (8 * job.k + 12) + 1),
+            _BYTES // (longest * (8 * job.k + 16) + 1),
             len(waiting) // (_PIECES * self.loading.replicas),
         )
         with _cluster():

@@ -26,6 +26,9 @@ ANSWERS = pa.schema(
         ("topk_ids", _IDS),
         ("topk_logprobs", _VALUES),
         ("lse", _VALUES),
+        ("tau", _VALUES),
+        ("tail", _VALUES),
+        ("dropped", pa.float64()),
     ]
 )
 
@@ -46,11 +49,12 @@ class Job:
     k: int
     sampling: Sampling | None = None
     stop_token_ids: tuple[int, ...] = ()
+    support: str = "topk"
 
     def ask(self, engine: Engine, asks: Iterable[Ask]) -> Iterator[Answer | Failure]:
         if self.sampling is not None:
-            return engine.sample(asks, self.sampling, self.k)
-        return engine.score(asks, self.k, self.stop_token_ids)
+            return engine.sample(asks, self.sampling, self.k, support=self.support)
+        return engine.score(asks, self.k, self.stop_token_ids, support=self.support)
 
 
 class Replica:
@@ -61,6 +65,7 @@ class Replica:
         from pipeline.teachers import open_engine
 
         self.engine, self.job = open_engine(loading.replica_engine, folder, loading), job
+        list(job.ask(self.engine, []))  # an engine that cannot serve the job is no fault of its rows
 
     def __call__(self, table: pa.Table) -> pa.Table:
         columns = Columns(table)

@@ -11,16 +11,20 @@ from pipeline.teachers.base import Answer, Ask, Failure
 
 
 class TextEngine:
-    """`score` passes responses through, with k = 0; there is nobody to `sample` from."""
+    """`score` passes responses through, with k = 0 and no support; there is nobody to `sample` from."""
 
     def __init__(self):
         self.description = {"engine": "text"}
 
-    def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:
+    def sample(
+        self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk"
+    ) -> Iterator[Answer | Failure]:
         for ask in interrupts.allowing(asks):
             yield Failure(ask.key, "engine text draws no samples")
 
-    def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]:
+    def score(
+        self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk"
+    ) -> Iterator[Answer | Failure]:
         for ask in interrupts.allowing(asks):
             empty = np.empty((len(ask.response_ids), 0))
             finish = finish_of(ask.response_ids, stop_token_ids)

@@ -1,25 +1,26 @@
-"""The vLLM engine: responses with top-k log-probabilities and the exact normaliser in one pass.
+"""The vLLM engine: responses with a support of k tokens at every position and the exact normaliser in one pass.
 
-vLLM returns either raw logits or log-probabilities. An extension of its worker appends the log-sum-exp of the raw
-logits to each row of raw logits, which gives both (`Capture`). It reaches into vLLM's sampler, so vLLM is pinned;
-where a first question shows that the hook is not there or does not act, it is taken out: `lse` is null.
+vLLM returns the likeliest tokens alone. An extension of its worker makes each row out of the raw logits, where they
+are: log-probabilities of the tokens that are kept, and what else there is to know of the position (`Capture`). It
+reaches into vLLM's sampler, so vLLM is pinned; where a first question shows that the hook is not there or does not act,
+it is taken out: a top k has no `lse` and no `tail` then, and there is no sampled support.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from pipeline import console, interrupts
-from pipeline.errors import reason_of
+from pipeline.errors import UserError, reason_of
 from pipeline.models import load_config
 from pipeline.shards.identity import Sampling
 from pipeline.shards.schema import finish_of
 from pipeline.teachers.base import Answer, Ask, EngineDead, Failure, Loading
+from pipeline.teachers.kept import Kept, kept
 
 # `torch.cuda.is_available` would start CUDA here, after which vLLM could not fork its workers; this asks the driver.
 _ON_GPU = torch.cuda.device_count() > 0
@@ -36,12 +37,13 @@ os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
 _CPU_CACHE_BYTES = 512 * 2**20  # the default asks for nearly all of the machine's memory
 _BATCHED = 8192  # most tokens in one step on a GPU
 _SCORE_BYTES = 2**30  # of float32 logits in one step
-_LSE_ROWS = 256  # whose float32 copies are in memory at once
+_EXTRA = 3  # columns behind a row's tokens: lse, tau or tail, dropped; vLLM's own requests ask for fewer tokens
+_UNHOOKED = "cannot be made to look at the logits"
 _IN_FLIGHT = 1024  # requests inside vLLM at once: enough to keep it busy, bounded for memory
 
 
 class Capture:
-    """Mixed into vLLM's worker: each row becomes logits of [sampled, top 1..k] and lse, a column more than asked for.
+    """Mixed into vLLM's worker: a row becomes [sampled, kept 1..k, lse, tau or tail, dropped], k + 3 behind the first.
 
     The engine is loaded for log-probabilities, which it goes back to when the hook is taken out again.
     """
@@ -56,7 +58,7 @@ class Capture:
         if not get_pp_group().is_last_rank:
             return None
         patch = _patch_v2 if getattr(self, "use_v2_model_runner", False) else _patch_v1
-        self.xkd_restore = patch(self.model_runner)
+        self.xkd_restore = patch(self)
         return self.xkd_restore is not None
 
     def xkd_remove(self) -> None:
@@ -64,22 +66,42 @@ class Capture:
         if getattr(self, "xkd_restore", None):
             self.xkd_restore()
 
+    def xkd_keep(self, support: str, vocabulary: int | None) -> None:
+        """The support of all that is asked for from now on, and how many ids are no padding."""
+        self.xkd_support, self.xkd_vocabulary = support, vocabulary
 
-def _patch_v1(model_runner) -> Callable[[], None] | None:
+    def xkd_columns(self, logits: torch.Tensor, number: int, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The ids and values [N, 1 + number] of vLLM's rows. The columns behind the tokens have the first one's id."""
+        own = tokens[:, None].int()
+        found = kept(logits, tokens, number - _EXTRA, self.xkd_support, self.xkd_vocabulary)
+        ids = torch.cat([own, found.ids, own.expand(-1, _EXTRA)], 1)
+        more = torch.stack([found.lse, found.rest, found.dropped], 1)
+        return {"logprob_token_ids": ids, "logprobs": torch.cat([found.logprobs[:, None], found.values, more], 1)}
+
+
+def _patch_v1(worker: Capture) -> Callable[[], None] | None:
     """The hook for vLLM's first model runner; returns how to take it out, None where it does not fit."""
-    sampler = getattr(model_runner, "sampler", None)
+    from vllm.v1.outputs import LogprobsTensors
+
+    sampler = getattr(worker.model_runner, "sampler", None)
     if not hasattr(sampler, "gather_logprobs") or not hasattr(sampler, "compute_logprobs"):
         return None
-    gather = sampler.gather_logprobs
+    compute, gather = sampler.compute_logprobs, sampler.gather_logprobs
+    copied: list[torch.Tensor] = []
 
-    def gather_with_lse(logits, num_logprobs, token_ids):
-        if num_logprobs < 2:  # vLLM's own warm-up requests
-            return gather(logits, num_logprobs, token_ids)
-        return _with_lse(gather(logits, num_logprobs - 1, token_ids), logits)
+    def copy_logits(logits):
+        """In the place of log-probabilities; a copy, because vLLM changes the logits afterwards."""
+        copied[:] = [logits.to(torch.float32, copy=True)]
+        return copied[0]
 
-    # A copy, because vLLM changes the logits afterwards; its own log-probabilities are one too.
-    sampler.compute_logprobs = lambda logits: logits.to(torch.float32, copy=True)
-    sampler.gather_logprobs = gather_with_lse
+    def gather_kept(logprobs, num_logprobs, token_ids):
+        raw = bool(copied) and logprobs is copied.pop()
+        if num_logprobs < _EXTRA or not raw:
+            return gather(compute(logprobs) if raw else logprobs, num_logprobs, token_ids)
+        ranks = torch.zeros(len(token_ids), dtype=torch.int32, device=token_ids.device)  # nobody reads them
+        return LogprobsTensors(**worker.xkd_columns(logprobs, num_logprobs, token_ids), selected_token_ranks=ranks)
+
+    sampler.compute_logprobs, sampler.gather_logprobs = copy_logits, gather_kept
 
     def restore() -> None:
         del sampler.compute_logprobs, sampler.gather_logprobs
@@ -87,8 +109,8 @@ def _patch_v1(model_runner) -> Callable[[], None] | None:
     return restore
 
 
-def _patch_v2(_model_runner) -> Callable[[], None] | None:
-    """The same for vLLM's second model runner (GPUs only), whose sampler calls a module function."""
+def _patch_v2(worker: Capture) -> Callable[[], None] | None:
+    """The same for vLLM's second model runner (GPUs only), whose sampler calls a module function with raw logits."""
     try:
         from vllm.v1.worker.gpu.sample import prompt_logprob, sampler
 
@@ -96,23 +118,17 @@ def _patch_v2(_model_runner) -> Callable[[], None] | None:
     except (ImportError, AttributeError):
         return None
 
-    def compute_with_lse(logits, num_logprobs, *args, **options):
-        if num_logprobs < 2:
-            return compute(logits, num_logprobs, *args, **options)
-        return _with_lse(compute(logits, num_logprobs - 1, *args, **{**options, "logits_mode": True}), logits)
+    def compute_kept(logits, num_logprobs, sampled_token_ids, *args, **options):
+        if num_logprobs < _EXTRA:
+            return compute(logits, num_logprobs, sampled_token_ids, *args, **options)
+        rows = compute(logits, 0, sampled_token_ids, *args, **options)
+        return rows._replace(**worker.xkd_columns(logits, num_logprobs, sampled_token_ids))
 
     def restore() -> None:
         sampler.compute_topk_scores = prompt_logprob.compute_topk_scores = compute
 
-    sampler.compute_topk_scores = prompt_logprob.compute_topk_scores = compute_with_lse
+    sampler.compute_topk_scores = prompt_logprob.compute_topk_scores = compute_kept
     return restore
-
-
-def _with_lse(rows, logits: torch.Tensor):
-    """vLLM's rows (ids and values [N, 1 + k]) with the log-sum-exp of `logits` as a last column; its id is top 1's."""
-    lse = torch.cat([torch.logsumexp(some.float(), -1, keepdim=True) for some in logits.split(_LSE_ROWS)])
-    ids = torch.cat([rows.logprob_token_ids, rows.logprob_token_ids[:, 1:2]], 1)
-    return rows._replace(logprob_token_ids=ids, logprobs=torch.cat([rows.logprobs, lse], 1))
 
 
 class VllmEngine:
@@ -129,27 +145,47 @@ class VllmEngine:
         self.description = {"engine": "vllm", "vllm": vllm.__version__, "torch": torch.__version__}
 
     def _hook(self) -> None:
-        """Have vLLM return lse as well, if it can be made to."""
-        self.lse = False not in self.llm.collective_rpc("xkd_install") and self._hook_acts()
-        if not self.lse:
+        """Have vLLM's workers make our rows, if they can be made to."""
+        self.hooked = False not in self.llm.collective_rpc("xkd_install")
+        if not self.hooked or not self._hook_acts():
+            self.hooked = False
             self.llm.collective_rpc("xkd_remove")
-            console.warn("this vLLM cannot be made to return the logits' normaliser: rows are stored without lse")
+            console.warn(f"this vLLM {_UNHOOKED}: rows of generate.support=topk are stored without lse and tail")
 
     def _hook_acts(self) -> bool:
-        """Ask for one token after a prompt of two: its rows and the prompt's must be [sampled, top 1, lse]."""
+        """Ask for a top 1, two drawn tokens and none, after a prompt of two: in the rows of both, weights sum to 1."""
+        return all(
+            _is_ours(np.asarray(flat.logprobs[-k - 1 - _EXTRA :]), flat.token_ids[-k - 1 - _EXTRA :], support)
+            for support, k in (("topk", 1), ("sampled", 2), ("topk", 0))
+            for flat in self._first_rows(support, k)
+        )
+
+    def _first_rows(self, support: str, k: int) -> tuple:
+        """vLLM's rows of a prompt of two tokens, and of the likeliest one after it."""
         from vllm import SamplingParams
 
-        params = SamplingParams(
-            temperature=0, max_tokens=1, logprobs=2, prompt_logprobs=2, flat_logprobs=True, detokenize=False
-        )
+        asked = dict.fromkeys(("logprobs", "prompt_logprobs"), k + _EXTRA)
+        params = SamplingParams(temperature=0, max_tokens=1, flat_logprobs=True, detokenize=False, **asked)
         ask = Ask("hook", np.zeros(2, np.int32))
-        found = self._run([ask], lambda ask: ask.prompt_ids, lambda ask: params, lambda ask, output: output)
-        output = next(found)
-        for flat in (output.prompt_logprobs, output.outputs[0].logprobs):
-            (_, first, second), (_, top, lse) = flat.token_ids[-3:], flat.logprobs[-3:]
-            if first != second or not math.isfinite(lse) or lse < top:
-                return False
-        return True
+        found = self._run([ask], support, lambda ask: ask.prompt_ids, lambda ask: params, lambda ask, output: output)
+        (output,) = found
+        return output.prompt_logprobs, output.outputs[0].logprobs
+
+    @property
+    def extra(self) -> int:
+        """Columns of vLLM's rows behind the tokens."""
+        return _EXTRA if self.hooked else 0
+
+    def _keep(self, support: str) -> None:
+        """Have the workers keep this support of all that is asked next: orders are answered one after the other.
+
+        Raises UserError where there is none to be had.
+        """
+        if self.hooked:
+            with _vllm_works():
+                self.llm.collective_rpc("xkd_keep", args=(support, self.loading.vocabulary))
+        elif support == "sampled":
+            raise UserError(f"this vLLM {_UNHOOKED}, so it draws no support: use generate.support=topk, or --engine hf")
 
     def _load(self):
         from vllm import LLM
@@ -176,7 +212,7 @@ class VllmEngine:
             tensor_parallel_size=self.loading.tensor_parallel,
             pipeline_parallel_size=self.loading.pipeline_parallel,
             max_model_len=self.loading.context + 1,
-            max_logprobs=self.vocab_size + 1,
+            max_logprobs=self.vocab_size + _EXTRA,
             logprobs_mode="raw_logprobs",
             worker_extension_cls="pipeline.teachers.vllm.Capture",
             generation_config="vllm",
@@ -186,8 +222,12 @@ class VllmEngine:
             **options,
         )
 
-    def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int) -> Iterator[Answer | Failure]:
+    def sample(
+        self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk"
+    ) -> Iterator[Answer | Failure]:
         from vllm import SamplingParams
+
+        k = min(k, self._ids(support))
 
         def params(ask: Ask):
             return SamplingParams(
@@ -196,7 +236,7 @@ class VllmEngine:
                 max_tokens=sampling.max_tokens,
                 stop_token_ids=list(sampling.stop_token_ids),
                 seed=ask.seed,
-                logprobs=k + self.lse,
+                logprobs=k + self.extra,
                 flat_logprobs=True,
                 detokenize=False,
             )
@@ -204,31 +244,43 @@ class VllmEngine:
         def answer(ask: Ask, output) -> Answer:
             completion = output.outputs[0]
             response = np.asarray(completion.token_ids, np.int32)
-            return self._answer(ask, response, completion.finish_reason, completion.logprobs, k)
+            return self._answer(ask, response, completion.finish_reason, completion.logprobs, k, support)
 
-        return self._run(asks, lambda ask: ask.prompt_ids, params, answer)
+        return self._run(asks, support, lambda ask: ask.prompt_ids, params, answer)
 
-    def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int]) -> Iterator[Answer | Failure]:
+    def score(
+        self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk"
+    ) -> Iterator[Answer | Failure]:
         from vllm import SamplingParams
 
+        k = min(k, self._ids(support))
         params = SamplingParams(
-            temperature=0, max_tokens=1, prompt_logprobs=k + self.lse, flat_logprobs=True, detokenize=False
+            temperature=0, max_tokens=1, prompt_logprobs=k + self.extra, flat_logprobs=True, detokenize=False
         )
 
         def answer(ask: Ask, output) -> Answer:
             finish = finish_of(ask.response_ids, stop_token_ids)
-            return self._answer(ask, ask.response_ids, finish, output.prompt_logprobs, k)
+            return self._answer(ask, ask.response_ids, finish, output.prompt_logprobs, k, support)
 
         def tokens(ask: Ask) -> np.ndarray:
             return np.concatenate([ask.prompt_ids, ask.response_ids])
 
-        return self._run(asks, tokens, lambda ask: params, answer)
+        return self._run(asks, support, tokens, lambda ask: params, answer)
 
-    def _run(self, asks: Iterable[Ask], tokens, params, answer) -> Iterator[Answer | Failure]:
+    def _ids(self, support: str) -> int:
+        """How many ids a support can have."""
+        return (
+            min(self.vocab_size, self.loading.vocabulary or self.vocab_size)
+            if support == "sampled"
+            else self.vocab_size
+        )
+
+    def _run(self, asks: Iterable[Ask], support: str, tokens, params, answer) -> Iterator[Answer | Failure]:
         """Keep vLLM full and hand out whatever finishes. Raises EngineDead with vLLM's reason where it stops."""
         from vllm.exceptions import VLLMValidationError
         from vllm.inputs import TokensPrompt
 
+        self._keep(support)
         engine, waiting, running = self.llm.llm_engine, iter(asks), {}
         try:
             while True:
@@ -249,20 +301,36 @@ class VllmEngine:
                 engine.abort_request(list(running))
 
     def _step(self) -> list:
-        try:
-            with interrupts.allowed():
-                return self.llm.llm_engine.step()
-        except Exception as error:
-            raise EngineDead(f"vLLM stopped: {reason_of(error.__cause__ or error)}") from error
+        with _vllm_works(), interrupts.allowed():
+            return self.llm.llm_engine.step()
 
-    def _answer(self, ask: Ask, response: np.ndarray, finish: str, flat, k: int) -> Answer:
-        """`flat` holds rows of [sampled, top 1..k] and, with the capture, lse; only the response's rows are read."""
-        width = k + 1 + self.lse
-        values = np.fromiter(flat.logprobs, np.float32, len(flat.logprobs)).reshape(-1, width)
-        ids = np.fromiter(flat.token_ids, np.int32, len(flat.token_ids)).reshape(-1, width)
+    def _answer(self, ask: Ask, response: np.ndarray, finish: str, flat, k: int, support: str) -> Answer:
+        """`flat` holds vLLM's rows, which are those of `Capture` where it is hooked; only the response's are read."""
+        width = k + 1 + self.extra
+        values = torch.from_numpy(np.fromiter(flat.logprobs, np.float32, len(flat.logprobs)).reshape(-1, width))
+        ids = torch.from_numpy(np.fromiter(flat.token_ids, np.int32, len(flat.token_ids)).reshape(-1, width))
         first = len(values) - len(response)  # not [-len(response) :], which is everything where the response is empty
         values, ids = values[first:], ids[first:]
-        lse = values[:, -1].copy() if self.lse else None
-        normaliser = lse[:, None] if self.lse else np.float32(0)
-        logprobs = values[:, : k + 1] - normaliser
-        return Answer(ask.key, response, finish, logprobs[:, 0], ids[:, 1 : k + 1], logprobs[:, 1:], lse)
+        logprobs, ids, topk = values[:, 0], ids[:, 1 : k + 1], values[:, 1 : k + 1]
+        if self.extra:
+            return Kept(logprobs, ids, topk, *values[:, k + 1 :].unbind(1)).answer(ask.key, response, finish, support)
+        return Answer(ask.key, response, finish, logprobs.numpy(), ids.numpy(), topk.numpy(), None)
+
+
+@contextmanager
+def _vllm_works():
+    """Raises EngineDead where vLLM raises anything."""
+    try:
+        yield
+    except Exception as error:
+        raise EngineDead(f"vLLM stopped: {reason_of(error.__cause__ or error)}") from error
+
+
+def _is_ours(values: np.ndarray, ids: Sequence[int], support: str) -> bool:
+    """Whether a row is one of `Capture`: the first id again behind the tokens, and weights that sum to 1, or are NaN.
+
+    vLLM's own rows have no token twice behind the first.
+    """
+    rest, masses = values[-2], np.exp(values[1:-_EXTRA])
+    total = np.maximum(masses, rest).sum() if support == "sampled" else masses.sum() + rest
+    return ids[-_EXTRA:] == ids[:1] * _EXTRA and not abs(total - 1) > 1e-3
