@@ -170,7 +170,10 @@ def generate(
         typer.Option("--responses", help="Responses made elsewhere (.jsonl, .parquet): scored, not sampled."),
     ] = None,
     samples: Annotated[int | None, typer.Option("--samples", "-n", help="Responses a training prompt.")] = None,
-    k: Annotated[int | None, typer.Option("--topk", "-k", help="Tokens kept at every position.")] = None,
+    k: Annotated[int | None, typer.Option("--k", "-k", help="Tokens kept at every position.")] = None,
+    support: Annotated[
+        str | None, typer.Option("--support", help="Which tokens: sampled (an unbiased draw) or topk.")
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option("--temperature", help="Sampling temperature; 0 is greedy.")
     ] = None,
@@ -196,7 +199,7 @@ def generate(
     """
     given = {
         "generate.teacher": teacher, "generate.engine": engine, "generate.samples": samples, "generate.k": k,
-        "generate.responses": responses,
+        "generate.support": support, "generate.responses": responses,
         "generate.temperature": temperature, "max_tokens": max_tokens, "template": template,
     }  # fmt: skip
     quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in given.items() if value is not None}

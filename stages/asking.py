@@ -76,7 +76,7 @@ class Teacher:
             model_engine,
             tokenizer,
             description,
-            0 if text_only else min(settings.k, description["vocab_size"]),
+            0 if text_only else min(settings.k, _ids(settings, description["vocab_size"], tokenizer)),
             stop_token_ids(source, tokenizer),
             Context(None) if text_only else Context.of(load_config(source)),
         )
@@ -97,12 +97,23 @@ class Teacher:
             self.model_engine,
             dict(settings.engine_options),
             settings.rows_per_shard,
+            None if self.engine == "text" else vocabulary(self.tokenizer),
         )
 
     def order(self, request: Request, wanted: list[Wanted], store: Storage, k: int | None = None) -> Order:
         """What is wanted of one request, with k tokens a position (by default the teacher's), and what `store` has."""
         folder = RequestFolder(store, self.description["identity"], request.identity)
         return Order(request, folder, wanted, self.k if k is None else k, self.stops, self.context)
+
+
+def vocabulary(tokenizer) -> int:
+    """How many ids a tokenizer has, one more than its highest: a model's embedding may be padded to more."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _ids(settings: Generate, embeddings: int, tokenizer) -> int:
+    """How many ids a position can keep."""
+    return min(embeddings, vocabulary(tokenizer)) if settings.support == "sampled" else embeddings
 
 
 def _describe(settings: Generate, engine: str, tokenizer) -> dict:

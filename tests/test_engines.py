@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from pipeline.errors import UserError, reason_of
-from pipeline.models import load_lm
+from pipeline.models import load_lm, load_tokenizer, save_model
 from pipeline.params import Generate
 from pipeline.shards.identity import Sampling, sample_seed
 from pipeline.supports import offsets, systematic
-from pipeline.teachers import Answer, Ask, Failure, choose_engine, require_supported
+from pipeline.teachers import Answer, Ask, Failure, choose_engine, open_engine, require_supported
 from pipeline.teachers.hf import HfEngine
 from pipeline.teachers.stub import StubEngine
+from stages.asking import Teacher, vocabulary
+from tests.conftest import make_model, make_params
 
 GREEDY, DRAWN = Sampling(0.0, 1.0, 8, (2,)), Sampling(1.0, 1.0, 8, (2,))
 
@@ -135,6 +137,31 @@ def test_the_support_changes_no_response_and_no_top_k_leaves_padding_out(hf):
     for key, answer in by_key(padded.sample(asks, DRAWN, 5, support="sampled")).items():
         np.testing.assert_array_equal(answer.response_ids, plain[key].response_ids)
     assert any((answer.response_ids >= 30).any() for answer in plain.values())
+
+
+def test_a_teacher_with_more_embeddings_than_its_tokenizer_has_ids_says_nothing_of_the_others(tmp_path):
+    """48 and 44. Tokens that were added to the tokenizer count."""
+    folder = make_model(tmp_path / "model", seed=0)
+    model, tokenizer = load_lm(folder), load_tokenizer(folder)
+    model.resize_token_embeddings(48, mean_resizing=False)
+    save_model(folder, model, tokenizer, "# padded\n")
+    settings = make_params(folder, "generate.k=46", "generate.dtype=float32").generate
+    teacher = Teacher.of(settings)
+    assert teacher.k == 44 and Teacher.of(settings.model_copy(update={"support": "topk"})).k == 46
+    loading = teacher.loading(settings, 40)
+    assert loading.vocabulary == 44
+    asks = make_asks(12)
+    for name, k in (("hf", 5), ("hf", 46), ("stub", 5)):
+        engine = open_engine(name, folder, loading)
+        for answer in by_key(
+            engine.score(as_given(asks, by_key(engine.sample(asks, DRAWN, 2))), k, (2,), "sampled")
+        ).values():
+            assert answer.topk_ids.shape[1] == min(k, 44) and answer.topk_ids.max() < 44 and answer.dropped > 1e-6
+            np.testing.assert_allclose(
+                np.maximum(np.exp(answer.topk_logprobs), answer.tau[:, None]).sum(-1), 1, atol=1e-5
+            )
+    tokenizer.add_tokens(["new", "newer"])
+    assert vocabulary(tokenizer) == 46
 
 
 @pytest.mark.parametrize("support, k, width", [("topk", 0, 0), ("topk", 50, 44), ("sampled", 50, 40)])

@@ -369,7 +369,7 @@ DEFAULTS = [
     (("teach", "student", "--set", "teach.student.pairs=20"), START, "--out"),
     (("teach", "student", "--tokenizer", "absent"), START, "--out"),
     (("generate", "--responses", "answers.jsonl"), SELECTION, "--out"),
-    (("generate", "--topk", "4"), SELECTION, "--out"),
+    (("generate", "--k", "4"), SELECTION, "--out"),
     (("generate", "--teacher", "absent"), Path("data/generate/results.json"), "--out"),
     (("score", "--student", "absent"), SCORED, "--out"),
     (("reward", "--selection", "absent"), REWARD, "--out"),

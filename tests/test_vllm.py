@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import pickle
 import runpy
 import subprocess
 import sys
@@ -275,19 +276,20 @@ def test_engines_fill_the_store_with_the_same_rows(vllm, teacher, tmp_path):
 
 SPLIT = """
 import os
+import pickle
 import signal
 import sys
 from pathlib import Path
-import numpy as np
 from pipeline.teachers import EngineDead, Loading, open_engine
 from tests.test_engines import DRAWN, GREEDY, by_key, make_asks
 
 if __name__ == "__main__":
-    engine = open_engine("vllm", Path(sys.argv[1]), Loading("float32", 40, tensor_parallel=2))
+    engine = open_engine("vllm", Path(sys.argv[1]), Loading("float32", 40, tensor_parallel=2, vocabulary=38))
     assert engine.hooked
     found = by_key(engine.sample(make_asks(8), GREEDY, 5))
-    columns = ("response_ids", "topk_ids", "logprobs", "topk_logprobs", "lse")
-    np.savez(sys.argv[2], **{f"{key}.{c}": getattr(found[key], c) for key in found for c in columns})
+    drawn = by_key(engine.sample(make_asks(8), DRAWN, 5, support="sampled"))
+    with open(sys.argv[2], "wb") as file:
+        pickle.dump((found, drawn), file)
     answers = engine.sample(make_asks(32), DRAWN, 5)
     next(answers)
     for worker in engine.llm.llm_engine.engine_core.engine_core.model_executor.workers:
@@ -301,13 +303,16 @@ if __name__ == "__main__":
 
 
 def test_a_model_in_two_processes_gives_the_same_rows_and_its_death_is_an_exception(hf, teacher, tmp_path):
-    said = run_python(SPLIT, tmp_path, teacher, tmp_path / "answers.npz")
-    found = np.load(tmp_path / "answers.npz")
+    said = run_python(SPLIT, tmp_path, teacher, tmp_path / "answers")
+    found, drawn = pickle.loads((tmp_path / "answers").read_bytes())
     for key, answer in by_key(hf.sample(make_asks(8), GREEDY, 5)).items():
-        np.testing.assert_array_equal(found[f"{key}.response_ids"], answer.response_ids)
-        np.testing.assert_array_equal(found[f"{key}.topk_ids"], answer.topk_ids)
-        for name in ("logprobs", "topk_logprobs", "lse"):
-            np.testing.assert_allclose(found[f"{key}.{name}"], getattr(answer, name), atol=1e-3)
+        np.testing.assert_array_equal(found[key].response_ids, answer.response_ids)
+        np.testing.assert_array_equal(found[key].topk_ids, answer.topk_ids)
+        for name in ("logprobs", "topk_logprobs", "lse", "tail"):
+            np.testing.assert_allclose(getattr(found[key], name), getattr(answer, name), atol=1e-3)
+    for ask in make_asks(8):
+        logits = causal_logits(hf.model, ask, drawn[ask.key].response_ids)
+        assert_support_is_that_of(drawn[ask.key], logits, 5, 38, 1e-3)
     assert "dead: vLLM stopped: " in said
 
 

@@ -61,8 +61,10 @@ class Generate(Section):
     """Responses a held-out prompt."""
     corrupted: Count = 2
     """Corrupted copies of each held-out prompt's first reference, scored for the reward's audit."""
-    k: Positive = 16
-    """Most likely tokens kept at every position."""
+    k: Count = 16
+    """Tokens kept at every position; 0: none, only the log-probability of the response's own."""
+    support: Literal["sampled", "topk"] = "sampled"
+    """Which: a draw that stands for all tokens without bias, or the most likely ones."""
     temperature: Annotated[TemperatureOrGreedy, Field(le=2)] = 1.0
     """Sampling temperature, at least 0.01; 0 is greedy."""
     top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
@@ -83,6 +85,12 @@ class Generate(Section):
     def _text_needs_responses(self):
         if self.engine == "text" and not self.responses:
             raise ValueError("engine text runs no teacher: set responses to a file of prompts and responses")
+        return self
+
+    @model_validator(mode="after")
+    def _a_sample_has_tokens(self):
+        if self.support == "sampled" and self.k == 0:
+            raise ValueError("support sampled keeps at least one token a position: set k, or support to topk")
         return self
 
     @model_validator(mode="after")
