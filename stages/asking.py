@@ -58,6 +58,7 @@ class Teacher:
     k: int  # tokens a position; 0 where no teacher is run
     stops: tuple[int, ...]
     context: Context
+    support: str | None = None  # which tokens: sampled or topk; None where no teacher is run
 
     @classmethod
     def of(cls, settings: Generate) -> "Teacher":
@@ -79,6 +80,7 @@ class Teacher:
             0 if text_only else min(settings.k, _ids(settings, description["vocab_size"], tokenizer)),
             stop_token_ids(source, tokenizer),
             Context(None) if text_only else Context.of(load_config(source)),
+            None if text_only else settings.support,
         )
 
     def reads(self, wanted: Wanted) -> bool:
@@ -100,10 +102,13 @@ class Teacher:
             None if self.engine == "text" else vocabulary(self.tokenizer),
         )
 
-    def order(self, request: Request, wanted: list[Wanted], store: Storage, k: int | None = None) -> Order:
-        """What is wanted of one request, with k tokens a position (by default the teacher's), and what `store` has."""
+    def order(
+        self, request: Request, wanted: list[Wanted], store: Storage, k: int | None = None, support: str | None = None
+    ) -> Order:
+        """What is wanted of one request, and what `store` has; k and support are by default the teacher's."""
         folder = RequestFolder(store, self.description["identity"], request.identity)
-        return Order(request, folder, wanted, self.k if k is None else k, self.stops, self.context)
+        k, support = self.k if k is None else k, support or self.support
+        return Order(request, folder, wanted, k, self.stops, self.context, support)
 
 
 def vocabulary(tokenizer) -> int:
@@ -188,6 +193,12 @@ def look_up(orders: Sequence[Order], retry_skipped: bool = False, set_aside: boo
         order.look_up(retry_skipped, set_aside)
         for shard, what in order.folder.damaged.items():
             console.warn(f"damaged shard, rows that no other one has are made again: {order.folder}/{shard}: {what}")
+    plain = [widest for order in orders for widest in order.plain_only()]
+    if plain:
+        console.warn(
+            f"{len(plain):,} stored rows have the teacher's top k and are to be scored anew for "
+            f"generate.support=sampled; generate.support=topk with generate.k={min(plain)} keeps what is there"
+        )
     return sum(len(order.cached) for order in orders), sum(len(order.missing) + len(order.widen) for order in orders)
 
 

@@ -108,7 +108,7 @@ _REQUEST_COLUMNS = [
     Column("request", lambda order: order.request.kind),
     Column("cached", lambda order: len(order.cached)),
     Column("missing", lambda order: len(order.missing)),
-    Column("to_rescore", lambda order: len(order.widen), "to rescore for k"),
+    Column("to_rescore", lambda order: len(order.widen), "to rescore"),
     Column("left_out", lambda order: len(order.skipped)),
 ]
 
@@ -196,6 +196,7 @@ def _teacher(settings: Generate) -> Teacher:
         min(settings.k, config.get_text_config().vocab_size),
         stop_token_ids(folder, tokenizer),
         Context.of(config),
+        settings.support,
     )
 
 

@@ -23,7 +23,7 @@ from stages import asking
 from stages.asking import Asked, Summary, Teacher
 from stages.prompt_warnings import warn_of_prompts
 
-ANSWER_K = 1  # tokens a position of answers to test prompts: they are read as text
+ANSWER_K = 0  # tokens a position of answers to test prompts: they are read as text
 CUT_WARNING = 0.05  # share of responses that may be cut at max_tokens without a word
 
 
@@ -68,7 +68,15 @@ def generate(
     if not parts:
         reason = "no training response was accepted" if rejected else "see the warnings above"
         raise UserError(f"nothing could be made of any prompt: {reason}")
-    manifest = write_selection(out, parts, teacher.description, teacher.k, summary.skipped, settings.materialize)
+    manifest = write_selection(
+        out,
+        parts,
+        teacher.description,
+        teacher.k,
+        summary.skipped,
+        settings.materialize,
+        support=teacher.support,
+    )
     if answers is not None:
         _write_answers(answers, answering, teacher)
     for folder, each in selections.items():
@@ -146,7 +154,7 @@ def answers_of(params: Params, asked: Asked, teacher: Teacher, storage: Storage)
             for prompt, text, ids in prompts
             for sample in range(count)
         ]
-        orders.append(teacher.order(request, wanted, storage, ANSWER_K))
+        orders.append(teacher.order(request, wanted, storage, ANSWER_K, "topk"))
     return orders
 
 
@@ -154,7 +162,8 @@ def _write_answers(folder: Path, orders: Sequence[Order], teacher: Teacher) -> N
     """The selection of the teacher's answers; without any part where no teacher is run."""
     parts = {name: part for order in orders for name, part in order.parts().items()}
     lost = sum(len(order.skipped) for order in orders)
-    write_selection(folder, parts, teacher.description, min(ANSWER_K, teacher.k), lost, materialize=True)
+    support = None if teacher.support is None else "topk"
+    write_selection(folder, parts, teacher.description, ANSWER_K, lost, materialize=True, support=support)
 
 
 def _given(asked: Asked, path: Path, tokenizer) -> Iterator[Wanted]:

@@ -71,7 +71,14 @@ def score(
     spoke = any("student" in origins for part in parts.values() for origins in part.origins.values())
     student = fingerprint(student_path) if spoke else None
     manifest = write_selection(
-        out, parts, teacher.description, teacher.k, summary.skipped, settings.materialize, student
+        out,
+        parts,
+        teacher.description,
+        teacher.k,
+        summary.skipped,
+        settings.materialize,
+        student,
+        teacher.support,
     )
     asking.leave_word(orders, out, complete=True)
     cost = asking.cost_of(summary, manifest, orders, took) | {"prompts_overlapping": overlapping}

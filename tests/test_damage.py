@@ -118,7 +118,12 @@ def thin(teacher, tmp_path):
         ({"tokens": 10**6}, "counts 1000000 tokens"),
         ({"engine": "x"}, "no engine"),
         ({"request": {"kind": "score"}}, "another teacher or request"),
-        ({"schema_version": 2}, "schema version 2"),
+        ({"schema_version": 3}, "schema version 3"),
+        ({"schema_version": 1}, "columns are not those of a shard"),
+        ({"support": ...}, "no support"),
+        ({"support": "nucleus"}, "no support"),
+        ({"support": None}, "no support"),
+        ({"support": "topk"}, "not the tau and the tail of its support, topk"),
     ],
     ids=str,
 )
@@ -151,20 +156,43 @@ ROWS = {
     "origin 'me'": lambda r: replace(r, origin="me"),
     "a key that is not of its tokens": lambda r: replace(r, sample=9),
     "at most 6 were asked for": lambda r: replace(
-        r, **{name: np.repeat(getattr(r, name), 9, axis=0) for name in _ALONG}
+        r, **{name: np.repeat(getattr(r, name), 9, axis=0) for name in _ALONG if getattr(r, name) is not None}
     ),
     "one log-probability and normaliser": lambda r: replace(r, lse=None),
 }  # fmt: skip
-_ALONG = ("response_ids", "logprobs", "topk_ids", "topk_logprobs", "lse")
+_ALONG = ("response_ids", "logprobs", "topk_ids", "topk_logprobs", "lse", "tau", "tail")
+SAMPLED = {
+    "whose weights sum to": lambda r: replace(r, tau=r.tau * 1.2),
+    "sum to 0.": lambda r: replace(r, tau=r.tau * 0),
+    "a tau of 2": lambda r: replace(r, tau=np.full_like(r.tau, 2)),
+    "values of tau that are negative": lambda r: replace(r, tau=-r.tau),
+    "tau that are negative or no numbers": lambda r: replace(r, tau=r.tau * np.nan),
+    "not the tau and the tail of its support, sampled": lambda r: replace(r, tail=r.tau),
+    "not kept and is likelier than its tau": lambda r: replace(
+        r, response_ids=np.full_like(r.response_ids, _unlisted(r)), logprobs=np.zeros_like(r.logprobs)
+    ),
+    "its top k out of order": lambda r: replace(
+        r, topk_ids=r.topk_ids[:, ::-1], topk_logprobs=r.topk_logprobs[:, ::-1]
+    ),
+}  # fmt: skip
+PLAIN = {
+    "a tail of 0.9": lambda r: replace(r, tail=np.full_like(r.tail, 0.9)),
+    "values of tail that are negative": lambda r: replace(r, tail=-r.tail),
+    "not the tau and the tail of its support, topk": lambda r: replace(r, tau=r.tail),
+}
 
 
 def _unlisted(row) -> int:
     return min(set(range(40)) - set(row.topk_ids.ravel().tolist()))
 
 
-@pytest.mark.parametrize("reason", ROWS)
-def test_rows_that_nobody_can_have_said_are_found_by_verify(lab, reason):
-    name = lab.forge(ROWS[reason])
+@pytest.mark.parametrize(("support", "reason"), [
+    *(("topk", reason) for reason in ROWS | PLAIN),
+    *(("sampled", reason) for reason in SAMPLED),
+])  # fmt: skip
+def test_rows_that_nobody_can_have_said_are_found_by_verify(teacher, tmp_path, support, reason):
+    lab = Lab(tmp_path, teacher, f"generate.support={support}")
+    name = lab.forge((ROWS | PLAIN if support == "topk" else SAMPLED)[reason])
     problems = lab.verify()
     assert [p.file.rpartition("/")[2] for p in problems] == [name] and problems[0].aside
     assert reason in problems[0].what, problems
@@ -485,11 +513,11 @@ def test_the_rows_of_a_selection_are_looked_at_too(lab):
     """Its own seal and digests fit, and yet no teacher can have said that."""
     shard, manifest = next(lab.out.glob("train-00000-*.parquet")), json.loads((lab.out / "manifest.json").read_text())
     rows, metadata = from_table(pq.read_table(shard)), read_metadata(shard)
-    write_shard(shard, [ROWS["of probability 8"](rows[0]), *rows[1:]], metadata)
+    write_shard(shard, [ROWS["a token twice"](rows[0]), *rows[1:]], metadata)
     manifest["parts"]["train"]["files"][0]["sha256"] = sha256_file(shard)
     write_json_atomically(lab.out / "manifest.json", sealed(manifest))
     (problem,) = lab.verify()
-    assert problem.file == str(shard) and "of probability 8" in problem.what
+    assert problem.file == str(shard) and "a token twice" in problem.what
     assert lab.restored()
 
 

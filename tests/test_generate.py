@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pyarrow.parquet as pq
 import pytest
@@ -28,15 +29,15 @@ class Recorder(StubEngine):
         super().__init__(load_config(folder).vocab_size)
         self.sampled, self.scored, self.refuse, self.die_after = [], [], refuse, die_after
 
-    def sample(self, asks, sampling, k):
-        for number, answer in enumerate(super().sample(asks, sampling, k)):
+    def sample(self, asks, sampling, k, support="topk"):
+        for number, answer in enumerate(super().sample(asks, sampling, k, support)):
             if number == self.die_after:
                 raise RuntimeError("the engine died")
             self.sampled.append(answer.key)
             yield Failure(answer.key, "refused") if answer.key == self.refuse else answer
 
-    def score(self, asks, k, stop_token_ids):
-        for answer in super().score(asks, k, stop_token_ids):
+    def score(self, asks, k, stop_token_ids, support="topk"):
+        for answer in super().score(asks, k, stop_token_ids, support):
             self.scored.append(answer.key)
             yield answer
 
@@ -79,17 +80,19 @@ def test_smaller_requests_are_served_and_larger_ones_make_only_what_is_missing(t
     assert generate(larger, prompts, tmp_path / "c", engine=engine).made == 20 == len(engine.sampled)
 
 
-def test_a_larger_k_scores_the_stored_responses_and_keeps_them(teacher, prompts, tmp_path):
-    generate(stub_params(teacher), prompts, tmp_path / "a", engine=Recorder(teacher))
+@pytest.mark.parametrize("support", ["topk", "sampled"])
+def test_a_larger_k_scores_the_stored_responses_and_keeps_them(teacher, prompts, tmp_path, support):
+    params = partial(stub_params, teacher, f"generate.support={support}")
+    generate(params(), prompts, tmp_path / "a", engine=Recorder(teacher))
     engine = Recorder(teacher)
-    generate(stub_params(teacher, "generate.k=12"), prompts, tmp_path / "b", engine=engine)
+    generate(params("generate.k=12"), prompts, tmp_path / "b", engine=engine)
     assert not engine.sampled and len(engine.scored) == 60
     for part in ("train", "validation", "scored"):
         for old, new in zip(Selection(tmp_path / "a").rows(part), Selection(tmp_path / "b").rows(part), strict=True):
             assert (old.key, old.origin, old.sample, old.finish) == (new.key, new.origin, new.sample, new.finish)
-            assert (old.response_ids == new.response_ids).all() and (old.topk_ids == new.topk_ids[:, :8]).all()
-            assert new.k == 12
-    generate(stub_params(teacher), prompts, tmp_path / "c", engine=engine)
+            assert (old.response_ids == new.response_ids).all() and (old.k, new.k) == (8, 12)
+            assert support == "sampled" or (old.topk_ids == new.topk_ids[:, :8]).all()
+    generate(params(), prompts, tmp_path / "c", engine=engine)
     assert contents(tmp_path / "c") == contents(tmp_path / "a")
 
 
@@ -172,8 +175,8 @@ def test_rows_that_the_engine_refuses_are_retried_only_when_asked(teacher, promp
 
 def test_rows_that_get_no_answer_or_cannot_be_widened_are_counted(teacher, prompts, tmp_path):
     class Lossy(Recorder):
-        def score(self, asks, k, stop_token_ids):
-            answers = list(super().score(asks, k, stop_token_ids))
+        def score(self, *given, **more):
+            answers = list(super().score(*given, **more))
             yield from [*answers[2:], Failure(answers[1].key, "refused")]  # the first one is dropped
 
     generate(stub_params(teacher), prompts, tmp_path / "a", engine=Recorder(teacher))

@@ -11,6 +11,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.shards.files import sha256_file, write_json_atomically
 from pipeline.shards.manifest import sealed
+from pipeline.shards.narrowing import narrowed
 from pipeline.shards.selection import Part, Selection, _write_part, write_selection
 from pipeline.shards.store import RequestFolder, pick
 from pipeline.shards.verifying import verify_selection
@@ -28,7 +29,7 @@ def rows_file(out: Path) -> Path:
 def part_of(folder: RequestFolder, order: list[int], k: int) -> Part:
     index, part = folder.index(), Part(folder, REQUEST)
     for number in order:
-        part.add(f"p{number}", f"key{number}", "teacher", pick(index[f"key{number}"], k))
+        part.add(f"p{number}", f"key{number}", "teacher", pick(index[f"key{number}"], k, "topk"))
     return part
 
 
@@ -55,7 +56,7 @@ def test_a_selection_reads_the_same_rows_from_its_files_or_from_the_store(tmp_pa
     found = list(selection.rows("train"))
     assert [row.key for row in found] == ["key2", "key0"]
     for row in found:
-        assert_same(row, make_row(int(row.key[-1])).trimmed(3))
+        assert_same(row, narrowed(make_row(int(row.key[-1])), 3, "topk"))
     assert manifest["parts"]["train"]["keys"] == {"p2": ["key2"], "p0": ["key0"]}
     assert manifest["parts"]["train"]["tokens"] == 6
     assert list((tmp_path / "out").glob("*.parquet")) != [] if materialize else True

@@ -16,7 +16,7 @@ TEACHER = {"identity": "teacher0", "vocab_size": 50, "tokenizer": "t", "name": N
 REQUEST = Request("sample", "{prompt}", 1, 0, Sampling(1.0, 1.0, 8, (2,)))
 
 
-def make_row(number: int, k: int = 4, steps: int = 3, lse: bool = True) -> Row:
+def make_row(number: int, k: int = 4, steps: int = 3, lse: bool = True, support: str = "topk") -> Row:
     rng = np.random.default_rng(number)
     return Row(
         key=f"key{number}", origin="teacher", prompt_id=f"p{number}", sample=0, prompt="a b", response="c",
@@ -25,6 +25,7 @@ def make_row(number: int, k: int = 4, steps: int = 3, lse: bool = True) -> Row:
         topk_ids=rng.permutation(50)[: steps * k].reshape(steps, k).astype(np.int32),
         topk_logprobs=-rng.random((steps, k), np.float32).astype(np.float16),
         lse=rng.random(steps, np.float32) if lse else None,
+        **{"tau" if support == "sampled" else "tail": rng.random(steps, np.float32)},
     )  # fmt: skip
 
 
@@ -39,8 +40,8 @@ def folder(own_store) -> RequestFolder:
     return RequestFolder(own_store, TEACHER["identity"], REQUEST.identity)
 
 
-def meta(k: int = 4) -> dict:
-    return footer(TEACHER, REQUEST.describe(), k, engine={"engine": "stub"})
+def meta(k: int = 4, support: str = "topk") -> dict:
+    return footer(TEACHER, REQUEST.describe(), k, support, engine={"engine": "stub"})
 
 
 # Schema
@@ -177,7 +178,7 @@ def test_the_copy_with_enough_tokens_a_position_is_picked(folder):
     folder.add([make_row(0, k=8)], meta(8))
     folder.add([make_row(0, k=4)], meta(4))
     locations = folder.index()["key0"]
-    assert [pick(locations, k).k for k in (1, 4, 5, 8)] == [4, 4, 8, 8] and pick(locations, 9) is None
+    assert [pick(locations, k, "topk").k for k in (1, 4, 5, 8)] == [4, 4, 8, 8] and pick(locations, 9, "topk") is None
 
 
 def damage_flip(path):

@@ -33,8 +33,8 @@ def old(tmp_path) -> Path:
 
 
 def params_of(old: Path, *overrides: str) -> Params:
-    given = [f"generate.teacher={old / 'model'}", "generate.engine=hf", "template={prompt}", "max_tokens=6"]
-    return load_params(None, [*given, *overrides])
+    given = [f"generate.teacher={old / 'model'}", "generate.engine=hf", "generate.support=topk"]
+    return load_params(None, [*given, "template={prompt}", "max_tokens=6", *overrides])
 
 
 def rows_of(name: str, part: str) -> dict[str, str]:

@@ -9,13 +9,13 @@ from pipeline.errors import UserError
 from pipeline.shards.catalogue import IDENTITY, files_by_request
 from pipeline.shards.checking import SHARD
 from pipeline.shards.files import ASIDE
-from pipeline.shards.references import FOLDER, Reference, keys_of, references
+from pipeline.shards.references import FOLDER, Reference, Used, keys_of, references
 from pipeline.shards.storage import Found, Storage
-from pipeline.shards.store import SKIPPED, RequestFolder, pick
+from pipeline.shards.store import SKIPPED, RequestFolder, pick, pick_unsure
 
 WRITING_SECONDS = 3600.0  # a temporary file that is younger may still be being written
 
-Uses = dict[str, list[tuple[set[str], int] | None]]  # request -> keys and k of each user; None: all of it
+Uses = dict[str, list[Used | None]]  # request -> what each user reads of it; None: all of it
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,14 @@ def garbage(storage: Storage, users: Users) -> Iterator[Garbage]:
             yield Garbage(name, file.size, "left by a killed writer")
 
 
-def _needed(storage: Storage, request: str, users: Sequence[tuple[set[str], int] | None]) -> set[str] | None:
-    """Names of the shards that users read, each its own k, and of damaged ones; None where all are needed."""
+def _needed(storage: Storage, request: str, users: Sequence[Used | None]) -> set[str] | None:
+    """Names of the shards that users read, each its own k and support, and of damaged ones; None: all are needed."""
     if None in users:
         return None
     folder = RequestFolder(storage, *request.split("/"))
     index = folder.index(set_aside=False)
-    picked = (pick(index.get(key, []), k) for keys, k in users for key in keys)
+    found = ((index.get(key, []), k, support) for keys, k, support in users for key in keys)
+    picked = (pick(*each) or pick_unsure(*each) for each in found)
     return {location.shard.name for location in picked if location is not None} | folder.damaged.keys()
 
 

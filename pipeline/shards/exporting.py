@@ -5,8 +5,11 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
 
 from pipeline.errors import UserError
 from pipeline.outputs import entries, require_can_write
@@ -15,7 +18,7 @@ from pipeline.shards.files import require_writable, write_atomically
 from pipeline.shards.schema import SCHEMA, Row, footer, row_groups, write_row_groups
 from pipeline.shards.selection import ROWS_PER_FILE, Counted, Selection
 from pipeline.shards.storage import Storage
-from pipeline.shards.store import RequestFolder
+from pipeline.shards.store import Location, RequestFolder
 
 _MEANING = {
     "key": "content key of the row",
@@ -29,10 +32,24 @@ _MEANING = {
     "finish": "stop, or length where it was cut off; of scored rows by the stop tokens that the teacher had when the "
     "selection was made, or when they were scored where all rows of a request are exported",
     "logprobs": "log-probability of each response token: full vocabulary, temperature 1",
-    "topk_ids": "the k likeliest tokens at each response position, row-major, in rank order",
-    "topk_logprobs": "their log-probabilities",
+    "topk_ids": "the k tokens that were kept at each response position, row-major, the likeliest first",
+    "topk_logprobs": "their log-probabilities: full vocabulary, temperature 1",
     "lse": "log-sum-exp of the raw logits at each position: logit = log-probability + lse",
+    "tau": "threshold of the sampling at each position: tokens of a larger probability are all kept, and of the others "
+    "one for every tau of probability; null where the likeliest tokens were kept",
+    "tail": "probability of all tokens that were not kept, at each position; null where unknown or tau is given",
+    "weights": "what each of `topk_ids` stands for, max(probability, tau): sums to 1 at each position, and is the "
+    "teacher's distribution in the mean over draws",
 }
+_WEIGHTED = pa.schema([*SCHEMA, ("weights", pa.list_(pa.float32()))])
+_SAMPLED = """
+The kept tokens of rows with `weights` are not a top k. All tokens above the threshold `tau` are kept, and of the
+others a few at random that stand for the rest, so that rare tokens have their share. Use `weights` as the target
+distribution: they sum to 1 over the kept tokens, and in the mean over many positions they are the teacher's whole
+distribution. To renormalise `topk_logprobs` over the kept tokens, as one does with a top k, would be biased: the few
+rare tokens that were drawn would count with their own small probabilities, and not for all those that they stand for.
+The cross-entropy of a student at a position is `-(weights * log_softmax(student_logits)[topk_ids]).sum()`.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,17 +60,34 @@ class Split:
     rows: Iterable[Row]
     request: dict
     k: int
+    support: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Weighted(Row):
+    """A sampled row with what its kept tokens stand for."""
+
+    weights: np.ndarray | None = None  # float32 [T, k]
+
+    @classmethod
+    def of(cls, row: Row) -> "_Weighted":
+        import torch
+
+        from pipeline.supports import weighted
+
+        logprobs, tau = (torch.from_numpy(values.astype(np.float64)) for values in (row.topk_logprobs, row.tau))
+        values = {field.name: getattr(row, field.name) for field in fields(Row)}
+        return cls(**values, weights=weighted(logprobs, tau)[1].numpy())
 
 
 def splits_of_selection(selection: Selection) -> tuple[dict, list[Split]]:
     """The teacher, and a selection's parts."""
-    k = selection.manifest["k"]
-    parts = selection.parts.items()
-    return selection.teacher, [Split(name, selection.rows(name), part["request"], k) for name, part in parts]
+    said, parts = (selection.k, selection.support), selection.parts.items()
+    return selection.teacher, [Split(name, selection.rows(name), part["request"], *said) for name, part in parts]
 
 
 def splits_of_request(storage: Storage, name: str) -> tuple[dict, list[Split]]:
-    """The teacher, and all rows of a request: one split for each k, since a file has one."""
+    """The teacher, and all rows of a request: one split for each k and support, since a file has one."""
     folder = RequestFolder(storage, *name.split("/"))
     index = folder.index(set_aside=False)
     headers = folder.headers()
@@ -65,15 +99,18 @@ def splits_of_request(storage: Storage, name: str) -> tuple[dict, list[Split]]:
         )
     if not headers:
         raise UserError(f"{folder} holds no readable shards")
-    widest: dict[int, list] = {}
+    alike: dict[tuple[str, int], list[Location]] = {}
     for locations in index.values():
-        widest.setdefault(locations[-1].k, []).append(locations[-1])
-    several = len(widest) > 1
+        widest = {each.support: each for each in locations}  # the last of each support; others add nothing to it
+        for each in widest.values():
+            if each.k or each is locations[-1]:
+                alike.setdefault((each.support or "", each.k), []).append(each)
+    several, supports = len(alike) > 1, {support for support, _ in alike}
     request = headers[0]["request"]
-    splits = [
-        Split(f"train_k{k}" if several else "train", folder.read_each(locations), request, k)
-        for k, locations in sorted(widest.items())
-    ]
+    splits = []
+    for (support, k), locations in sorted(alike.items()):
+        name = f"train_{support}_k{k}" if len(supports) > 1 else f"train_k{k}" if several else "train"
+        splits.append(Split(name, folder.read_each(locations), request, k, support or None))
     return headers[0]["teacher"], splits
 
 
@@ -102,22 +139,25 @@ def export(teacher: dict, splits: Iterable[Split], out: Path) -> dict[str, int]:
 
 
 def _write(teacher: dict, splits: Iterable[Split], out: Path) -> dict[str, int]:
+    splits = list(splits)
+    columns = _WEIGHTED if any(split.support == "sampled" for split in splits) else SCHEMA
     counts: dict[str, int] = {}
-    tokens, requests, ks = 0, {}, set()
+    tokens = 0
     for split in splits:
         counted = Counted()
         rows = counted.through(split.rows)
-        footing = footer(teacher, split.request, split.k)
+        if split.support == "sampled":
+            rows = map(_Weighted.of, rows)
+        footing = footer(teacher, split.request, split.k, split.support)
         for number, groups in enumerate(_files(rows)):
             write_atomically(
                 out / "data",
-                lambda temporary, groups=groups, footing=footing: write_row_groups(temporary, groups, footing),
+                lambda path, groups=groups, footing=footing: write_row_groups(path, groups, footing, columns),
                 f"{split.name}-{number:05d}.parquet",
             )
-        counts[split.name], requests[split.name] = counted.rows, split.request
+        counts[split.name] = counted.rows
         tokens += counted.tokens
-        ks.add(split.k)
-    card = _card(teacher, counts, tokens, requests, sorted(ks))
+    card = _card(teacher, splits, counts, tokens, columns)
     write_atomically(out, lambda temporary: temporary.write_text(card, encoding="utf-8"), "README.md")
     return counts
 
@@ -135,7 +175,7 @@ def _some(first: Row, more: Iterator[Row]) -> Iterator[Row]:
         yield row
 
 
-def _card(teacher: dict, counts: dict[str, int], tokens: int, requests: dict[str, dict], ks: list[int]) -> str:
+def _card(teacher: dict, splits: list[Split], counts: dict[str, int], tokens: int, columns: pa.Schema) -> str:
     """The README: front matter that the hub and `datasets` read, then what the rows are."""
     files = [{"split": name, "path": f"data/{name}-*.parquet"} for name, rows in counts.items() if rows]
     configs = json.dumps([{"config_name": "default", "data_files": files}])
@@ -149,12 +189,12 @@ def _card(teacher: dict, counts: dict[str, int], tokens: int, requests: dict[str
             "---",
             "# What a teacher said",
             "",
-            f"Responses with the top {', '.join(map(str, ks))} log-probabilities of {_plain(name)} at every position:",
+            f"Responses with log-probabilities of {_plain(name)} at every position, of {_kept(splits)}:",
             f"{sum(counts.values()):,} rows, {tokens:,} response tokens. Made with xkd-pipeline.",
             "",
             "| split | rows | request |",
             "|---|---|---|",
-            *(f"| {split} | {rows:,} | {describe_request(requests[split])} |" for split, rows in counts.items()),
+            *(f"| {split.name} | {counts[split.name]:,} | {describe_request(split.request)} |" for split in splits),
             "",
             "| teacher | |",
             "|---|---|",
@@ -162,9 +202,9 @@ def _card(teacher: dict, counts: dict[str, int], tokens: int, requests: dict[str
             "",
             "| column | type | meaning |",
             "|---|---|---|",
-            *(f"| `{field.name}` | {_type(field.type)} | {_MEANING[field.name]} |" for field in SCHEMA),
-            "",
-            "Each file's footer (key `xkd`) holds teacher, request, k and vocabulary size as JSON.",
+            *(f"| `{field.name}` | {_type(field.type)} | {_MEANING[field.name]} |" for field in columns),
+            *([_SAMPLED] if columns is _WEIGHTED else [""]),
+            "Each file's footer (key `xkd`) holds teacher, request, k, support and vocabulary size as JSON.",
             "The prompts come from their own source, whose licence applies to them.",
             "",
             "```python",
@@ -175,6 +215,17 @@ def _card(teacher: dict, counts: dict[str, int], tokens: int, requests: dict[str
             "",
         ]
     )
+
+
+def _kept(splits: list[Split]) -> str:
+    """Which tokens the rows have of each position."""
+    kinds = {
+        "sampled": "a sample of {} tokens that stands for all (see below)",
+        "topk": "the {} likeliest tokens",
+        None: "no tokens, as text alone",
+    }
+    kept = dict.fromkeys(kinds[split.support].format(split.k) for split in splits)
+    return " or ".join(kept).replace("the 0 likeliest tokens", "the response's own token")
 
 
 def _plain(value: object) -> str:

@@ -1,6 +1,6 @@
 """Who said it, when asked what: identities of teachers, requests and samples.
 
-An identity is a digest of what decides the answer and of nothing else: no paths, names, versions, counts or k.
+An identity is a digest of what decides the answer and of nothing else: no paths, names, versions, counts, k or support.
 """
 
 import hashlib
@@ -9,7 +9,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from pipeline.shards.files import digest
-from pipeline.shards.schema import SCHEMA_VERSION
+
+# What `schema_version` is in every request's identity: a constant since version 1 of the schema, whatever files look
+# like by now, so that rows are found under the identities and keys that they were stored under.
+_IN_IDENTITIES = 1
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class Request:
     chat: str | None = None  # digest of the chat template and system message, where there is one
 
     def describe(self) -> dict:
-        """Plain values for JSON, with the schema version."""
-        description = asdict(self) | {"schema_version": SCHEMA_VERSION}
+        """Plain values for JSON; what its identity is the digest of."""
+        description = asdict(self) | {"schema_version": _IN_IDENTITIES}
         if self.chat is None:
             del description["chat"]
         if self.kind == "score":  # a score does not depend on how responses are drawn

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.shards.files import ASIDE, digest, is_in_the_way, sha256_file
-from pipeline.shards.schema import SCHEMA_VERSION
+from pipeline.shards.schema import SCHEMAS, with_support
 
 MANIFEST = "manifest.json"
 WRITE_AGAIN = "run `xkd-pipeline generate` (or `score`, if that wrote it) again"
@@ -31,7 +31,7 @@ def sealed(manifest: dict) -> dict:
 
 
 def read_manifest(folder: Path) -> dict:
-    """A selection's manifest. Raises UserError where there is none, or not the one that was written."""
+    """A selection's manifest, with its support. Raises UserError where there is none, or another one than written."""
     path = folder / MANIFEST
     if is_in_the_way(path):
         raise UserError(f"{path} is no regular file: {WRITE_AGAIN}")
@@ -40,13 +40,15 @@ def read_manifest(folder: Path) -> dict:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version, seal = manifest["schema_version"], manifest["sha256"]
+        known = version in SCHEMAS
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error!r}): {WRITE_AGAIN}") from error
-    if version != SCHEMA_VERSION:
-        raise UserError(f"{path} is of schema version {version}, expected {SCHEMA_VERSION}: {WRITE_AGAIN}")
+    if not known:
+        expected = ", ".join(map(str, SCHEMAS))
+        raise UserError(f"{path} is of schema version {version}, expected one of {expected}: {WRITE_AGAIN}")
     if sealed(manifest)["sha256"] != seal:
         raise UserError(f"{path} is stale: its entries are not those that its sha256 is of: {WRITE_AGAIN}")
-    return manifest
+    return with_support(manifest)
 
 
 def seal_of(folder: Path) -> str | None:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pipeline.shards.schema import TEXT, TOPK, Columns, Row, group_ends, to_table
+from pipeline.shards.schema import KEPT, SUPPORT, TEXT, Columns, Row, group_ends, to_table
 from pipeline.shards.selection import Selection, read_group
 
 POOL = 8  # row groups whose rows are shuffled together
@@ -33,12 +33,12 @@ class TeacherRows(Dataset):
     def __init__(
         self, selection: Selection, part: str, topk: bool = True, origin: str | None = None, text: bool = True
     ):
-        """topk, text: whether rows have them. origin: only rows of this one.
+        """topk: whether rows have their kept tokens; text: theirs. origin: only rows of this one.
 
         Raises UserError where rows have left the store.
         """
         source = _Files if selection.manifest["materialized"] else _Stored
-        self._source = source(selection, part, (() if topk else TOPK) + (() if text else TEXT))
+        self._source = source(selection, part, (() if topk else KEPT) + (() if text else TEXT))
         count = selection.part(part)["rows"]
         keys, fits = np.empty(count, object), np.zeros(count, bool)
         prompts, responses, groups, places = (np.zeros(count, np.int32) for _ in range(4))
@@ -141,8 +141,9 @@ class _Stored:
     """Rows that stayed in the store, which the selection labels; those of one row group of a shard are a group."""
 
     def __init__(self, selection: Selection, part: str, without: tuple[str, ...]):
-        self.k = 0 if set(TOPK) & set(without) else selection.manifest["k"]
-        self.unread = dict.fromkeys(name for name in TEXT if name in without)
+        self.k = 0 if set(KEPT) & set(without) else selection.k
+        self.support = selection.support
+        self.unread = dict.fromkeys(name for name in (*TEXT, *SUPPORT) if name in without)
         self.folder, self.labels, self.locations = selection.checked(part)
         shards: dict[Path, list[int]] = {}
         for place, location in enumerate(self.locations):
@@ -167,7 +168,7 @@ class _Stored:
     def load(self, group: int) -> Columns:
         at = self.rows[group]
         rows = self.folder.read(self.locations[place] for place in at)
-        labelled = (self.labels[place].apply(row, self.k) for place, row in zip(at, rows, strict=True))
+        labelled = (self.labels[place].apply(row, self.k, self.support) for place, row in zip(at, rows, strict=True))
         return Columns(to_table([replace(row, **self.unread) for row in labelled]))
 
 

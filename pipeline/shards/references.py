@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.shards.files import ASIDE, digest, is_in_the_way, move_aside
@@ -68,8 +69,8 @@ class Reference:
             return not _keys_there(place).keys() <= self._everything().keys()
         return seal_of(place) not in (None, self.manifest)
 
-    def uses(self) -> dict[str, tuple[set[str], int] | None]:
-        """`<teacher>/<request>` -> keys in use and their k; None where all of the request is to be kept.
+    def uses(self) -> "dict[str, Used | None]":
+        """`<teacher>/<request>` -> the rows in use; None where all of the request is to be kept.
 
         That is so for a selection that is on another machine, absent, unfinished or damaged. What lies in the folder
         meanwhile is in use too.
@@ -108,7 +109,15 @@ _REQUIRED = ["selection", "host", "teacher", "requests", "complete"]
 _ENTRIES = [*_REQUIRED, "manifest"]
 
 
-def _keys_there(place: Path) -> dict[str, tuple[set[str], int]]:
+class Used(NamedTuple):
+    """Rows of a request that a selection reads."""
+
+    keys: set[str]
+    k: int
+    support: str | None
+
+
+def _keys_there(place: Path) -> dict[str, Used]:
     """`keys_of` what lies at a place; empty where that is nothing that can be read."""
     try:
         return keys_of(place)
@@ -116,13 +125,13 @@ def _keys_there(place: Path) -> dict[str, tuple[set[str], int]]:
         return {}
 
 
-def keys_of(selection: Path) -> dict[str, tuple[set[str], int]]:
-    """`<teacher>/<request>` -> the keys that a selection holds, and its k. Raises UserError where it is damaged."""
+def keys_of(selection: Path) -> dict[str, Used]:
+    """`<teacher>/<request>` -> the rows that a selection holds. Raises UserError where it is damaged."""
     manifest, found = read_manifest(selection), {}
     for part in manifest["parts"].values():
         request = f"{manifest['teacher']['identity']}/{part['request_identity']}"
-        keys, _ = found.setdefault(request, (set(), manifest["k"]))
-        keys.update(key for each in part["keys"].values() for key in each)
+        used = found.setdefault(request, Used(set(), manifest["k"], manifest["support"]))
+        used.keys.update(key for each in part["keys"].values() for key in each)
     return found
 
 

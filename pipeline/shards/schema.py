@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 METADATA_KEY = b"xkd"
 SCHEMA = pa.schema(
     [
@@ -28,13 +28,18 @@ SCHEMA = pa.schema(
         ("topk_ids", pa.list_(pa.int32())),
         ("topk_logprobs", pa.list_(pa.float16())),
         ("lse", pa.list_(pa.float32())),
+        ("tau", pa.list_(pa.float32())),
+        ("tail", pa.list_(pa.float32())),
     ]
 )
+SUPPORT = ("tau", "tail")  # columns that version 1 did not have: null there
+SCHEMAS = {1: pa.schema([field for field in SCHEMA if field.name not in SUPPORT]), SCHEMA_VERSION: SCHEMA}
 _SAMPLING = {"temperature": (int, float), "top_p": (int, float), "max_tokens": (int,), "stop_token_ids": (list,)}
-TEXT, TOPK = ("prompt", "response"), ("topk_ids", "topk_logprobs")  # what readers may do without
+TEXT, TOPK = ("prompt", "response"), ("topk_ids", "topk_logprobs")
+KEPT = (*TOPK, *SUPPORT)  # as TEXT, what readers may do without
 # The high bytes of ids are predictable and the low ones are not: split, they take a fifth less (docs/store-cost.md).
 # DuckDB 2.0 cannot read byte-split float16, so `topk_logprobs` stays plain (about 22 bytes a token more at k = 50).
-_BYTE_SPLIT = ("prompt_ids", "response_ids", "topk_ids", "logprobs", "lse")
+_BYTE_SPLIT = ("prompt_ids", "response_ids", "topk_ids", "logprobs", "lse", "tau", "tail")
 ROW_GROUP_VALUES = 2**19  # top-k entries of a row group: what a reader must have in memory, about 3 MB
 _DICTIONARY = ["origin", "prompt_id", "prompt", "finish"]
 
@@ -57,7 +62,7 @@ class Row:
     response_ids: np.ndarray  # int32 [T]
     finish: str  # stop | length
     logprobs: np.ndarray | None  # float32 [T], full vocabulary, temperature 1; None in text-only rows
-    topk_ids: np.ndarray  # int32 [T, k], in rank order
+    topk_ids: np.ndarray  # int32 [T, k], kept tokens in rank order
     topk_logprobs: np.ndarray  # float16 [T, k]
     lse: np.ndarray | None  # float32 [T], log-sum-exp of the raw logits
     tau: np.ndarray | None = None  # float32 [T], threshold of a sampled support; None for a plain top k
@@ -66,10 +71,6 @@ class Row:
     @property
     def k(self) -> int:
         return self.topk_ids.shape[1]
-
-    def trimmed(self, k: int) -> "Row":
-        """The same row with the k most likely tokens only."""
-        return replace(self, topk_ids=self.topk_ids[:, :k], topk_logprobs=self.topk_logprobs[:, :k])
 
 
 def value_fault(row) -> str | None:
@@ -86,6 +87,10 @@ def value_fault(row) -> str | None:
     topk = np.asarray(row.topk_logprobs)
     if np.isnan(topk).any() or np.isposinf(topk).any() or not np.isfinite(topk[:, :1]).all():
         return "it has a top k whose log-probabilities are no numbers"
+    for name in SUPPORT:
+        values = getattr(row, name)
+        if values is not None and not (np.isfinite(values).all() and (values >= 0).all()):
+            return f"it has values of {name} that are negative or no numbers"
     return None
 
 
@@ -95,10 +100,13 @@ def finish_of(response_ids: np.ndarray, stop_token_ids: Sequence[int]) -> str:
 
 
 def row_digest(row: Row) -> bytes:
-    """sha256 of a row's labels, tokens and values."""
+    """sha256 of a row's labels, tokens and values; of a row that version 1 wrote it is the one that version 1 made."""
     hasher = hashlib.sha256(f"{row.key} {row.origin} {row.prompt_id} {row.sample} {row.finish}".encode())
     for values in (row.prompt_ids, row.response_ids, row.logprobs, row.topk_ids, row.topk_logprobs, row.lse):
         hasher.update(b"-" if values is None else np.ascontiguousarray(values).tobytes())
+    for name in SUPPORT:
+        if (values := getattr(row, name)) is not None:
+            hasher.update(name.encode() + np.ascontiguousarray(values).tobytes())
     return hasher.digest()
 
 
@@ -178,17 +186,21 @@ class _Lists:
 
 
 def from_table(table: pa.Table) -> list[Row]:
-    """All rows of a table of SCHEMA."""
+    """All rows of a table of any version's schema."""
     return list(Columns(table))
 
 
-def footer(teacher: dict, request: dict, k: int, **more) -> dict:
-    """What every file says of itself: whose answers to what, how many tokens a position, and `more`."""
+def footer(teacher: dict, request: dict, k: int, support: str | None = "topk", **more) -> dict:
+    """What every file says of itself: whose answers to what, how many tokens a position, which ones, and `more`.
+
+    support: sampled (pipeline.supports) or topk; None for text alone.
+    """
     return {
         "schema_version": SCHEMA_VERSION,
         "teacher": teacher,
         "request": request,
         "k": k,
+        "support": support,
         "vocab_size": teacher["vocab_size"],
         **more,
     }
@@ -214,9 +226,12 @@ def row_groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield group
 
 
-def write_row_groups(path: Path, groups: Iterable[Sequence[Row]], metadata: dict) -> None:
-    """One Parquet file with a row group for each of `groups`: zstd, no dictionary on values, 4-byte ones byte-split."""
-    schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+def write_row_groups(path: Path, groups: Iterable[Sequence[Row]], metadata: dict, columns: pa.Schema = SCHEMA) -> None:
+    """One Parquet file with a row group for each of `groups`: zstd, no dictionary on values, 4-byte ones byte-split.
+
+    columns: those of SCHEMA and more, which the rows then have as attributes.
+    """
+    schema = columns.with_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
     encoding = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in _BYTE_SPLIT}
     with pq.ParquetWriter(
         path, schema, compression="zstd", use_dictionary=_DICTIONARY, column_encoding=encoding
@@ -231,7 +246,7 @@ def group_ends(found: pq.FileMetaData) -> np.ndarray:
 
 
 def read_metadata(source: Path | BinaryIO) -> dict:
-    """The footer's JSON. Raises Malformed where it is none of this schema version, or lacks what `footer` writes."""
+    """The footer's JSON, of any version with its `support`. Raises Malformed where it lacks what `footer` writes."""
     return checked_metadata(pq.read_schema(source))
 
 
@@ -246,8 +261,9 @@ def checked_metadata(schema: pa.Schema) -> dict:
         raise Malformed(f"the footer's xkd metadata is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise Malformed("the footer's xkd metadata is no JSON object")
-    if found.get("schema_version") != SCHEMA_VERSION:
-        raise Malformed(f"schema version {found.get('schema_version')}, expected {SCHEMA_VERSION}")
+    version = found.get("schema_version")
+    if type(version) is not int or version not in SCHEMAS:
+        raise Malformed(f"schema version {version}, expected one of {', '.join(map(str, SCHEMAS))}")
     teacher = found.get("teacher")
     wrong = [name for name in ("k", "vocab_size") if type(found.get(name)) is not int or found[name] < 0]
     wrong += [name for name in ("rows", "tokens") if type(found.get(name, 0)) is not int or found.get(name, 0) < 0]
@@ -256,9 +272,21 @@ def checked_metadata(schema: pa.Schema) -> dict:
         wrong.append("teacher")
     if not _is_request(found.get("request")):
         wrong.append("request")
+    if version > 1 and not is_support(found.get("support", ""), found.get("k")):
+        wrong.append("support")
     if wrong:
         raise Malformed(f"the footer's xkd metadata has no {' and '.join(wrong)} as it must be")
-    return found
+    return with_support(found)
+
+
+def is_support(support: object, k: object) -> bool:
+    """Whether k tokens a position can be of that support: a sample has at least one, text alone has none."""
+    return support == "topk" or (support == "sampled" and k != 0) or (support is None and k == 0)
+
+
+def with_support(described: dict) -> dict:
+    """A footer or manifest with its `support`, which version 1 did not say: a top k, or text alone."""
+    return described if "support" in described else described | {"support": "topk" if described["k"] else None}
 
 
 def _is_request(request: object) -> bool:

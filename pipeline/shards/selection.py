@@ -42,10 +42,14 @@ from pipeline.shards.manifest import (
     rows_name,
     sealed,
 )
+from pipeline.shards.narrowing import narrowed
 from pipeline.shards.opened import OpenFiles
 from pipeline.shards.schema import (
+    KEPT,
     SCHEMA,
     SCHEMA_VERSION,
+    SCHEMAS,
+    SUPPORT,
     TOPK,
     Columns,
     Malformed,
@@ -57,7 +61,7 @@ from pipeline.shards.schema import (
     value_fault,
     write_row_groups,
 )
-from pipeline.shards.store import Location, RequestFolder, open_store, pick
+from pipeline.shards.store import Location, RequestFolder, open_store, pick, pick_unsure
 
 ROWS_PER_FILE = 4096
 
@@ -88,7 +92,7 @@ class Part:
         if text is not None:
             self.texts[prompt_id] = text
 
-    def labelled(self, labels: Sequence["Label"], k: int, folder: Path) -> Iterator[Row]:
+    def labelled(self, labels: Sequence["Label"], k: int, support: str | None, folder: Path) -> Iterator[Row]:
         """The stored rows as the selection labels them, with its own prompts' texts. folder: for temporary files."""
         stored = self.folder.read_each((self.locations[label.key] for label in labels), folder)
         for label, row in zip(labels, stored, strict=True):
@@ -97,11 +101,17 @@ class Part:
                     f"row {row.key} in {self.folder} cannot be used: {fault}. Run `xkd-pipeline cache verify`, which "
                     "sets its shard aside, and the same command again"
                 )
-            yield replace(label.apply(row, k), prompt=self.texts.get(label.prompt_id, row.prompt))
+            yield replace(label.apply(row, k, support), prompt=self.texts.get(label.prompt_id, row.prompt))
 
     @property
     def rows(self) -> int:
         return sum(map(len, self.keys.values()))
+
+    def drawn(self) -> dict[str, int]:
+        """Rows by the k with which their tokens were drawn; which ones a smaller k has depends on it."""
+        stored = (self.locations[key] for keys in self.keys.values() for key in keys)
+        widths = Counter(location.k for location in stored if location.support == "sampled")
+        return {str(k): rows for k, rows in sorted(widths.items())}
 
     def describe(self) -> dict:
         """The manifest's entry, files and counts of tokens apart."""
@@ -126,10 +136,12 @@ class Label:
     number: int | None  # among the prompt's rows of this origin; None where the key holds the row's own
     stop_token_ids: tuple[int, ...] | None  # None where the request holds them, or none are known
 
-    def apply(self, row: Row, k: int) -> Row:
+    def apply(self, row: Row, k: int, support: str | None) -> Row:
+        """The row as the selection has it. Raises Malformed where it cannot serve (see `narrowed`)."""
         sample = row.sample if self.number is None else self.number
         finish = row.finish if self.stop_token_ids is None else finish_of(row.response_ids, self.stop_token_ids)
-        return replace(row.trimmed(k), prompt_id=self.prompt_id, origin=self.origin, sample=sample, finish=finish)
+        labels = {"prompt_id": self.prompt_id, "origin": self.origin, "sample": sample, "finish": finish}
+        return replace(narrowed(row, k, support), **labels)
 
 
 def labels_of(part: dict) -> list[Label]:
@@ -154,15 +166,18 @@ def write_selection(
     skipped: int,
     materialize: bool,
     student: str | None = None,
+    support: str | None = "topk",
 ) -> dict:
     """Write `out` and return the manifest; an earlier selection there is replaced once the new one is whole.
 
-    Other files in `out` stay. student: fingerprint of the model that rows of origin `student` are samples of.
+    Other files in `out` stay. student: fingerprint of the model that rows of origin `student` are samples of. support:
+    of all rows; None for text alone.
     """
     manifest: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "teacher": teacher,
         "k": k,
+        "support": support,
         "materialized": materialize,
         "skipped": skipped,
         "parts": {},
@@ -173,7 +188,9 @@ def write_selection(
         try:
             with writing_to(staged):
                 for name, part in parts.items():
-                    manifest["parts"][name] = _write_part(staged, name, part, teacher, k, materialize)
+                    manifest["parts"][name] = _write_part(
+                        staged, name, part, footer(teacher, part.request.describe(), k, support), materialize
+                    )
                 write_json_atomically(staged / MANIFEST, sealed(manifest))
                 with interrupts.deferred():
                     _swap(staged, out, listed_files(manifest))
@@ -217,14 +234,15 @@ def _remove(paths: Iterable[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _write_part(out: Path, name: str, part: Part, teacher: dict, k: int, materialize: bool) -> dict:
-    """The manifest's entry of a part, after writing its files where they are wanted."""
+def _write_part(out: Path, name: str, part: Part, footing: dict, materialize: bool) -> dict:
+    """The manifest's entry of a part, after writing its files where they are wanted. footing: what they say of it."""
     described = part.describe()
+    if footing["k"] and (drawn := part.drawn()):
+        described["drawn"] = drawn
     labels, files = labels_of(described), []
     counted = part.counted = Counted()
-    rows = counted.through(part.labelled(labels, k, out))
+    rows = counted.through(part.labelled(labels, footing["k"], footing["support"], out))
     if materialize:
-        footing = footer(teacher, part.request.describe(), k)
         for number, start in enumerate(range(0, len(labels), ROWS_PER_FILE)):
             groups = row_groups(islice(rows, ROWS_PER_FILE))
             path = write_atomically(
@@ -299,9 +317,19 @@ class Selection:
         """Digest of what was opened, whatever is in `folder` by now."""
         return self.manifest["sha256"][:16]
 
+    @property
+    def k(self) -> int:
+        """Tokens a position."""
+        return self.manifest["k"]
+
+    @property
+    def support(self) -> str | None:
+        """Which ones: sampled or topk; None where the rows are text alone."""
+        return self.manifest["support"]
+
     def require_teacher(self, what: str) -> None:
         """Raises UserError where the rows are text alone, without a teacher's log-probabilities."""
-        if self.manifest["k"] == 0:
+        if self.support is None:
             raise UserError(
                 f"{self.folder} holds text only, no teacher's log-probabilities: {what} needs them. Use "
                 "distill.objective=seqkd with distill.reward=none, or have a teacher score the responses "
@@ -323,14 +351,14 @@ class Selection:
         return self.parts[name]
 
     def rows(self, name: str, topk: bool = True) -> Iterator[Row]:
-        """All rows of a part in their canonical order; without `topk` they have no top k, and are small."""
+        """All rows of a part in their canonical order; without `topk` they have no kept tokens, and are small."""
         part = self.part(name)
         if not self.manifest["materialized"]:
             for row in self._rows_in_store(name, *self.located(name)):
-                yield row if topk else row.trimmed(0)
+                yield row if topk else without_topk(row)
             return
         for file in part["files"]:
-            yield from self.file_rows(file, () if topk else TOPK)
+            yield from self.file_rows(file, () if topk else KEPT)
 
     def file_rows(self, file: dict, without: tuple[str, ...] = ()) -> Iterator[Row]:
         """The rows of one file that the manifest lists; `without`: columns that are left empty."""
@@ -343,10 +371,10 @@ class Selection:
 
         Raises UserError where one is not there any more.
         """
-        part, k = self.part(name), self.manifest["k"]
+        part = self.part(name)
         folder = RequestFolder(open_store(self.store), self.teacher["identity"], part["request_identity"])
         index, labels = folder.index(set_aside=False), labels_of(part)
-        locations = [self._locate(index, label.key, k, folder) for label in labels]
+        locations = [self._locate(index, label.key, folder) for label in labels]
         folder.hold({location.shard for location in locations})
         return folder, labels, locations
 
@@ -366,7 +394,7 @@ class Selection:
         counted = Counted()
         rows = folder.read_each(locations)
         yield from counted.through(
-            label.apply(row, self.manifest["k"]) for label, row in zip(labels, rows, strict=True)
+            label.apply(row, self.k, self.support) for label, row in zip(labels, rows, strict=True)
         )
         if counted.content.hexdigest() != self.part(name)["content"]:
             raise UserError(
@@ -374,8 +402,9 @@ class Selection:
                 "to find those that cannot be, then generate (or score) again"
             )
 
-    def _locate(self, index: dict[str, list[Location]], key: str, k: int, folder: RequestFolder) -> Location:
-        location = pick(index.get(key, []), k)
+    def _locate(self, index: dict[str, list[Location]], key: str, folder: RequestFolder) -> Location:
+        wanted = index.get(key, []), self.k, self.support
+        location = pick(*wanted) or pick_unsure(*wanted)
         if location is None:
             damaged = "".join(f"; {name} there is damaged: {what}" for name, what in folder.damaged.items())
             raise UserError(
@@ -385,12 +414,19 @@ class Selection:
         return location
 
 
+def without_topk(row: Row) -> Row:
+    """The row without its kept tokens, as files are read without the columns KEPT."""
+    topk = {name: getattr(row, name)[:, :0] for name in TOPK}
+    return replace(row, **topk, **dict.fromkeys(SUPPORT))
+
+
 def read_group(reader: pq.ParquetFile, group: int, without: tuple[str, ...] = ()) -> Columns:
-    """The rows of one row group of a selection's file; `without`: columns of TEXT and TOPK that are left empty."""
-    if absent := set(SCHEMA.names) - set(reader.schema_arrow.names):
+    """The rows of one row group of a selection's file; `without`: columns of TEXT and KEPT that are left empty."""
+    stored = set(reader.schema_arrow.names)
+    if absent := set(SCHEMAS[1].names) - stored:
         raise Malformed(f"it has no column {', '.join(sorted(absent))}")
-    table = reader.read_row_group(group, columns=[name for name in SCHEMA.names if name not in without])
-    for name in without:
+    table = reader.read_row_group(group, columns=[name for name in SCHEMA.names if name in stored - set(without)])
+    for name in set(SCHEMA.names) - set(table.column_names):
         type_, size = SCHEMA.field(name).type, len(table)
         empty = pa.array([[]] * size, type_) if name in TOPK else pa.nulls(size, type_)
         table = table.append_column(name, empty)

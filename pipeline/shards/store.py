@@ -52,11 +52,21 @@ class Location:
     shard: Path
     row: int
     k: int
+    support: str | None  # sampled or topk; None: text alone
 
 
-def pick(locations: Sequence[Location], k: int) -> Location | None:
-    """The stored copy to use where `k` tokens a position are wanted: the first with enough, or None."""
-    return next((location for location in locations if location.k >= k), None)
+def pick(locations: Sequence[Location], k: int, support: str | None) -> Location | None:
+    """The stored copy to use where k tokens a position are wanted: of the support, the first with enough, or None.
+
+    Where no token is wanted any copy serves.
+    """
+    return next((each for each in locations if each.k >= k and (k == 0 or each.support == support)), None)
+
+
+def pick_unsure(locations: Sequence[Location], k: int, support: str | None) -> Location | None:
+    """Where `pick` finds no top k: the widest sampled copy, which may have it (`narrowing.holds_top` tells)."""
+    sampled = [each for each in locations if each.support == "sampled" and each.k >= k]
+    return sampled[-1] if support == "topk" and sampled else None
 
 
 class RequestFolder:
@@ -80,7 +90,7 @@ class RequestFolder:
 
         A damaged shard is named in `self.damaged`, left out and, with `set_aside`, moved to `damaged/`. Where a key
         is stored more than once (at several k, or by two writers at once) its locations come in a fixed order: k,
-        then shard name.
+        then support, then shard name.
         """
         rows: dict[str, list[Location]] = {}
         if set_aside:
@@ -90,9 +100,9 @@ class RequestFolder:
             if header is not None:
                 self._passed[shard] = header
                 for number, key in enumerate(header.keys):
-                    rows.setdefault(key, []).append(Location(shard, number, header.k))
+                    rows.setdefault(key, []).append(Location(shard, number, header.k, header.support))
         for locations in rows.values():
-            locations.sort(key=lambda location: (location.k, location.shard.name))
+            locations.sort(key=lambda each: (each.k, each.support != "topk", each.shard.name))
         return rows
 
     def headers(self) -> list[dict]:
@@ -156,7 +166,7 @@ class RequestFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def add(self, rows: Sequence[Row], footer: dict) -> Path:
-        """Write one shard; all rows have the same k. `footer` is `schema.footer(...)`."""
+        """Write one shard; all rows have the same k and support. `footer` is `schema.footer(...)`."""
         written = write_atomically(
             self.storage.outbox(self.name),
             lambda temporary: write_shard(temporary, rows, footer),

@@ -31,6 +31,8 @@ from pipeline.shards.selection import Selection, labels_of
 from pipeline.shards.storage import Storage
 from pipeline.shards.store import SKIPPED, RequestFolder, describes, skipped_entry
 
+_OF_ALL = ("teacher", "k", "support")  # what all files of a selection share
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -238,7 +240,7 @@ def _is_another(path: Path, file: dict, part: dict, manifest: dict) -> bool:
         keys = table.column("key").to_pylist() if "key" in table.column_names else []
     except (*UNREADABLE, OSError):
         return False
-    of_another = any(metadata[entry] != manifest[entry] for entry in ("teacher", "k"))
+    of_another = any(metadata[entry] != manifest[entry] for entry in _OF_ALL)
     return (
         of_another
         or len(keys) != file["rows"]
@@ -254,9 +256,10 @@ def _row_faults(selection: Selection, name: str) -> Iterator[_Fault]:
         try:
             with selection.files.reader(path) as reader:
                 metadata = checked_metadata(reader.schema_arrow)
-            if any(metadata[entry] != selection.manifest[entry] for entry in ("teacher", "k")):
-                yield _Fault(path, "it is of another teacher or k than manifest.json")
-            check = RowCheck(metadata["request"], part["request_identity"], metadata["k"], metadata["vocab_size"])
+            if any(metadata[entry] != selection.manifest[entry] for entry in _OF_ALL):
+                yield _Fault(path, "it is of another teacher, k or support than manifest.json")
+            told = (metadata[entry] for entry in ("k", "vocab_size", "support"))
+            check = RowCheck(metadata["request"], part["request_identity"], *told)
             for row in selection.file_rows(file):
                 label = next(labels, None)
                 if label is None or (label.key, label.prompt_id, label.origin) != (row.key, row.prompt_id, row.origin):
