@@ -36,7 +36,8 @@ def request_columns() -> list[Column]:
         Column("seed", lambda info: info.request.get("seed"), None),
         Column("rows", attrgetter("rows")),
         Column("tokens", attrgetter("tokens")),
-        Column("k", attrgetter("ks")),
+        Column("k", attrgetter("ks"), None),
+        Column("kept", attrgetter("kept")),
         Column("bytes", attrgetter("size"), "size", console.size),
         Column(
             "bytes_per_token",
@@ -54,7 +55,9 @@ SHARD_COLUMNS = [
     Column("shard", attrgetter("name")),
     Column("rows", attrgetter("rows")),
     Column("tokens", attrgetter("tokens")),
-    Column("k", attrgetter("k")),
+    Column("k", attrgetter("k"), None),
+    Column("support", attrgetter("support"), None),
+    Column("", attrgetter("kept"), "kept"),
     Column("bytes", attrgetter("size"), "size", console.size),
     Column("changed", lambda shard: _time(shard.modified), show=_date),
 ]
@@ -79,6 +82,7 @@ def describe(info, storage, users) -> dict[str, object]:
         "rows": info.rows,
         "tokens": info.tokens,
         "k": info.ks,
+        "kept": info.kept,
         "bytes": info.size,
         "left_out": info.skipped,
         "set_aside": info.damaged,

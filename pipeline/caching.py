@@ -89,8 +89,8 @@ def show(
             ("rows", f"{info.rows:,}"),
             ("tokens", f"{info.tokens:,}"),
             ("size", console.size(info.size)),
-            ("k", shown(info.ks)),
-            *((f"mass of the {kept['k']} kept tokens", f"{say_kept_mass(kept)} ({of})") for kept, of in masses),
+            ("kept", shown(info.kept)),
+            *((f"mass of {kept['support']} {kept['k']}", f"{say_kept_mass(kept)} ({of})") for kept, of in masses),
             ("left out", f"{info.skipped:,} rows (skipped.jsonl)"),
             ("damaged", f"{info.damaged} set aside, {len(info.unreadable)} unreadable {' '.join(info.unreadable)}"),
             *((("waiting", f"{info.waiting} shards that {storage.name} does not have yet"),) if info.waiting else ()),
@@ -98,7 +98,7 @@ def show(
             *(("used by", say_user(user)) for user in users),
         ],
     )
-    if masses and (word := kept_mass_warning(masses[-1][0])):  # answers to test prompts have few tokens a position
+    if masses and (word := kept_mass_warning(masses[-1][0])):  # the widest, or samples, which say it all
         console.warn(word)
     console.result(f"teacher {to_json(info.teacher)}")
     console.result(f"request {to_json(info.request)}")

@@ -95,7 +95,7 @@ def evaluate(
         "differences": differences,
         "candidate": candidate,
         "kl": ("live" if teacher else "cache") if rows else None,
-        "kept_mass": KeptMass.of(rows).describe(selection.manifest["k"]) if rows else None,
+        "kept_mass": KeptMass.of(rows).describe(selection.k, selection.support) if rows else None,
         "answers": {name: lengths(outcome.answers) for name, outcome in outcomes.items()},
         "parameters": {name: outcome.parameters for name, outcome in outcomes.items()},
         "sources": {name: source_of(path) for name, path in models.items()},

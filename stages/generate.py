@@ -83,7 +83,7 @@ def generate(
         asking.leave_word(each, folder, complete=True)
     cost = asking.cost_of(summary, manifest, [*orders, *answering], took) | {"prompts_overlapping": overlapping}
     spoken = [parts[name].counted for name in ("train", "validation") if name in parts]
-    kept = sum((counted.kept for counted in spoken), KeptMass()).describe(teacher.k)
+    kept = sum((counted.kept for counted in spoken), KeptMass()).describe(teacher.k, teacher.support)
     cut = sum(counted.cut for counted in spoken) / max(sum(counted.rows for counted in spoken), 1)
     if results is not None:
         found = {"cost": cost, "kept_mass": kept, "cut": cut}

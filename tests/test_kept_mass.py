@@ -31,31 +31,39 @@ def test_mean_and_worst_tenth_are_those_of_all_positions(positions):
 def test_rounding_above_one_and_impossible_tokens_do_no_harm():
     kept = KeptMass()
     kept.add(np.array([[0.0, -8.0], [0.0, -np.inf]], np.float16))
-    assert kept.mean == 1.0 and KeptMass().describe(4) is None
+    assert kept.mean == 1.0 and KeptMass().describe(4, "topk") is None
     kept.add(np.empty((0, 2), np.float16))
     assert kept.positions == 2
 
 
 def test_a_word_is_said_above_a_tenth_outside():
-    assert kept_mass_warning({"k": 8, "mean": 0.91, "worst_tenth": 0.2}) is None
-    assert "8 tokens" in kept_mass_warning({"k": 8, "mean": 0.89, "worst_tenth": 0.2})
+    found = {"k": 8, "support": "topk", "mean": 0.89, "worst_tenth": 0.2}
+    assert kept_mass_warning(found | {"mean": 0.91}) is None
+    assert "the top 8 tokens" in kept_mass_warning(found) and "generate.support=sampled" in kept_mass_warning(found)
+    assert kept_mass_warning(found | {"support": "sampled"}) is None
+    del found["support"]  # results of an earlier version
+    assert "the top 8 tokens" in kept_mass_warning(found)
 
 
-def test_generate_and_cache_show_say_it(teacher, tmp_path, own_store, capsys):
+@pytest.mark.parametrize("support", ["topk", "sampled"])
+def test_generate_and_cache_show_say_it(teacher, tmp_path, own_store, capsys, support):
+    """And where the kept tokens are a sample there is nothing to warn of."""
     prompts = make_prompts(tmp_path / "p.parquet", train=6, validation=3)
-    generate(make_params(teacher), prompts, tmp_path / "a", results=tmp_path / "results.json")
+    params = make_params(teacher, f"generate.support={support}")
+    generate(params, prompts, tmp_path / "a", results=tmp_path / "results.json")
     rows = [row for part in ("train", "validation") for row in Selection(tmp_path / "a").rows(part)]
     mass = np.concatenate([np.exp(row.topk_logprobs.astype(np.float32)).sum(1) for row in rows])
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["kept_mass"] == {
-        "k": 8, "mean": pytest.approx(mass.mean(), abs=1e-4), "worst_tenth": pytest.approx(
+        "k": 8, "support": support, "mean": pytest.approx(mass.mean(), abs=1e-4), "worst_tenth": pytest.approx(
             np.sort(mass)[: len(mass) // 10].mean(), abs=0.01)}  # fmt: skip
     assert found["cut"] == pytest.approx(np.mean([row.finish == "length" for row in rows]))
     said = capsys.readouterr()
-    assert "kept mass" in said.out and "of the teacher's probability" in said.err
+    assert "kept mass" in said.out and ("of the teacher's probability" in said.err) == (support == "topk")
     request = next(path.parent for path in own_store.glob("*/*/part-*.parquet"))
     shown = run_cli("cache", "show", request.name, "--json")
     assert shown.returncode == 0, shown.stderr
     (kept,) = json.loads(shown.stdout)["kept_mass"]
-    assert kept["k"] == 8 and 0 < kept["worst_tenth"] < kept["mean"] < 0.9
-    assert "mass of the 8 kept tokens" in run_cli("cache", "show", request.name).stdout
+    assert (kept["k"], kept["support"]) == (8, support) and 0 < kept["worst_tenth"] < kept["mean"] < 0.9
+    shown = run_cli("cache", "show", request.name)
+    assert f"mass of {support} 8" in shown.stdout and ("no loss on them" in shown.stderr) == (support == "topk")

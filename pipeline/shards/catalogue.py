@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
 from pipeline.shards.checking import SHARD, UNREADABLE
-from pipeline.shards.kept_mass import KeptMass
+from pipeline.shards.kept_mass import KeptMass, KeptMassFound
 from pipeline.shards.schema import Malformed, read_metadata
 from pipeline.shards.storage import Found, Storage
 from pipeline.shards.store import SKIPPED
 
-_MEASURED = 8  # shards of each k in which the mass of the kept tokens is looked at
+_MEASURED = 8  # shards of each k and support in which the mass of the kept tokens is looked at
 IDENTITY = re.compile(r"[0-9a-f]{16}")
 _REQUEST = re.compile(rf"({IDENTITY.pattern}/{IDENTITY.pattern})/")
 
@@ -30,7 +30,13 @@ class ShardInfo:
     rows: int
     tokens: int
     k: int
+    support: str | None
     engine: dict
+
+    @property
+    def kept(self) -> str:
+        """For people: `sampled 16`, `topk 8`, `text`."""
+        return f"{self.support} {self.k}" if self.support else "text"
 
 
 @dataclass
@@ -61,6 +67,12 @@ class RequestInfo:
     @property
     def ks(self) -> list[int]:
         return sorted({shard.k for shard in self.shards})
+
+    @property
+    def kept(self) -> list[str]:
+        """Every support and k that is stored, with the supports in order."""
+        found = {(shard.support or "", shard.k): shard.kept for shard in self.shards}
+        return [found[key] for key in sorted(found)]
 
     @property
     def modified(self) -> float | None:
@@ -118,6 +130,7 @@ def _add(info: RequestInfo, storage: Storage, name: str, file: Found) -> None:
             metadata["rows"],
             metadata["tokens"],
             metadata["k"],
+            metadata["support"],
             metadata.get("engine", {}),
         )
     except (OSError, UserError, *UNREADABLE):
@@ -129,18 +142,24 @@ def _add(info: RequestInfo, storage: Storage, name: str, file: Found) -> None:
     info.teacher, info.request = metadata["teacher"], metadata["request"]
 
 
-def kept_masses(storage: Storage, info: RequestInfo) -> list[tuple[dict, str]]:
-    """For each k: the mass of the kept tokens, and of how many shards that is. A few are read, evenly spread."""
+def kept_masses(storage: Storage, info: RequestInfo) -> list[tuple[KeptMassFound, str]]:
+    """For each k, of top k's and then of samples: the mass of the kept tokens, and of how many shards that is.
+
+    A few shards are read, evenly spread.
+    """
+    alike: dict[tuple[bool, int, str], list[str]] = {}
+    for shard in info.shards:
+        if shard.k:
+            alike.setdefault((shard.support == "sampled", shard.k, shard.support), []).append(shard.name)
     found = []
-    for k in filter(None, info.ks):
-        shards = [shard.name for shard in info.shards if shard.k == k]
+    for (_, k, support), shards in sorted(alike.items()):
         some = shards[:: -(-len(shards) // _MEASURED)]
         kept = KeptMass()
         for shard in some:
             with storage.open(f"{info.name}/{shard}") as stream:
                 for batch in pq.ParquetFile(stream).iter_batches(columns=["topk_logprobs"]):
                     kept.add(batch.column(0).flatten().to_numpy().reshape(-1, k))
-        if described := kept.describe(k):
+        if described := kept.describe(k, support):
             found.append((described, f"{len(some)} of {len(shards)} shards"))
     return found
 

@@ -1,9 +1,14 @@
-"""How much of the teacher's probability the kept tokens have: what a top k leaves out, no loss on it can teach."""
+"""How much of the teacher's probability the kept tokens have: what a top k leaves out, no loss on it can teach.
+
+A sample stands for all tokens, also for those that were not kept.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NotRequired
 
 import numpy as np
+from typing_extensions import TypedDict
 
 OUTSIDE_WARNING = 0.1  # mean mass outside the kept tokens that is worth a word
 _BINS = 10_000
@@ -49,21 +54,32 @@ class KeptMass:
         taken = np.diff(np.minimum(np.cumsum(self.counts), wanted), prepend=0.0)
         return float((taken * (np.arange(_BINS) + 0.5)).sum() / _BINS / wanted)
 
-    def describe(self, k: int) -> dict[str, float] | None:
+    def describe(self, k: int, support: str | None) -> "KeptMassFound | None":
         """Entries for results; None where nothing was kept."""
-        return {"k": k, "mean": self.mean, "worst_tenth": self.worst_tenth} if self.positions else None
+        if not self.positions:
+            return None
+        return {"k": k, "support": support, "mean": self.mean, "worst_tenth": self.worst_tenth}
 
 
-def say_kept_mass(kept: dict[str, float]) -> str:
+class KeptMassFound(TypedDict):
+    """The mass of the kept tokens, and which they are."""
+
+    k: int
+    support: NotRequired[str | None]  # earlier versions, which kept the top k, did not say it
+    mean: float
+    worst_tenth: float
+
+
+def say_kept_mass(kept: KeptMassFound) -> str:
     """For people: `0.967 in the mean, 0.812 in the worst tenth of the positions`."""
     return f"{kept['mean']:.3f} in the mean, {kept['worst_tenth']:.3f} in the worst tenth of the positions"
 
 
-def kept_mass_warning(kept: dict[str, float] | None) -> str | None:
-    """What to say where much of the teacher is not kept."""
-    if kept is None or 1 - kept["mean"] <= OUTSIDE_WARNING:
+def kept_mass_warning(kept: KeptMassFound | None) -> str | None:
+    """What to say where much of the teacher is not kept, and no sample stands for it."""
+    if kept is None or kept.get("support", "topk") != "topk" or 1 - kept["mean"] <= OUTSIDE_WARNING:
         return None
     return (
-        f"the {kept['k']} tokens kept at a position have {kept['mean']:.0%} of the teacher's probability in the mean: "
-        "no loss on them teaches the rest. Raise generate.k"
+        f"the top {kept['k']} tokens of a position have {kept['mean']:.0%} of the teacher's probability in the mean: "
+        "no loss on them teaches the rest. generate.support=sampled keeps tokens that stand for all"
     )

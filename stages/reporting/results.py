@@ -7,6 +7,7 @@ from typing_extensions import TypedDict
 
 from pipeline.errors import UserError, shown
 from pipeline.shards.files import parse_json, read_json, require_shape
+from pipeline.shards.kept_mass import KeptMassFound
 
 
 class Interval(TypedDict):
@@ -53,12 +54,6 @@ class Seconds(TypedDict):
     seconds: float
 
 
-class KeptMass(TypedDict):
-    k: int
-    mean: float
-    worst_tenth: float
-
-
 class Lengths(TypedDict):
     tokens: float
     cut: float
@@ -75,7 +70,7 @@ class Evaluation(TypedDict):
     counts: NotRequired[dict[str, int]]
     cost: NotRequired[Seconds]
     kl: NotRequired[str | None]
-    kept_mass: NotRequired[KeptMass | None]
+    kept_mass: NotRequired[KeptMassFound | None]
     answers: NotRequired[dict[str, dict[str, Lengths]]]
     parameters: NotRequired[dict[str, int | None]]
     sources: NotRequired[dict[str, str]]
@@ -145,7 +140,7 @@ class Asking(TypedDict):
     """results.json of `generate` and of `score`."""
 
     cost: AskingCost
-    kept_mass: NotRequired[KeptMass | None]
+    kept_mass: NotRequired[KeptMassFound | None]
     cut: NotRequired[float]
     provenance: dict[str, Any]
 
