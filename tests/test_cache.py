@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from pipeline.shards.collecting import garbage, in_use
-from pipeline.shards.exporting import export, splits_of_selection
+from pipeline.shards.exporting import WeightedRow, export, splits_of_request, splits_of_selection
 from pipeline.shards.references import Reference, references
 from pipeline.shards.schema import SCHEMA
 from pipeline.shards.selection import Selection
@@ -28,6 +28,7 @@ from stages.generate import generate
 from tests.conftest import ROOT, make_prompts, run_cli
 from tests.processes import run
 from tests.test_generate import Recorder, contents, stub_params
+from tests.test_shards import readers
 
 pytestmark = [pytest.mark.slow]
 
@@ -64,7 +65,7 @@ def test_ls_and_show_say_what_is_there_and_where_it_came_from(teacher, prompts, 
     lines = [line.split() for line in said.splitlines() if "/" in line and ("sample:" in line or "score" in line)]
     sampled, scored = sorted(lines, key=len, reverse=True)
     assert code == 0 and "2 requests, 120 rows" in said, said
-    assert "90" in sampled and "30" in scored and "8," in sampled and "12" in sampled, said
+    assert "90" in sampled and "30" in scored and " ".join(sampled).count("sampled 8, sampled 12") == 1, said
     name = sampled[0]
     code, said = cli("show", name.split("/")[1][:7])
     for expected in (name, '"max_tokens": 6', '"licence": "apache-2.0"', "engine stub", str(tmp_path / "a")):
@@ -88,6 +89,7 @@ def test_programs_get_requests_and_shards_as_numbers(teacher, prompts, tmp_path,
     requests = {row["kind"]: row for row in json.loads(run_cli("cache", "ls", "--json").stdout)}
     sampled, scored = requests["sample"], requests["score"]
     assert (sampled["rows"], sampled["k"], sampled["max_tokens"], sampled["temperature"]) == (90, [8, 12], 6, 1.0)
+    assert sampled["kept"] == ["sampled 8", "sampled 12"]
     assert scored["rows"] == 30 and scored["max_tokens"] is None and scored["damaged"] == 0
     shards = list((own_store / sampled["request"]).glob("part-*.parquet"))
     assert sampled["bytes"] == sum(shard.stat().st_size for shard in shards)
@@ -356,9 +358,11 @@ def test_gc_counts_a_copy_that_another_one_replaces_as_unused(teacher, prompts, 
     assert contents(tmp_path / "b") == before
 
 
+@pytest.mark.parametrize("support", ["topk", "sampled"])
 @pytest.mark.parametrize("materialize", ["true", "false"])
-def test_an_export_is_a_plain_data_set_with_a_card(teacher, prompts, tmp_path, cli, materialize):
-    generate(stub_params(teacher, f"generate.materialize={materialize}"), prompts, tmp_path / "a")
+def test_an_export_is_a_plain_data_set_with_a_card(teacher, prompts, tmp_path, cli, materialize, support):
+    params = stub_params(teacher, f"generate.materialize={materialize}", f"generate.support={support}")
+    generate(params, prompts, tmp_path / "a")
     code, said = cli("export", tmp_path / "out", "--selection", tmp_path / "a")
     assert code == 0, said
     loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "hf"))
@@ -367,12 +371,43 @@ def test_an_export_is_a_plain_data_set_with_a_card(teacher, prompts, tmp_path, c
     for row, found in zip(selection.rows("train"), loaded["train"], strict=True):
         assert found["key"] == row.key and found["topk_ids"] == row.topk_ids.ravel().tolist()
         np.testing.assert_array_equal(np.asarray(found["topk_logprobs"], np.float16), row.topk_logprobs.ravel())
+        assert (found["tau"] is None, found["tail"] is None) == (support == "topk", support == "sampled")
+        if support == "sampled":
+            weights = np.array(found["weights"]).reshape(-1, 8)
+            np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
+            expected = np.maximum(np.exp(row.topk_logprobs.astype(float)), row.tau[:, None])
+            np.testing.assert_allclose(weights, expected, atol=2e-3)
+    assert ("weights" in loaded["train"].column_names) == (support == "sampled")
     card = (tmp_path / "out" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["license"] == "apache-2.0" and front["configs"][0]["config_name"] == "default"
     assert all(f"| `{name}` |" in card for name in SCHEMA.names) and selection.teacher["identity"] in card
+    assert ("Use `weights` as the target" in card) == ("| `weights` |" in card) == (support == "sampled")
+    assert ("a sample of 8 tokens" if support == "sampled" else "the 8 likeliest tokens") in card
     code, said = cli("export", tmp_path / "out", "--selection", tmp_path / "a")
     assert code == 2 and "is not empty" in said
+
+
+def test_the_weights_of_an_export_are_read_by_others(teacher, prompts, tmp_path):
+    generate(stub_params(teacher), prompts, tmp_path / "a")
+    export(*splits_of_selection(Selection(tmp_path / "a")), tmp_path / "out")
+    (path,) = (tmp_path / "out" / "data").glob("train-*.parquet")
+    expected = [WeightedRow.of(row).weights.ravel() for row in Selection(tmp_path / "a").rows("train")]
+    for read in readers(str(path), str(tmp_path / "hf")):
+        for values, weights in zip(read(), expected, strict=True):
+            np.testing.assert_allclose(np.asarray(values["weights"], float), weights, atol=1e-7)
+            assert len(values["tau"]) == len(values["response_ids"]) and values["tail"] is None
+
+
+def test_a_request_with_samples_and_top_ks_is_exported_with_one_set_of_columns(teacher, prompts, tmp_path, own_store):
+    for support in ("topk", "sampled"):
+        generate(stub_params(teacher, f"generate.support={support}"), prompts, tmp_path / "a")
+    request = max(own_store.glob("*/*"), key=lambda path: len(list(path.glob("part-*"))))
+    export(*splits_of_request(Storage(own_store), "/".join(request.parts[-2:])), tmp_path / "out")
+    loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "hf"))
+    assert {name: split.num_rows for name, split in loaded.items()} == {"train_sampled_k8": 45, "train_topk_k8": 45}
+    assert all(weights is None for weights in loaded["train_topk_k8"]["weights"])
+    assert None not in loaded["train_sampled_k8"]["weights"]
 
 
 def test_all_rows_of_a_request_can_be_exported_each_k_apart(teacher, prompts, tmp_path, own_store, cli):

@@ -57,15 +57,12 @@ def test_rows_read_back_as_written_also_without_lse_and_of_any_length(tmp_path):
     assert_same(rows[2], part[1])
 
 
-def test_a_shard_is_read_by_others_without_our_code(tmp_path):
+def readers(path: str, cache: str) -> list:
+    """Ways in which others read a file: each gives the rows as dictionaries."""
     import datasets
     import duckdb
     import pandas
     import polars
-
-    rows = [make_row(0), make_row(1, lse=False)]
-    path = str(tmp_path / "s.parquet")
-    write_shard(path, rows, meta())
 
     def of_pandas():
         return pandas.read_parquet(path).to_dict("records")
@@ -78,9 +75,16 @@ def test_a_shard_is_read_by_others_without_our_code(tmp_path):
         return [dict(zip(relation.columns, values, strict=True)) for values in relation.fetchall()]
 
     def of_datasets():
-        return list(datasets.load_dataset("parquet", data_files=path, split="train", cache_dir=str(tmp_path / "hf")))
+        return list(datasets.load_dataset("parquet", data_files=path, split="train", cache_dir=cache))
 
-    for read in (of_pandas, of_polars, of_duckdb, of_datasets):
+    return [of_pandas, of_polars, of_duckdb, of_datasets]
+
+
+@pytest.mark.parametrize("support", ["topk", "sampled"])
+def test_a_shard_is_read_by_others_without_our_code(tmp_path, support):
+    rows = [make_row(0, support=support), make_row(1, lse=False, support=support)]
+    write_shard(tmp_path / "s.parquet", rows, meta(4, support))
+    for read in readers(str(tmp_path / "s.parquet"), str(tmp_path / "hf")):
         found = read()
         assert list(found[0]) == SCHEMA.names, read.__name__
         for row, values in zip(rows, found, strict=True):
@@ -89,7 +93,9 @@ def test_a_shard_is_read_by_others_without_our_code(tmp_path):
             assert list(values["topk_ids"]) == row.topk_ids.ravel().tolist()
             np.testing.assert_array_equal(np.asarray(values["topk_logprobs"], np.float16), row.topk_logprobs.ravel())
             np.testing.assert_array_equal(np.asarray(values["logprobs"], np.float32), row.logprobs)
-            assert values["lse"] is None if row.lse is None else np.allclose(values["lse"], row.lse)
+            for name in ("lse", "tau", "tail"):
+                expected = getattr(row, name)
+                assert values[name] is None if expected is None else np.array_equal(values[name], expected), name
 
 
 def test_a_shard_describes_itself(tmp_path):

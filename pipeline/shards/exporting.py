@@ -64,13 +64,13 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
-class _Weighted(Row):
+class WeightedRow(Row):
     """A sampled row with what its kept tokens stand for."""
 
     weights: np.ndarray | None = None  # float32 [T, k]
 
     @classmethod
-    def of(cls, row: Row) -> "_Weighted":
+    def of(cls, row: Row) -> "WeightedRow":
         import torch
 
         from pipeline.supports import weighted
@@ -147,7 +147,7 @@ def _write(teacher: dict, splits: Iterable[Split], out: Path) -> dict[str, int]:
         counted = Counted()
         rows = counted.through(split.rows)
         if split.support == "sampled":
-            rows = map(_Weighted.of, rows)
+            rows = map(WeightedRow.of, rows)
         footing = footer(teacher, split.request, split.k, split.support)
         for number, groups in enumerate(_files(rows)):
             write_atomically(
