@@ -113,6 +113,9 @@ def test_selections_are_exported(old, tmp_path, name):
     assert {part: set(split["key"]) for part, split in loaded.items()} == {
         part: set(found["rows"]) for part, found in EXPECTED[name]["parts"].items()
     }
+    assert "weights" not in loaded["train"].column_names
+    said = "as text alone" if name.startswith("text") else f"of the {SELECTIONS[name]} likeliest tokens"
+    assert said in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_all_rows_of_a_request_are_exported(old, tmp_path):

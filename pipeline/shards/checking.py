@@ -38,7 +38,7 @@ _ROWS_AT_ONCE = 512
 _ORIGINS, _FINISHES = {"teacher", "reference", "student", "corrupted"}, {"stop", "length"}
 _NEVER_NULL = [name for name in SCHEMA.names if name not in ("logprobs", "lse", *SUPPORT)]
 _ROUNDING = 0.05  # of log-probabilities: in float16, and between two ways of adding up
-_WEIGHTS = 5e-3  # what the weights of a position may differ from 1 by: float16 is off by 2^-12 of a log-probability
+_WEIGHTS = 5e-3  # what the weights of a position may differ from 1 by: float16 is off by 2^-11 of a log-probability
 
 
 class Damaged(Exception):

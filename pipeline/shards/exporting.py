@@ -41,7 +41,7 @@ _MEANING = {
     "weights": "what each of `topk_ids` stands for, max(probability, tau): sums to 1 at each position, and is the "
     "teacher's distribution in the mean over draws",
 }
-_WEIGHTED = pa.schema([*SCHEMA, ("weights", pa.list_(pa.float32()))])
+_WEIGHTS = pa.field("weights", pa.list_(pa.float32()))
 _SAMPLED = """
 The kept tokens of rows with `weights` are not a top k. All tokens above the threshold `tau` are kept, and of the
 others a few at random that stand for the rest, so that rare tokens have their share. Use `weights` as the target
@@ -140,7 +140,7 @@ def export(teacher: dict, splits: Iterable[Split], out: Path) -> dict[str, int]:
 
 def _write(teacher: dict, splits: Iterable[Split], out: Path) -> dict[str, int]:
     splits = list(splits)
-    columns = _WEIGHTED if any(split.support == "sampled" for split in splits) else SCHEMA
+    more = [_WEIGHTS] if any(split.support == "sampled" for split in splits) else []
     counts: dict[str, int] = {}
     tokens = 0
     for split in splits:
@@ -152,12 +152,12 @@ def _write(teacher: dict, splits: Iterable[Split], out: Path) -> dict[str, int]:
         for number, groups in enumerate(_files(rows)):
             write_atomically(
                 out / "data",
-                lambda path, groups=groups, footing=footing: write_row_groups(path, groups, footing, columns),
+                lambda path, groups=groups, footing=footing: write_row_groups(path, groups, footing, more),
                 f"{split.name}-{number:05d}.parquet",
             )
         counts[split.name] = counted.rows
         tokens += counted.tokens
-    card = _card(teacher, splits, counts, tokens, columns)
+    card = _card(teacher, splits, counts, tokens, more)
     write_atomically(out, lambda temporary: temporary.write_text(card, encoding="utf-8"), "README.md")
     return counts
 
@@ -175,7 +175,7 @@ def _some(first: Row, more: Iterator[Row]) -> Iterator[Row]:
         yield row
 
 
-def _card(teacher: dict, splits: list[Split], counts: dict[str, int], tokens: int, columns: pa.Schema) -> str:
+def _card(teacher: dict, splits: list[Split], counts: dict[str, int], tokens: int, more: list[pa.Field]) -> str:
     """The README: front matter that the hub and `datasets` read, then what the rows are."""
     files = [{"split": name, "path": f"data/{name}-*.parquet"} for name, rows in counts.items() if rows]
     configs = json.dumps([{"config_name": "default", "data_files": files}])
@@ -189,7 +189,7 @@ def _card(teacher: dict, splits: list[Split], counts: dict[str, int], tokens: in
             "---",
             "# What a teacher said",
             "",
-            f"Responses with log-probabilities of {_plain(name)} at every position, of {_kept(splits)}:",
+            f"{_kept(splits, _plain(name))}:",
             f"{sum(counts.values()):,} rows, {tokens:,} response tokens. Made with xkd-pipeline.",
             "",
             "| split | rows | request |",
@@ -202,8 +202,8 @@ def _card(teacher: dict, splits: list[Split], counts: dict[str, int], tokens: in
             "",
             "| column | type | meaning |",
             "|---|---|---|",
-            *(f"| `{field.name}` | {_type(field.type)} | {_MEANING[field.name]} |" for field in columns),
-            *([_SAMPLED] if columns is _WEIGHTED else [""]),
+            *(f"| `{field.name}` | {_type(field.type)} | {_MEANING[field.name]} |" for field in [*SCHEMA, *more]),
+            *([_SAMPLED] if more else [""]),
             "Each file's footer (key `xkd`) holds teacher, request, k, support and vocabulary size as JSON.",
             "The prompts come from their own source, whose licence applies to them.",
             "",
@@ -217,15 +217,13 @@ def _card(teacher: dict, splits: list[Split], counts: dict[str, int], tokens: in
     )
 
 
-def _kept(splits: list[Split]) -> str:
-    """Which tokens the rows have of each position."""
-    kinds = {
-        "sampled": "a sample of {} tokens that stands for all (see below)",
-        "topk": "the {} likeliest tokens",
-        None: "no tokens, as text alone",
-    }
-    kept = dict.fromkeys(kinds[split.support].format(split.k) for split in splits)
-    return " or ".join(kept).replace("the 0 likeliest tokens", "the response's own token")
+def _kept(splits: list[Split], teacher: str) -> str:
+    """What the rows are, and which tokens of the teacher they have."""
+    if all(split.support is None for split in splits):
+        return "Responses, as text alone"
+    kinds = {"sampled": "a sample of {} tokens that stands for all (see below)", "topk": "the {} likeliest tokens"}
+    kept = dict.fromkeys(kinds[split.support].format(split.k) if split.k else "its own token" for split in splits)
+    return f"Responses with log-probabilities of {teacher} at every position, of {' or '.join(kept)}"
 
 
 def _plain(value: object) -> str:

@@ -226,12 +226,14 @@ def row_groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield group
 
 
-def write_row_groups(path: Path, groups: Iterable[Sequence[Row]], metadata: dict, columns: pa.Schema = SCHEMA) -> None:
+def write_row_groups(
+    path: Path, groups: Iterable[Sequence[Row]], metadata: dict, more: Sequence[pa.Field] = ()
+) -> None:
     """One Parquet file with a row group for each of `groups`: zstd, no dictionary on values, 4-byte ones byte-split.
 
-    columns: those of SCHEMA and more, which the rows then have as attributes.
+    more: further columns, which the rows have as attributes.
     """
-    schema = columns.with_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    schema = pa.schema([*SCHEMA, *more], {METADATA_KEY: json.dumps(metadata, sort_keys=True)})
     encoding = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in _BYTE_SPLIT}
     with pq.ParquetWriter(
         path, schema, compression="zstd", use_dictionary=_DICTIONARY, column_encoding=encoding

@@ -25,6 +25,7 @@ import torch
 from pipeline.models import load_lm
 from pipeline.params import Generate, Params
 from pipeline.shards import schema
+from pipeline.shards.narrowing import narrowed
 from pipeline.shards.schema import Row, footer, from_table
 from pipeline.teachers import Failure
 from pipeline.teachers.orders import Wanted
@@ -140,7 +141,7 @@ def measure(folder: Path, rows: Sequence[Row], truth: Truth, metadata: dict, siz
     for name in TYPES:
         for k in sizes:
             path = folder / f"{name}-{k}.parquet"
-            write(path, [row.trimmed(k) for row in rows], name, metadata)
+            write(path, [narrowed(row, k, "topk") for row in rows], name, metadata)
             stored = np.concatenate([row.topk_logprobs for row in read(path, name)])
             points.append({"type": name, "k": k, **size(path, len(stored)), **loss(truth, stored)})
     for point in points:

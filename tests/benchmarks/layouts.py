@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.shards import schema
+from pipeline.shards.narrowing import narrowed
 from pipeline.shards.schema import Row
 from tests.benchmarks.fidelity import loss, read, read_truth, size
 
@@ -223,7 +224,7 @@ def whole_shards(rows: Sequence[Row], metadata: dict, sizes: Sequence[int]) -> N
         path = Path(folder) / "shard.parquet"
         for name, (split, level, rounded) in ways.items():
             for k in sizes:
-                cut = [row.trimmed(k) for row in rows]
+                cut = [narrowed(row, k, "topk") for row in rows]
                 made = [replace(r, topk_logprobs=rounded(r.topk_logprobs).astype(np.float16)) for r in cut]
                 with written_with(split, level):
                     writing = quickest(lambda made=made: schema.write_shard(path, made, metadata))
