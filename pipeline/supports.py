@@ -106,7 +106,8 @@ def _locate(mass: Tensor, blocks: Tensor, points: Tensor) -> Tensor:
     ends = blocks.cumsum(-1)
     block = torch.searchsorted(ends, points).clamp_max(blocks.shape[-1] - 1)
     within = points - (ends - blocks).gather(-1, block)
-    places = block[..., None] * _BLOCK + torch.arange(_BLOCK, device=mass.device)  # [N, k, block]
+    size = min(_BLOCK, mass.shape[-1])
+    places = block[..., None] * _BLOCK + torch.arange(size, device=mass.device)  # [N, k, size]
     inside = places < mass.shape[-1]
     here = mass.gather(-1, places.clamp_max(mass.shape[-1] - 1).flatten(1)).view(places.shape)
     ends = here.double().masked_fill_(~inside, 0).cumsum(-1)

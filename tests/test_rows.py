@@ -90,6 +90,7 @@ WRONG = {
     "log-probabilities of its tokens": {"logprobs": np.nan},
     "normalisers": {"lse": np.inf},
     "a top k whose": {"topk_logprobs": np.nan},
+    "values of tau": {"tau": np.nan},
 }
 
 
