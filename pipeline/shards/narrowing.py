@@ -8,6 +8,8 @@ from pipeline.errors import UserError
 from pipeline.shards.manifest import WRITE_AGAIN
 from pipeline.shards.schema import TOPK, Row
 
+_CERTAIN = 1.01  # times tau: float16 rounds a probability by less, and one that is not larger may have been drawn
+
 
 def narrowed(row: Row, k: int, support: str | None) -> Row:
     """The row with at most k tokens a position, of a support; text alone stays as it is, and all rows serve k = 0.
@@ -33,7 +35,7 @@ def holds_top(row: Row, k: int) -> bool:
     if not len(row.response_ids):
         return True
     tau = row.tau[:, None]
-    return row.k >= k and bool(((_mass(row.topk_logprobs[:, :k]) > tau) | (tau == 0)).all())
+    return row.k >= k and bool(((_mass(row.topk_logprobs[:, :k]) > _CERTAIN * tau) | (tau == 0)).all())
 
 
 def _plain(row: Row, k: int) -> Row:

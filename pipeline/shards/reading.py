@@ -33,7 +33,7 @@ class TeacherRows(Dataset):
     def __init__(
         self, selection: Selection, part: str, topk: bool = True, origin: str | None = None, text: bool = True
     ):
-        """topk: whether rows have their kept tokens; text: theirs. origin: only rows of this one.
+        """topk, text: whether rows have their kept tokens and their texts. origin: only rows of this one.
 
         Raises UserError where rows have left the store.
         """

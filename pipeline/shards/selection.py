@@ -137,7 +137,7 @@ class Label:
     stop_token_ids: tuple[int, ...] | None  # None where the request holds them, or none are known
 
     def apply(self, row: Row, k: int, support: str | None) -> Row:
-        """The row as the selection has it. Raises Malformed where it cannot serve (see `narrowed`)."""
+        """The row as the selection has it. Raises UserError where it cannot serve (see `narrowed`)."""
         sample = row.sample if self.number is None else self.number
         finish = row.finish if self.stop_token_ids is None else finish_of(row.response_ids, self.stop_token_ids)
         labels = {"prompt_id": self.prompt_id, "origin": self.origin, "sample": sample, "finish": finish}
