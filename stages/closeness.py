@@ -2,7 +2,7 @@
 
 The teacher runs forward beside the model, over responses that are there: its own cached samples, and the model's own
 samples of the same prompts. The logits of a few positions at a time are compared and forgotten, so that [N, V] of a
-batch is never kept. Where the teacher cannot run, the cached top k gives a lower bound.
+batch is never kept. What is cached says it too: sampled supports give an unbiased estimate, a top k a lower bound.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -85,7 +85,7 @@ def live_teacher(settings: Generate, selection: Selection, kl: str) -> LogitSour
         return _load(settings, selection.teacher)
     except UserError as error:
         console.warn(
-            f"no exact KL, since the teacher cannot run here, but the bound that its cached top k gives (as with "
+            f"no exact KL, since the teacher cannot run here, but what its cached tokens say of it (as with "
             f"evaluate.kl: cache): {error}"
         )
         return None
@@ -109,7 +109,11 @@ class HeldOut:
     """What models are measured on: the teacher's cached samples of held-out prompts."""
 
     def __init__(self, rows: Sequence[Row], teacher: LogitSource | None, batch_size: int):
+        """Rows of one support: `measure` is what their tokens say of KL(T || S), None where they keep none."""
         self.rows, self.teacher, self.batch_size = rows, teacher, batch_size
+        self.sampled = any(row.tau is not None for row in rows)
+        kept = any(row.topk_ids.size for row in rows)
+        self.measure = ("kl_estimate" if self.sampled else "kl_bound") if kept else None
 
     @property
     def prompts(self) -> dict[str, np.ndarray]:
@@ -123,19 +127,25 @@ class HeldOut:
         entropies = self._sums([-np.asarray(row.logprobs, np.float64) for row in self.rows])
         exact = dict.fromkeys(("kl", "reverse_kl") if self.teacher else (), entropies * [0, 1])
         own = dict.fromkeys(exact, np.array([[0.0, 1.0]] * len(self.prompts)))
-        return {"cross_entropy": entropies, "kl_bound": entropies * [0, 1]} | exact, own
+        cached = {self.measure: entropies * [0, 1]} if self.measure else {}
+        return {"cross_entropy": entropies} | cached | exact, own
 
     def of(self, model, path: str | Path) -> Sums:
-        """On the teacher's samples: `cross_entropy` and `kl_bound`, and with a live teacher `kl` and `reverse_kl`."""
-        bound = sparse_divergence("fkl")
+        """On the teacher's samples: `cross_entropy`, `measure`, and with a live teacher `kl` and `reverse_kl`.
+
+        `kl_estimate`, of rows with sampled supports, is unbiased (at a position it can be negative). `kl_bound`, of a
+        top k and the rest as one outcome, is at most the KL.
+        """
+        divergence = sparse_divergence("fkl", tail="sampled" if self.sampled else "bucket") if self.measure else None
 
         def cached(batch: dict[str, Tensor]) -> Iterable[Tensor]:
-            scores = score_tokens(model, batch, bound)
-            return -scores.logprob, scores.divergence
+            scores = score_tokens(model, batch, divergence)
+            return -scores.logprob, *(() if divergence is None else (scores.divergence,))
 
-        responses = from_rows(self.rows, topk=True)
-        entropies, bounds = self._measured(responses, cached, model.device, self.batch_size)
-        found = {"cross_entropy": self._sums(entropies), "kl_bound": self._sums(bounds)}
+        responses = from_rows(self.rows, topk=divergence is not None)
+        values = self._measured(responses, cached, model.device, self.batch_size)
+        names = ("cross_entropy", *((self.measure,) if self.measure else ()))
+        found = dict(zip(names, map(self._sums, values), strict=True))
         return found | self._exact(model, path, responses, [row.prompt_id for row in self.rows])
 
     def of_own_samples(self, model, path: str | Path, samples: Mapping[str, Answer]) -> Sums:

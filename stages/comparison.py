@@ -9,7 +9,7 @@ from pipeline import console
 from pipeline.listing import Column, Form, Listing
 from pipeline.shards.kept_mass import kept_mass_warning
 from stages.bootstrap import say_interval
-from stages.headline import KL_NAMES
+from stages.headline import FORWARD_KLS, KL_NAMES
 from stages.reporting.experiments import Scored, differ, models_of, read_experiments
 
 
@@ -43,7 +43,8 @@ def _columns(rows: Sequence[Scored]) -> Iterator[Column]:
             ".1f",
             f"{metric}, sampled",
         )
-    shown = {"kl", "reverse_kl"} if all(_read("heldout", "kl", row) for row in rows) else {"kl", "kl_bound"}
+    exact = all(_read("heldout", "kl", row) for row in rows)
+    shown = {"kl", "reverse_kl"} if exact else set(FORWARD_KLS)
     for mode, key in (("heldout", ""), ("own", "own_")):
         for name, heading in KL_NAMES.items():
             heading = heading if mode == "heldout" and name in shown else None  # the others are for programs

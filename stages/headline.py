@@ -1,13 +1,15 @@
-"""What a model is quoted with: its task's first metric, and the exact KL or, where no teacher ran, its bound."""
+"""What a model is quoted with: its task's first metric, and the exact KL or what cached rows say of it."""
 
 from collections.abc import Mapping
 
 KL_NAMES = {
     "kl": "KL(T‖S)",
     "reverse_kl": "KL(S‖T)",
+    "kl_estimate": "KL(T‖S), estimate",
     "kl_bound": "KL(T‖S), bound",
     "cross_entropy": "cross-entropy",
 }
+FORWARD_KLS = ("kl", "kl_estimate", "kl_bound")  # of KL(T‖S), the first that there is: exact, unbiased, too small
 
 
 def headline_metric(evaluation: Mapping) -> str:
@@ -18,5 +20,5 @@ def headline_metric(evaluation: Mapping) -> str:
 def headline_kl(modes: Mapping) -> tuple[str, Mapping | None]:
     """The measure's name and its interval, of a model's or a difference's entry in results.json; None without one."""
     found = modes.get("heldout", {})
-    measure = "kl" if "kl" in found else "kl_bound"
+    measure = next((name for name in FORWARD_KLS if name in found), FORWARD_KLS[-1])
     return measure, found.get(measure)

@@ -18,7 +18,7 @@ __all__ = [
 
 class Evaluate(Section):
     kl: Literal["live", "cache"] = "live"
-    """KL to the teacher: live runs it over held-out samples (exact), cache is the bound that the cached top k gives."""
+    """KL to the teacher: live runs it over held-out samples (exact), cache reads it off the cached tokens."""
     samples: Annotated[Integer, Field(gt=1)] = 4
     """Sampled responses a prompt, for quality under sampling and for diversity."""
     sampled_prompts: Positive = 200

@@ -13,7 +13,15 @@ from stages.reporting.page import Figure, Section, Table
 _LONGEST = 32  # characters of a name in a figure
 _MEANINGS = {
     "kl": "KL(T‖S) is exact, over the whole vocabulary: teacher T and model S both ran over held-out samples of T.",
-    "kl_bound": "KL(T‖S), bound: the teacher could not run, so this is the lower bound that its cached tokens give.",
+    "kl_estimate": "KL(T‖S), estimate: the teacher did not run; its cached tokens, a sampled support, give an unbiased "
+    "estimate.",
+    "kl_bound": "KL(T‖S), bound: the teacher did not run, so this is the lower bound that its cached top k gives.",
+}
+
+_CACHED = {
+    "kl_estimate": "The estimate is what the cached tokens, a sampled support, say of KL(T‖S): it is unbiased.",
+    "kl_bound": "The bound sees only the tokens that the cache keeps and the rest as one: what it does not show, no "
+    "loss on the cache can teach.",
 }
 
 
@@ -68,9 +76,8 @@ def closeness(evaluation: dict) -> Section | None:
         "Closeness to the teacher",
         [
             "On held-out prompts, in nats per token. KL(T‖S) punishes what the model leaves out, KL(S‖T) what it makes "
-            "up; on its own samples, where a model is when it is used. The bound sees only the tokens that the cache "
-            "keeps and the rest as one: what it does not show, no loss on the cache can teach. Cross-entropy is of the "
-            "teacher's samples."
+            "up; on its own samples, where a model is when it is used. Cross-entropy is of the teacher's samples.",
+            *(_CACHED[name] for _, name in measures if name in _CACHED),
         ],
     )
     rows = [
