@@ -1,12 +1,16 @@
 """What holds for the exact KL: the plain formula over the whole vocabulary, whatever the chunks and the model."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from pipeline.models import load_lm
+from pipeline.shards.schema import Row
+from pipeline.supports import systematic
 from stages.batches import Response, collate
-from stages.closeness import LogitSource, both_kls
+from stages.closeness import HeldOut, LogitSource, both_kls
 from stages.rows import per_token
 from tests.conftest import make_seq2seq_model
 
@@ -130,3 +134,46 @@ def test_no_more_than_a_chunk_of_logits_exists_at_once(teacher, student, monkeyp
     with torch.no_grad():
         both_kls(*sources, batch, chunk=3)
     assert sum(shape[0] for shape in seen) == 2 * count and max(shape[0] for shape in seen) == 3
+
+
+def sampled_rows(teacher, given: list[Response], k: int, seed: int) -> list[Row]:
+    """The responses with supports of the teacher's distribution, whose offsets are drawn by `seed`."""
+    generator, rows = torch.Generator().manual_seed(seed), []
+    for number, response in enumerate(given):
+        ids = torch.tensor(np.concatenate([response.prompt_ids, response.response_ids]))[None].long()
+        logits = teacher(input_ids=ids).logits[0, len(response.prompt_ids) - 1 : -1].float()
+        logprobs = torch.log_softmax(logits, -1)
+        offset = torch.rand(len(logprobs), generator=generator, dtype=torch.float64)
+        kept, tau = systematic(logprobs.exp(), k, offset)
+        own = logprobs.gather(-1, torch.tensor(response.response_ids)[:, None].long()).squeeze(-1)
+        arrays = (kept.int(), logprobs.gather(-1, kept).half(), torch.logsumexp(logits, -1), tau)
+        rows.append(Row(
+            str(number), "teacher", str(number), 0, "", "", response.prompt_ids, response.response_ids, "stop",
+            own.numpy(), *(array.numpy() for array in arrays),
+        ))  # fmt: skip
+    return rows
+
+
+@torch.no_grad()
+def test_sampled_rows_say_the_kl_without_bias(teacher, student):
+    pair, given = (load_lm(teacher), load_lm(student)), responses(12, seed=3)
+    exact = np.concatenate([kl for kl, _, _ in measured(*pair, given)]).mean()
+
+    def estimate(seed: int) -> float:
+        found = HeldOut(sampled_rows(pair[0], given, 4, seed), None, 8).of(pair[1], "s")
+        assert found.keys() == {"kl_estimate", "cross_entropy"}
+        return found["kl_estimate"][:, 0].sum() / found["kl_estimate"][:, 1].sum()
+
+    errors = np.array([estimate(seed) for seed in range(200)]) - exact
+    assert abs(errors.mean()) < 3 * errors.std(ddof=1) / 200**0.5
+    assert 1e-4 < errors.std() < 0.5 * exact  # it is an estimate, and one that says something
+
+
+@torch.no_grad()
+def test_rows_without_any_kept_token_have_their_cross_entropy(teacher, student):
+    rows = sampled_rows(load_lm(teacher), responses(), 4, 0)
+    rows = [
+        replace(row, topk_ids=row.topk_ids[:, :0], topk_logprobs=row.topk_logprobs[:, :0], tau=None) for row in rows
+    ]
+    held_out = HeldOut(rows, None, 8)
+    assert held_out.of(load_lm(student), "s").keys() == {"cross_entropy"} == held_out.of_the_teacher()[0].keys()

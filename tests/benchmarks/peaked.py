@@ -32,8 +32,14 @@ def main(out: Path, seeds: Sequence[int] = (0, 1, 2)) -> dict:
         for seed in seeds:
             student = models[f"{name}, seed {seed}"] = cache / f"student-{seed}"
             if not student.exists():
-                run("distill", "--set", f"distill.seed={seed}", "--set", "distill.reward=none", "--out", student,
-                    "--selection", cache / "cache", "--metrics", cache / f"metrics-{seed}", "--runs", out / "runs")  # fmt: skip
+                places = {
+                    "--selection": "cache",
+                    "--out": student.name,
+                    "--metrics": f"metrics-{seed}",
+                    "--runs": "runs",
+                }
+                folders = [part for option, place in places.items() for part in (option, cache / place)]
+                run("distill", "--set", f"distill.seed={seed}", "--set", "distill.reward=none", *folders)
     named = [option for name, path in models.items() for option in ("--model", f"{name}={path}")]
     run("evaluate", *named, "--out", out / "evaluation")
     found = json.loads((out / "evaluation" / "results.json").read_text())["metrics"]
