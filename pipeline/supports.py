@@ -139,8 +139,9 @@ def weighted(logprobs: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
 
 def tail_mass(logprobs: Tensor, tau: Tensor) -> Tensor:
     """Mass of all tokens that a sampled row does not keep, [N]: (k - j) tau less the p of the kept that are drawn."""
-    logprobs, w = weighted(logprobs, tau)
-    return (w - logprobs.exp()).sum(-1).clamp_min(0)
+    logprobs = logprobs.float() if logprobs.dtype in (torch.float16, torch.bfloat16) else logprobs
+    others = (tau.to(logprobs.dtype)[:, None] - logprobs.exp()).clamp_min(0)
+    return others.masked_fill(torch.isneginf(logprobs), 0).sum(-1)
 
 
 def narrowed(ids: Tensor, logprobs: Tensor, tau: Tensor, k: int, tokens: Tensor, lse: Tensor | None) -> Support:
