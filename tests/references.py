@@ -81,3 +81,24 @@ def sparse_logprobs(logits: Tensor, ids: Tensor, labels: Tensor) -> SparseLogpro
     outside = torch.logsumexp(padded.scatter(-1, ids, -torch.inf), -1)
     label = logits.gather(-1, labels[:, None].long()).squeeze(-1) - lse
     return SparseLogprobs(torch.cat([padded.gather(-1, ids), outside[:, None]], -1) - lse[:, None], label, lse)
+
+
+def every_support(p: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All supports of k tokens that p [V] can have: how often each comes [M], tokens [M, k] by id, and tau [].
+
+    Between two offsets of the grid at which a token comes in or goes out, the support is one and the same. tau is 0
+    where at most k tokens have any mass; then there is one support.
+    """
+    ordered = p.sort(descending=True, stable=True)
+    if k >= len(p) or ordered.values[k:].sum() == 0:
+        return p.new_ones(1), ordered.indices[:k].sort().values[None], p.new_zeros(())
+    taus = [ordered.values[j:].sum() / (k - j) for j in range(k)]
+    tau = next(tau for j, tau in enumerate(taus) if ordered.values[j] <= tau)
+    share = torch.where(p > tau, 0, p / tau)
+    ends = share.cumsum(0)
+    cuts = torch.cat([p.new_tensor([0.0, 1.0]), -ends % 1]).sort().values
+    places, lengths = [], cuts.diff()
+    for offset in ((cuts[1:] + cuts[:-1]) / 2)[lengths > 1e-12]:
+        drawn = (offset + ends).floor() > (offset + ends - share).floor()
+        places.append((drawn | (p > tau)).nonzero()[:, 0])
+    return lengths[lengths > 1e-12], torch.stack(places), tau

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from stages.objectives.avril import gaussian_nll, td_residual
 from stages.objectives.divergences import DIVERGENCES
-from stages.objectives.head import Head, Scores, TopK, chunk_rows, chunked_loss, token_scores
+from stages.objectives.head import Head, Scores, chunk_rows, chunked_loss, token_scores
+from stages.objectives.logprobs import TopK
 from stages.objectives.sparse import sparse_divergence
 from tests.references import FINITE, random_logits, sparse_logprobs, top_k
 
@@ -50,7 +51,8 @@ class Case:
         logits = self.states @ self.weight.T + self.bias
         student = sparse_logprobs(logits, self.teacher.ids, self.labels)
         logprobs = self.teacher.logprobs.masked_fill(self.teacher.ids >= len(self.weight), -math.inf)
-        scores = Scores(student.label, student.lse, sparse_divergence(name, 0.3, tail)(logprobs, student))
+        divergence = sparse_divergence(name, 0.3, tail)(self.teacher._replace(logprobs=logprobs), student)
+        scores = Scores(student.label, student.lse, divergence)
         values = self.terms(scores, slice(None), self.mu, self.log_sigma)
         return sum(WEIGHTS[n] * values[n].sum() for n in WEIGHTS), {n: v.sum().detach() for n, v in values.items()}
 

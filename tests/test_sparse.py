@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.params import Distill
 from stages.objectives.divergences import DIVERGENCES
+from stages.objectives.logprobs import TopK
 from stages.objectives.outcomes import TAILS, bucket, dense, tail_mass
 from stages.objectives.sparse import sparse_divergence
 from tests import references
@@ -29,7 +30,7 @@ def sparse(name, tail, ids, logprobs, student, weight=0.3):
     """The product's value for student logits [N, V]."""
     unknown = ids >= student.shape[-1]
     logprobs = logprobs.masked_fill(unknown, -INF)
-    return sparse_divergence(name, weight, tail)(logprobs, sparse_logprobs(student, ids, labels(student)))
+    return sparse_divergence(name, weight, tail)(TopK(ids, logprobs), sparse_logprobs(student, ids, labels(student)))
 
 
 def masked(logits, columns):
@@ -166,16 +167,14 @@ def test_the_configuration_refuses_what_pushes_the_mass_out_of_the_top_k_and_not
 
 
 def test_values_that_were_rounded_to_half_precision_and_sum_above_one_still_give_a_divergence():
-    logprobs = (torch.tensor([[math.log(0.5), math.log(0.5)]]) + 0.001).half()
+    ids, logprobs = torch.tensor([[0, 1]]), (torch.tensor([[math.log(0.5), math.log(0.5)]]) + 0.001).half()
     assert logprobs.float().exp().sum() > 1
-    student = sparse_logprobs(torch.zeros(1, 9), torch.tensor([[0, 1]]), torch.tensor([0]))
-    teacher, _ = bucket(logprobs.float(), student)
+    rounded = TopK(ids, logprobs.float())
+    teacher, _ = bucket(rounded, sparse_logprobs(torch.zeros(1, 9), ids, torch.tensor([0])))
     torch.testing.assert_close(teacher.exp().sum(-1), torch.ones(1))
-    assert teacher.isfinite().all() and tail_mass(logprobs.float().exp().sum(-1)).item() == pytest.approx(
-        1.2e-7, rel=0.01
-    )
+    assert teacher.isfinite().all() and tail_mass(rounded).item() == pytest.approx(1.2e-7, rel=0.01)
     for name in DIVERGENCES:
-        found = sparse(name, "bucket", torch.tensor([[0, 1]]), logprobs, torch.zeros(1, 9))
+        found = sparse(name, "bucket", ids, logprobs, torch.zeros(1, 9))
         assert found.isfinite().all() and (found >= 0).all()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 _IMPOSSIBLE = -1e30  # in place of -inf where two of them would be added
 
 
-class _Differentiated(torch.autograd.Function):
+class Differentiated(torch.autograd.Function):
     """A value [...] whose derivative [..., M] for x [..., M] is known."""
 
     @staticmethod
@@ -49,7 +49,7 @@ def forward_kl(teacher: Tensor, student: Tensor, weight: float = 0.0) -> Tensor:
     with torch.no_grad():
         t = teacher.exp()
         value = _weighted(_log_ratio(teacher, student), t).sum(-1)
-    return _Differentiated.apply(student, value, t.neg_())
+    return Differentiated.apply(student, value, t.neg_())
 
 
 def reverse_kl(teacher: Tensor, student: Tensor, weight: float = 1.0) -> Tensor:
@@ -58,7 +58,7 @@ def reverse_kl(teacher: Tensor, student: Tensor, weight: float = 1.0) -> Tensor:
         s = student.exp()
         terms = _weighted(_log_ratio(student, teacher), s)
         value = terms.sum(-1)
-    return _Differentiated.apply(student, value, terms.add_(s))
+    return Differentiated.apply(student, value, terms.add_(s))
 
 
 def jsd(teacher: Tensor, student: Tensor, weight: float = 0.5) -> Tensor:
@@ -76,7 +76,7 @@ def jsd(teacher: Tensor, student: Tensor, weight: float = 0.5) -> Tensor:
         of_teacher = _weighted(_log_ratio(teacher, mixed), teacher.exp()).sum(-1)
         derivative = _weighted(_log_ratio(student, mixed), student.exp()).mul_(1 - weight)
         value = weight * of_teacher + derivative.sum(-1)
-    return _Differentiated.apply(student, value, derivative)
+    return Differentiated.apply(student, value, derivative)
 
 
 def skew_forward_kl(teacher: Tensor, student: Tensor, weight: float = 0.1) -> Tensor:
@@ -89,7 +89,7 @@ def skew_forward_kl(teacher: Tensor, student: Tensor, weight: float = 0.1) -> Te
         t = teacher.exp()
         value = _weighted(_log_ratio(teacher, mixed), t).sum(-1)
         share = torch.sub(student, mixed, out=mixed).exp_()
-    return _Differentiated.apply(student, value, share.mul_(t).mul_(weight - 1))
+    return Differentiated.apply(student, value, share.mul_(t).mul_(weight - 1))
 
 
 def skew_reverse_kl(teacher: Tensor, student: Tensor, weight: float = 0.1) -> Tensor:
@@ -103,7 +103,7 @@ def skew_reverse_kl(teacher: Tensor, student: Tensor, weight: float = 0.1) -> Te
         terms = _weighted(_log_ratio(student, mixed), s)
         value = terms.sum(-1)
         share = torch.sub(student, mixed, out=mixed).exp_()
-    return _Differentiated.apply(student, value, terms.add_(s).sub_(share.mul_(s), alpha=weight))
+    return Differentiated.apply(student, value, terms.add_(s).sub_(share.mul_(s), alpha=weight))
 
 
 def total_variation(teacher: Tensor, student: Tensor, weight: float = 0.0) -> Tensor:
@@ -112,7 +112,7 @@ def total_variation(teacher: Tensor, student: Tensor, weight: float = 0.0) -> Te
         s = student.exp()
         difference = s - teacher.exp()
         value = 0.5 * difference.abs().sum(-1)
-    return _Differentiated.apply(student, value, difference.sign_().mul_(s).mul_(0.5))
+    return Differentiated.apply(student, value, difference.sign_().mul_(s).mul_(0.5))
 
 
 DIVERGENCES = {

@@ -12,20 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stages.objectives.logprobs import SparseLogprobs, at_least_float32
+from pipeline.supports import tail_mass
+from stages.objectives.logprobs import SparseLogprobs, TopK, at_least_float32
 
 _CHUNK_BYTES = 64 * 2**20  # of logits
 _CHUNK_ROWS = 64, 320  # fewer do not use the processor, more only take memory
-
-
-class TopK(NamedTuple):
-    """A sparse teacher at N positions."""
-
-    ids: Tensor  # [N, k], distinct in a row
-    logprobs: Tensor  # [N, k], full-vocabulary normalisation, at temperature 1
-    tau: Tensor | None = None  # [N], threshold of a sampled support (pipeline.supports); None for a plain top k
-    tail: Tensor | None = None  # [N], mass outside a plain top k, where it is known
-    own: Tensor | None = None  # [N], log-probability of the response's own token
+_NO_TEACHER = (None,) * len(TopK._fields)
 
 
 class Head(NamedTuple):
@@ -43,8 +35,9 @@ class Scores(NamedTuple):
     divergence: Tensor | None  # [n] between teacher and student
 
 
-# log-probabilities [N, k] of a sparse teacher, -inf at ids that the student does not have; the student -> [N]
-Divergence = Callable[[Tensor, SparseLogprobs], Tensor]
+# A sparse teacher as the head gives it, -inf at ids that the student does not have and as `own` where the response's
+# token is among the ids; the student -> [N]
+Divergence = Callable[[TopK, SparseLogprobs], Tensor]
 # (scores of n consecutive positions, where they are among the N, further inputs there) -> {term: [n]}
 Terms = Callable[..., Mapping[str, Tensor]]
 
@@ -74,8 +67,8 @@ def chunked_loss(
     tensors [N], sliced alike, which may require gradients. chunk: positions at once, 0: `chunk_rows`.
     """
     call = _Call(terms, dict(weights), divergence, chunk or chunk_rows(len(head.weight)), neighbours)
-    ids, logprobs = teacher if teacher is not None and divergence is not None else (None, None)
-    loss, *sums = _ChunkedLoss.apply(call, head.weight, head.bias, states, labels, ids, logprobs, *inputs)
+    known = _NO_TEACHER if teacher is None or divergence is None else teacher
+    loss, *sums = _ChunkedLoss.apply(call, head.weight, head.bias, states, labels, *known, *inputs)
     return loss, dict(zip(call.names, sums, strict=True))
 
 
@@ -134,7 +127,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def _run(call: _Call, needed: Sequence[bool], *tensors: Tensor | None):
     """Sums of all terms, and the gradients of the loss for the tensors that need one."""
-    weight, bias, states, labels, ids, logprobs, *inputs = tensors
+    weight, bias, states, labels, *others = tensors
+    teacher, inputs = TopK(*others[: len(_NO_TEACHER)]), others[len(_NO_TEACHER) :]
     dtype = at_least_float32(states[:0]).dtype
     # Gradients that grow chunk by chunk do so in at least float32.
     gradients = [
@@ -142,7 +136,8 @@ def _run(call: _Call, needed: Sequence[bool], *tensors: Tensor | None):
         for x, need in zip(tensors, needed, strict=True)
     ]
     d_weight, d_bias, d_states, *_ = gradients
-    ids, logprobs, padded = _known(ids, logprobs, labels, len(weight))
+    d_inputs = [gradient for gradient in gradients[len(gradients) - len(inputs) :] if gradient is not None]
+    teacher, padded = _known(teacher, labels, len(weight))
     sums, halo = {}, int(call.neighbours)
     buffer = states.new_empty(min(call.chunk + 2 * halo, len(states)), len(weight) + padded, dtype=dtype)
     for first in range(0, max(len(states), 1), call.chunk):
@@ -152,14 +147,14 @@ def _run(call: _Call, needed: Sequence[bool], *tensors: Tensor | None):
         own = slice(first - rows.start, last - rows.start)
         logits = _logits(states[rows], weight, bias, buffer, padded)
         extra = [x[rows].detach().requires_grad_(x.requires_grad) for x in inputs]
-        values, found = _chunk(call, any(needed), logits, ids[rows], labels[rows], logprobs, rows, last, extra)
+        values, found = _chunk(call, any(needed), logits, labels[rows], teacher.at(rows), rows, last, extra)
         for name, value in values.items():
             sums[name] = sums.get(name, 0) + value[own].sum()
         if found is None:
             continue
         d_logits, *d_extra = found
         _accumulate(d_weight, d_bias, d_states, d_logits[own, : len(weight)], slice(first, last), states, weight)
-        for gradient, d_x in zip((g for g in gradients[6:] if g is not None), d_extra, strict=True):
+        for gradient, d_x in zip(d_inputs, d_extra, strict=True):
             gradient[first:last] = d_x[own]
     return sums, gradients
 
@@ -168,9 +163,8 @@ def _chunk(
     call: _Call,
     learning: bool,
     logits: Tensor,
-    ids: Tensor,
     labels: Tensor,
-    logprobs: Tensor | None,
+    teacher: TopK,
     rows: slice,
     last: int,
     extra: list[Tensor],
@@ -179,12 +173,12 @@ def _chunk(
 
     What the loss is differentiated through exists in here only, so that no chunk holds that of the one before.
     """
-    ids, labels = ids.long(), labels[:, None].long()
-    student, exponentials = _reduce(logits, ids, labels, logprobs is None)
+    ids, labels = teacher.ids.long(), labels[:, None].long()
+    student, exponentials = _reduce(logits, ids, labels, teacher.logprobs is None)
     for x in student:
         x.requires_grad_()
     with torch.set_grad_enabled(learning):
-        divergence = None if logprobs is None else call.divergence(logprobs[rows], student)
+        divergence = None if teacher.logprobs is None else call.divergence(teacher, student)
         values = call.terms(Scores(student.label, student.lse, divergence), rows, *extra)
         complete = slice(0, rows.stop - rows.start - (rows.stop > last))
         objective = sum(call.weights[name] * values[name][complete].sum() for name in call.weights)
@@ -197,17 +191,25 @@ def _chunk(
     return values, [_expand(exponentials, ids, labels, student, d_student), *found[len(student) :]]
 
 
-def _known(ids: Tensor | None, logprobs: Tensor | None, labels: Tensor, vocabulary: int):
-    """Ids, log-probabilities, and how many impossible logits must be added for ids that the student has not.
+def _known(teacher: TopK, labels: Tensor, vocabulary: int) -> tuple[TopK, int]:
+    """The teacher as divergences take it, and how many impossible logits stand for ids that the student does not have.
 
-    Without a teacher the only id is the label.
+    Their mass belongs to the tail. Without a teacher the only id is the label.
     """
-    if ids is None:
-        return labels[:, None], None, 0
-    unknown = ids >= vocabulary
+    if teacher.ids is None:
+        return teacher._replace(ids=labels[:, None]), 0
+    if teacher.own is not None:
+        kept = (teacher.ids == labels[:, None]).any(-1)
+        teacher = teacher._replace(own=teacher.own.masked_fill(kept, -torch.inf))
+    unknown = teacher.ids >= vocabulary
     if not unknown.any():
-        return ids, logprobs, 0
-    return ids.clamp_max(vocabulary), logprobs.masked_fill(unknown, -torch.inf), 1
+        return teacher, 0
+    ids, tail = teacher.ids.clamp_max(vocabulary), teacher.tail
+    if teacher.tau is not None:
+        tail = tail_mass(teacher.logprobs, teacher.tau)
+    if tail is not None:
+        tail = tail + at_least_float32(teacher.logprobs).exp().masked_fill(~unknown, 0).sum(-1)
+    return teacher._replace(ids=ids, logprobs=teacher.logprobs.masked_fill(unknown, -torch.inf), tail=tail), 1
 
 
 def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor, padded: int) -> Tensor:

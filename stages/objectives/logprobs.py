@@ -1,4 +1,4 @@
-"""What a loss on a sparse teacher knows of the student at a position: k + 2 log-probabilities and a normaliser."""
+"""What a loss on a sparse teacher knows at a position: k log-probabilities of the teacher and k + 2 of the student."""
 
 from typing import NamedTuple
 
@@ -9,6 +9,20 @@ from torch import Tensor
 def at_least_float32(x: Tensor) -> Tensor:
     """Half types promoted, float32 and float64 kept."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+class TopK(NamedTuple):
+    """A sparse teacher at N positions."""
+
+    ids: Tensor  # [N, k], distinct in a row
+    logprobs: Tensor  # [N, k], full-vocabulary normalisation, at temperature 1
+    tau: Tensor | None = None  # [N], threshold of a sampled support (pipeline.supports); None for a plain top k
+    tail: Tensor | None = None  # [N], mass outside the ids, where it is known
+    own: Tensor | None = None  # [N], log-probability of the response's own token
+
+    def at(self, rows: slice) -> "TopK":
+        """The same at some of the positions."""
+        return TopK(*(None if x is None else x[rows] for x in self))
 
 
 class SparseLogprobs(NamedTuple):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from stages.objectives.logprobs import SparseLogprobs, at_least_float32
+from pipeline import supports
+from stages.objectives.logprobs import SparseLogprobs, TopK, at_least_float32
 
 
 def dense(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -38,55 +39,59 @@ def outside_too(student: SparseLogprobs, ids: Tensor) -> SparseLogprobs:
     return student._replace(outcomes=torch.cat([inside, outside.masked_fill(nothing, -torch.inf)], -1))
 
 
-def bucket(teacher: Tensor, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
-    """The tail is one extra outcome on both sides.
-
-    teacher [N, k], normalised over the full vocabulary, -inf where the student has no such id
-    -> log-probabilities [N, k + 1] of teacher and student.
+def bucket(teacher: TopK, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
+    """The tail is one extra outcome on both sides: log-probabilities [N, k + 1] of teacher and student.
 
     Grouping outcomes never increases a divergence, so each is a lower bound of its full value, and still zero where
     student and teacher agree. The student's tail is a logsumexp over the other ids: 1 - p errs by 3e-2 at a tail of
     4e-5 in float32. Where the student has nothing outside the k, the teacher's tail is dropped too.
     """
-    tail = tail_mass(teacher.exp().sum(-1)).masked_fill(torch.isneginf(student.outside), 0)
-    both = torch.cat([teacher, tail.log()[:, None]], -1)
-    return both.sub_(_log_total(both)), student.outcomes
+    tail = tail_mass(teacher).masked_fill(torch.isneginf(student.outside), 0)
+    return normalised(torch.cat([teacher.logprobs, tail.log()[:, None]], -1)), student.outcomes
 
 
-def tail_mass(mass: Tensor) -> Tensor:
-    """1 - mass, not below the precision of 1: values rounded to float16 can sum to one and more."""
-    return (1 - mass).clamp_min(torch.finfo(mass.dtype).eps)
+def tail_mass(teacher: TopK) -> Tensor:
+    """The teacher's mass outside the ids, [N], above 0: as it is known, else 1 - the mass of the ids.
+
+    The latter is not below the precision of 1: values rounded to float16 can sum to one and more.
+    """
+    limits = torch.finfo(teacher.logprobs.dtype)
+    if teacher.tail is not None:
+        return teacher.tail.to(teacher.logprobs.dtype).clamp_min(limits.tiny)
+    if teacher.tau is not None:
+        return supports.tail_mass(teacher.logprobs, teacher.tau).clamp_min(limits.tiny)
+    return (1 - teacher.logprobs.exp().sum(-1)).clamp_min(limits.eps)
 
 
-def renorm(teacher: Tensor, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
+def renorm(teacher: TopK, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
     """Both sides renormalised on the k ids, [N, k]: blind to the mass that the student puts elsewhere."""
     impossible = torch.isneginf(student.inside)
     # The softmax of nothing but -inf has no gradient.
     inside = torch.log_softmax(student.inside.clamp_min(torch.finfo(student.inside.dtype).min), -1)
-    return teacher - _log_total(teacher), inside.masked_fill(impossible, -torch.inf)
+    return normalised(teacher.logprobs), inside.masked_fill(impossible, -torch.inf)
 
 
-def teacher_renorm(teacher: Tensor, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
+def teacher_renorm(teacher: TopK, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
     """The teacher renormalised on the k ids, zero elsewhere; the student over its whole vocabulary, [N, k + 1].
 
     The last outcome, the student's tail, is one that the teacher excludes. Not zero at equality: it pushes the
     student's tail to nothing. Reverse KL is infinite.
     """
-    return pad(teacher - _log_total(teacher), (0, 1), value=-torch.inf), student.outcomes
+    return pad(normalised(teacher.logprobs), (0, 1), value=-torch.inf), student.outcomes
 
 
-def truncate(teacher: Tensor, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
+def truncate(teacher: TopK, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
     """The sum over the k ids only, [N, k], neither side renormalised: can be negative."""
-    return teacher, student.inside
+    return teacher.logprobs, student.inside
 
 
-def _log_total(teacher: Tensor) -> Tensor:
-    """Logarithm of the mass of log-probabilities [N, M], [N, 1]; 0 where there is none.
+def normalised(logprobs: Tensor) -> Tensor:
+    """Log-probabilities [N, M] that sum to 1; as they are where there is no mass.
 
     In log space: all that the student has of the teacher may be ids that are less likely than the type can say.
     """
-    total = torch.logsumexp(teacher, -1, keepdim=True)
-    return total.masked_fill_(torch.isneginf(total), 0)
+    total = torch.logsumexp(logprobs, -1, keepdim=True)
+    return logprobs - total.masked_fill_(torch.isneginf(total), 0)
 
 
 TAILS = {"bucket": bucket, "renorm": renorm, "teacher_renorm": teacher_renorm, "truncate": truncate}

@@ -19,7 +19,8 @@ import torch
 
 from stages.objectives.avril import gaussian_nll, td_residual
 from stages.objectives.divergences import DIVERGENCES
-from stages.objectives.head import Head, Scores, TopK, chunked_loss
+from stages.objectives.head import Head, Scores, chunked_loss
+from stages.objectives.logprobs import TopK
 from stages.objectives.outcomes import TAILS, dense
 from stages.objectives.sparse import sparse_divergence
 
