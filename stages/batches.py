@@ -35,6 +35,7 @@ def collate(responses: Sequence[Response], pad: int = 0) -> dict[str, Tensor]:
     """A batch: input_ids, attention_mask [B, L]; positions, labels [B, R]; stop [B]; top-k [B, R, k]; extras [B, R].
 
     Padding is masked everywhere: `labels` is IGNORED there, top-k ids are 0..k-1 with equal mass, extras are 0.
+    There is no top k where k is 0.
     """
     prompt_ids, response_ids, stop, topk_ids, topk_logprobs, extras = map(list, zip(*responses, strict=True))
     topk = () if topk_ids[0] is None else (topk_ids, topk_logprobs)
@@ -64,7 +65,7 @@ def padded(
         "labels": _fill(response_ids, said, IGNORED, np.int64),
         "stop": np.array(stop),
     }
-    if topk_ids is not None:
+    if topk_ids is not None and all(ids.size or not len(ids) for ids in topk_ids):
         k = max(1, *(ids.shape[1] for ids in topk_ids))  # an empty response out of a store does not know it
         topk_ids, topk_logprobs = (
             [values.reshape(count, k) for values, count in zip(column, counts, strict=True)]

@@ -1,13 +1,13 @@
 """Cached rows as training batches, and what a function makes of them row by row."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.shards.reading import Rows
-from pipeline.shards.schema import TOPK, Row
+from pipeline.shards.schema import Row
 from stages.batches import Response, collate, padded
 
 
@@ -15,20 +15,44 @@ def from_rows(
     rows: Iterable[Row], topk: bool, extras: dict[str, dict[str, np.ndarray]] | None = None
 ) -> list[Response]:
     """Cached teacher rows as responses. `extras`: name -> key -> values [T], for instance a reward's mu."""
-    responses = []
-    for row in rows:
-        values = {name: by_key[row.key] for name, by_key in (extras or {}).items()}
-        responses.append(
-            Response(
-                row.prompt_ids,
-                row.response_ids,
-                row.finish == "stop",
-                row.topk_ids if topk else None,
-                row.topk_logprobs if topk else None,
-                values,
-            )
+    rows = list(rows)
+    columns = _extras(lambda name: [getattr(row, name) for row in rows], topk, extras or {})
+    return [
+        Response(
+            row.prompt_ids,
+            row.response_ids,
+            row.finish == "stop",
+            row.topk_ids if topk else None,
+            row.topk_logprobs if topk else None,
+            {name: values[number] for name, values in columns.items()},
         )
-    return responses
+        for number, row in enumerate(rows)
+    ]
+
+
+def _extras(
+    column: Callable[[str], list], topk: bool, extras: Mapping[str, Mapping[str, np.ndarray]]
+) -> dict[str, list[np.ndarray]]:
+    """What follows the tokens of rows: `extras`, and with the top k `tau` and `own` or `tail`, where rows have them."""
+    columns = {name: [by_key[key] for key in column("key")] for name, by_key in extras.items()}
+    if not topk:
+        return columns
+    tau, tail = column("tau"), column("tail")
+    if any(values is not None for values in tau):
+        return columns | {"tau": tau, "own": column("logprobs")}
+    if all(values is None for values in tail):
+        return columns
+    known = (
+        _tail(logprobs) if values is None else values
+        for values, logprobs in zip(tail, column("topk_logprobs"), strict=True)
+    )
+    return columns | {"tail": list(known)}
+
+
+def _tail(topk_logprobs: np.ndarray) -> np.ndarray:
+    """Mass outside a top k [T, k] of a file that does not tell it, as well as rounded values know it."""
+    mass = np.exp(topk_logprobs.astype(np.float32)).sum(-1)
+    return np.maximum(1 - mass, np.finfo(np.float32).eps)
 
 
 def collate_rows(
@@ -39,8 +63,8 @@ def collate_rows(
     return padded(
         *map(column, ("prompt_ids", "response_ids")),
         [finish == "stop" for finish in column("finish")],
-        *map(column, TOPK if topk else ()),
-        extras={name: [by_key[key] for key in column("key")] for name, by_key in (extras or {}).items()},
+        *map(column, ("topk_ids", "topk_logprobs") if topk else ()),
+        extras=_extras(column, topk, extras or {}),
     )
 
 

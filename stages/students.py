@@ -15,7 +15,8 @@ from stages.objectives.avril import (
     soft_state_values,
     td_residual,
 )
-from stages.objectives.head import Divergence, Head, Scores, TopK, chunked_loss, token_scores
+from stages.objectives.head import Divergence, Head, Scores, chunked_loss, token_scores
+from stages.objectives.logprobs import TopK
 from stages.training import Learner, Term
 
 
@@ -27,8 +28,10 @@ def head_of(model, states: States) -> tuple[Head, Tensor]:
 
 def teacher_of(batch: dict[str, Tensor]) -> TopK | None:
     """The sparse teacher at the response steps of a batch, where it has one."""
-    mask = batch["labels"] != IGNORED
-    return TopK(batch["topk_ids"][mask], batch["topk_logprobs"][mask]) if "topk_ids" in batch else None
+    if "topk_ids" not in batch:
+        return None
+    mask, names = batch["labels"] != IGNORED, ("topk_ids", "topk_logprobs", "tau", "tail", "own")
+    return TopK(*(batch[name][mask] if name in batch else None for name in names))
 
 
 def score_tokens(model, batch: dict[str, Tensor], divergence: Divergence | None = None, chunk: int = 0) -> Scores:

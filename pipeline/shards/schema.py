@@ -155,8 +155,8 @@ class Columns(Sequence[Row]):
         return {name: self.value(name, index) for name in self._columns}
 
     def value(self, name: str, index: int):
-        """A row's value of one column."""
-        value = self._columns[name][index]
+        """A row's value of one column; None where the table has no such column."""
+        value = self._columns[name][index] if name in self._columns else None
         if value is None or name not in TOPK:
             return value
         response = self._columns["response_ids"][index]
