@@ -61,8 +61,11 @@ def distill(
     require_own_results(metrics_out, "distill", "--metrics")
     require_can_write(runs)
     selection = Selection(selection_path, store)
+    sampled = selection.support == "sampled"
+    name = name_of(settings, sampled)
     if settings.objective not in TOKEN_OBJECTIVES or settings.reward != "none":
-        selection.require_teacher(name_of(settings))
+        selection.require_teacher(name, settings.objective not in TOKEN_OBJECTIVES)
+    _require_support(settings, selection, sampled)
     tokenizer = load_tokenizer(student_path)
     require_same_tokenizer(selection.teacher["tokenizer"], tokenizer, student_path)
     scored = _opened_scored(selection, scored_path, store) if settings.objective == "sft" else None
@@ -90,8 +93,8 @@ def distill(
     run = runs / "distill" / digest(run_of)[:16]
     first_step = FirstStep()
     history = train(
-        f"distilling ({name_of(settings)})",
-        _learner(settings, student, posterior, inputs),
+        f"distilling ({name})",
+        _learner(settings, student, posterior, inputs, sampled),
         rows["train"],
         rows.get("validation"),
         settings.optimisation,
@@ -111,7 +114,7 @@ def distill(
         student = adapted.merge_and_unload()
     begin_results(metrics_out, "distill", "--metrics")
     metrics = _write_curves(settings, history, inputs.scale, metrics_out)
-    metrics |= {"objective": name_of(settings), "samples": len(rows["train"]), "parameters": student.num_parameters()}
+    metrics |= {"objective": name, "samples": len(rows["train"]), "parameters": student.num_parameters()}
     provenance = {
         "stage": "distill",
         "seed": params.seed,
@@ -125,10 +128,10 @@ def distill(
     write_json_atomically(metrics_out / "results.json", metrics | {"cost": cost, "provenance": provenance})
     drawn = selection.parts.get("train", {}).get("request", {}).get("sampling")  # absent where responses were given
     stops = tuple(drawn["stop_token_ids"]) if drawn else stop_token_ids(student_path, tokenizer)
-    save_model(out, student, tokenizer, _card(settings, selection, metrics, origins["student"]), stops)
+    save_model(out, student, tokenizer, _card(settings, selection, metrics, origins["student"], sampled), stops)
     shutil.rmtree(run, ignore_errors=True)
     console.facts(
-        f"student distilled with {name_of(settings)}",
+        f"student distilled with {name}",
         [
             ("cached responses", f"{len(rows['train']):,}"),
             *((name, f"{value:.4g}") for name, value in metrics.items() if isinstance(value, float)),
@@ -161,13 +164,28 @@ def _with_adapters(student, lora: Lora):
     return get_peft_model(student, config)
 
 
-def name_of(settings: Distill) -> str:
-    """The objective as the tables call it: `fkl`, `x-fkl (frozen)`, `jsd(0.5) + 0.5 nll`."""
+def name_of(settings: Distill, sampled: bool) -> str:
+    """The objective as the tables call it: `fkl`, `x-fkl (frozen)`, `jsd(0.5) + 0.5 nll`; a tail that is not auto's."""
     weight = _mixture(settings)
     name = settings.objective + ("" if weight is None else f"({weight:g})")
-    name += "" if settings.tail == "bucket" or settings.objective in TOKEN_OBJECTIVES else f" {settings.tail}"
+    usual = settings.tail in ("auto", _usual_tail(sampled))
+    name += "" if usual or settings.objective in TOKEN_OBJECTIVES else f" {settings.tail}"
     name += f" + {settings.nll_weight:g} nll" if settings.nll_weight else ""
     return name if settings.reward == "none" else f"x-{name} ({settings.reward})"
+
+
+def _usual_tail(sampled: bool) -> str:
+    """What tail: auto stands for."""
+    return "sampled" if sampled else "bucket"
+
+
+def _require_support(settings: Distill, selection: Selection, sampled: bool) -> None:
+    """Raises UserError where the loss is for another support than the cache keeps."""
+    if settings.tail == "sampled" and not sampled and settings.objective not in TOKEN_OBJECTIVES:
+        raise UserError(
+            f"distill.tail: sampled needs sampled tokens, and {selection.folder} keeps a plain top k "
+            "(generate.support: topk): use distill.tail=auto, or generate with generate.support=sampled"
+        )
 
 
 def _mixture(settings: Distill) -> float | None:
@@ -216,11 +234,14 @@ def _require_vocabulary(size: int, rows: dict[str, TeacherRows], student: Path) 
             )
 
 
-def _learner(settings: Distill, student, posterior: RewardPosterior | None, inputs: RewardInputs) -> StudentLearner:
+def _learner(
+    settings: Distill, student, posterior: RewardPosterior | None, inputs: RewardInputs, sampled: bool
+) -> StudentLearner:
     on_tokens = settings.objective in TOKEN_OBJECTIVES
+    tail = _usual_tail(sampled) if settings.tail == "auto" else settings.tail
     return StudentLearner(
         student,
-        None if on_tokens else sparse_divergence(settings.objective, _mixture(settings) or 0.0, settings.tail),
+        None if on_tokens else sparse_divergence(settings.objective, _mixture(settings) or 0.0, tail),
         nll_weight=settings.nll_weight + on_tokens,
         td=None if settings.reward == "none" else settings.td,
         reward="given" if settings.reward in ("frozen", "shuffled") else settings.reward,
@@ -263,8 +284,9 @@ def _write_curves(settings: Distill, history: list[dict], scale: float, out: Pat
     return found | {"train_loss": training[-1]["loss"]} if training else found
 
 
-def _card(settings: Distill, selection: Selection, metrics: dict, started_from: str) -> str:
-    teacher = selection.teacher
+def _card(settings: Distill, selection: Selection, metrics: dict, started_from: str, sampled: bool) -> str:
+    teacher, k = selection.teacher, selection.k
+    kept = f"{k} sampled tokens" if sampled else f"top {k} tokens"
     lines = [
         "---",
         "library_name: transformers",
@@ -272,9 +294,9 @@ def _card(settings: Distill, selection: Selection, metrics: dict, started_from: 
         "---",
         "# Distilled student",
         "",
-        f"- Objective: {name_of(settings)}",
+        f"- Objective: {metrics['objective']}",
         f"- Teacher: {teacher['name'] or 'local model'}, identity `{teacher['identity']}`",
-        f"- Cached responses: {metrics['samples']:,} (training), top {selection.manifest['k']} tokens a position",
+        f"- Cached responses: {metrics['samples']:,} (training), {kept} per position",
         f"- Started from: model `{started_from}`",
         f"- Training: {settings.optimisation.steps} steps of {settings.optimisation.batch_size} responses",
         *([f"- LoRA: rank {settings.lora.rank}, alpha {settings.lora.alpha:g}, merged"] if settings.lora.rank else []),

@@ -84,8 +84,8 @@ class Distill(Section):
     """Mixture weight of jsd (0 is fkl, 1 is rkl)."""
     alpha: Annotated[Float, Field(gt=0, lt=1)] = 0.1
     """Mixture weight of skew_fkl and skew_rkl: that of the first-named distribution (DistiLLM)."""
-    tail: Literal["bucket", "renorm", "teacher_renorm", "truncate"] = "bucket"
-    """Mass outside the teacher's top k: one more outcome, renormalised on both sides or the teacher's, left out."""
+    tail: Literal["auto", "sampled", "bucket", "renorm", "teacher_renorm", "truncate"] = "auto"
+    """Mass outside the kept tokens; auto: an unbiased estimate (sampled) of sampled rows, else one outcome (bucket)."""
     nll_weight: NonNegativeFloat = 0.0
     """Weight of the negative log-likelihood of the teacher's tokens, added to the loss."""
     reward: Literal["none", "frozen", "joint", "scratch", "zero", "shuffled"] = "frozen"
