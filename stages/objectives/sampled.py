@@ -110,21 +110,26 @@ def _reverse_kl(teacher: TopK, student: SparseLogprobs) -> Tensor:
     """KL(S || T) over the kept tokens, the response's own where it is not kept, and the rest.
 
     r log r of a ratio r grows faster than linearly, so there is no estimate of little variance. The rest is what the
-    other two leave of the mass outside the kept tokens, on either side: its error is small against that mass, not
-    against itself.
+    response's own token leaves of the mass outside the kept ones.
     """
     if teacher.own is None:
-        raise ValueError("rkl on rows of sampled tokens needs the teacher's log-probability of the response's own")
+        raise ValueError("rkl on sampled tokens needs the teacher's log-probability of the response's own token")
     impossible = torch.isneginf(teacher.logprobs)
     silent = impossible.all(-1, keepdim=True)
     student = outside_too(student, impossible) if impossible.any() else student
-    eps = torch.finfo(student.outside.dtype).eps
-    own = teacher.own.to(student.outside.dtype)
-    rest = (tail_mass(teacher) - own.exp()).clamp_min(eps).masked_fill(torch.isneginf(student.outside), 0)
+    own = teacher.own.to(teacher.logprobs.dtype)
+    tail = torch.maximum(tail_mass(teacher).log(), own)  # which rounding may put below it
+    rest = _difference(tail, own).masked_fill(torch.isneginf(student.outside), -torch.inf)
     said = student.label.masked_fill(torch.isneginf(own), -torch.inf)
-    share = (said - student.outside.clamp_min(torch.finfo(own.dtype).min)).exp().clamp_max(1 - eps)
     sides = (
-        normalised(torch.cat([teacher.logprobs, own[:, None], rest.log()[:, None]], -1)),
-        torch.cat([student.inside, said[:, None], (student.outside + torch.log1p(-share))[:, None]], -1),
+        normalised(torch.cat([teacher.logprobs, own[:, None], rest[:, None]], -1)),
+        torch.cat([student.inside, said[:, None], _difference(student.outside, said)[:, None]], -1),
     )
     return reverse_kl(*(side.masked_fill(silent, -torch.inf) for side in sides))
+
+
+def _difference(whole: Tensor, part: Tensor) -> Tensor:
+    """log(exp(whole) - exp(part)), part <= whole: to the precision of the whole, and not below it."""
+    limits = torch.finfo(whole.dtype)
+    share = (part - whole.clamp_min(limits.min)).exp()
+    return whole + torch.log1p(-share.clamp_max(1 - limits.eps))
