@@ -87,10 +87,10 @@ def every_support(p: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """All supports of k tokens that p [V] can have: how often each comes [M], tokens [M, k] by id, and tau [].
 
     Between two offsets of the grid at which a token comes in or goes out, the support is one and the same. tau is 0
-    where at most k tokens have any mass; then there is one support.
+    where fewer than k tokens have any mass, or there are no more; then there is one support.
     """
     ordered = p.sort(descending=True, stable=True)
-    if k >= len(p) or ordered.values[k:].sum() == 0:
+    if k >= len(p) or ordered.values[k - 1] == 0:
         return p.new_ones(1), ordered.indices[:k].sort().values[None], p.new_zeros(())
     taus = [ordered.values[j:].sum() / (k - j) for j in range(k)]
     tau = next(tau for j, tau in enumerate(taus) if ordered.values[j] <= tau)
