@@ -24,7 +24,7 @@ from pipeline.supports import systematic
 from stages.batches import collate
 from stages.closeness import LogitSource
 from stages.objectives.divergences import forward_kl
-from stages.objectives.head import TopK
+from stages.objectives.logprobs import TopK
 from stages.objectives.sparse import sparse_divergence
 from stages.rows import from_rows
 from tests.references import sparse_logprobs
