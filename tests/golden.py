@@ -1,17 +1,23 @@
-"""Check the objectives against a file of expected values: `python -m tests.golden FILE`.
+"""Check the objectives, or sampled supports, against a file of expected values: `python -m tests.golden FILE`.
 
-Prints the largest error of each section; exits with 1 above 1e-6 and on a missing or unknown section or key.
+A file of objectives has a section for each of them, a file of supports the one section `cases`. Prints the largest
+error of each section; exits with 1 above 1e-6 and on a missing or unknown section or key.
 """
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from pipeline.supports import systematic, weighted
 from stages.objectives import avril, minillm
-from stages.objectives.divergences import jsd
+from stages.objectives.divergences import DIVERGENCES, jsd
+from stages.objectives.logprobs import TopK
 from stages.objectives.outcomes import dense
+from stages.objectives.sparse import sparse_divergence
+from tests.references import sparse_logprobs
 
 TOLERANCE = 1e-6
 
@@ -64,7 +70,32 @@ def _minillm_advantages(case: dict) -> float:
     return _error(found, case["advantages"])
 
 
-CHECKS = {
+def _support(case: dict) -> float:
+    """The kept tokens and their weights, and of each divergence the estimate they give and the dense value."""
+    teacher, student = _tensor([case["teacher_logprobs"]]), _tensor([case["student_logprobs"]])
+    drawn = systematic(teacher.exp(), case["slots"], _tensor([case["offset"]]))
+    kept = drawn.places.sort(-1).values
+    if kept[0].tolist() != case["kept"]:
+        raise ValueError(f"tokens {case['kept']} expected, {kept[0].tolist()} found")
+    rows = TopK(kept, teacher.gather(-1, kept), drawn.tau)
+    seen = sparse_logprobs(student, kept, torch.zeros(1))
+    errors = [_error(drawn.tau[0], case["tau"]), _error(weighted(rows.logprobs, rows.tau)[1][0], case["weights"])]
+    for values, of in (
+        (case["estimates"], lambda name, weight: sparse_divergence(name, weight, "sampled")(rows, seen)),
+        (case["dense"], lambda name, weight: DIVERGENCES[name](*dense(teacher, student), weight)),
+    ):
+        if values.keys() != _ESTIMATES.keys():
+            raise ValueError(f"divergences {sorted(_ESTIMATES)} expected, {sorted(values)} found")
+        errors += [_error(of(*_ESTIMATES[key])[0], value) for key, value in values.items()]
+    return max(errors)
+
+
+# key -> divergence, weight of its mixture
+_ESTIMATES = {"fkl": ("fkl", 0.0), "tvd": ("tvd", 0.0)}
+_ESTIMATES |= {f"{name}_0.1": (name, 0.1) for name in ("skew_fkl", "skew_rkl")}
+_ESTIMATES |= {f"jsd_{beta}": ("jsd", beta) for beta in (0.1, 0.5, 0.9)}
+
+OBJECTIVES = {
     "generalized_jsd": (
         _generalized_jsd,
         {"beta", "temperature", "student_logits", "teacher_logits", "mask", "loss_mean_over_unmasked_tokens"},
@@ -79,30 +110,36 @@ CHECKS = {
         {"gamma", "length_normalization", "student_logprobs", "teacher_logprobs", "advantages"},
     ),
 }  # fmt: skip
+SUPPORTS = {
+    "cases": (
+        _support,
+        {"teacher_logprobs", "student_logprobs", "slots", "offset", "kept", "tau", "weights", "estimates", "dense"},
+    )
+}
 
 
 def check(golden: dict) -> tuple[dict[str, float], list[str]]:
     """Largest error a section, and everything that is wrong with the file."""
     if not isinstance(golden, dict):
         return {}, ["the file is not an object of sections"]
-    problems = [f"missing section {name}" for name in CHECKS.keys() - golden.keys()]
-    problems += [f"unknown section {name}" for name in golden.keys() - CHECKS.keys()]
+    checks = SUPPORTS if golden.keys() & SUPPORTS.keys() else OBJECTIVES
+    problems = [f"missing section {name}" for name in checks.keys() - golden.keys()]
+    problems += [f"unknown section {name}" for name in golden.keys() - checks.keys()]
     errors: dict[str, float] = {}
-    for name in golden.keys() & CHECKS.keys():
+    for name in golden.keys() & checks.keys():
         cases = golden[name]
         if not isinstance(cases, list) or not cases:
             problems.append(f"{name} is empty or no list")
             continue
-        found = [_case(name, number, case, problems) for number, case in enumerate(cases)]
+        found = [_case(*checks[name], f"{name}[{number}]", case, problems) for number, case in enumerate(cases)]
         errors[name] = max(found)
         if errors[name] > TOLERANCE:
             problems.append(f"{name}[{found.index(errors[name])}]: error {errors[name]:.1e} above {TOLERANCE:.0e}")
     return errors, sorted(problems)
 
 
-def _case(name: str, number: int, case: dict, problems: list[str]) -> float:
+def _case(run: Callable[[dict], float], keys: set[str], name: str, case: dict, problems: list[str]) -> float:
     """The error of one case; infinite, and named in `problems`, where it cannot be computed."""
-    run, keys = CHECKS[name]
     try:
         if case.keys() != keys:
             odd = [f"missing key {key}" for key in keys - case.keys()]
@@ -110,7 +147,7 @@ def _case(name: str, number: int, case: dict, problems: list[str]) -> float:
             raise ValueError(", ".join(sorted(odd)))
         return run(case)
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        problems.append(f"{name}[{number}]: {error}")
+        problems.append(f"{name}: {error}")
         return float("inf")
 
 

@@ -13,7 +13,7 @@ from stages.objectives.outcomes import dense
 from tests import golden
 from tests.references import divergence, random_logits
 
-SHARED_GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "objectives.json"
+SHARED_GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 
 
 def test_golden_values_are_matched():
@@ -67,10 +67,74 @@ def test_the_golden_check_fails_on_wrong_values_and_on_unknown_or_missing_parts(
     assert any("extra" in problem for problem in problems)
 
 
-@pytest.mark.skipif(not SHARED_GOLDEN.exists(), reason="the golden file lies beside the project, not in it")
-def test_the_shared_golden_file_is_matched(capsys):
-    assert golden.main(str(SHARED_GOLDEN)) == 0
-    assert len(json.loads(SHARED_GOLDEN.read_text())) == len(capsys.readouterr().out.splitlines()) == 3
+def supports_case() -> dict:
+    """Two slots, tau = .5: of masses 1/2, 1/4, 1/8, 1/8 on a grid that begins at .3 / 2, the first and the third."""
+    p, s, w = (0.5, 0.125), (0.25, 0.25), (0.5, 0.5)
+    kept = list(zip(p, s, w, strict=True))
+
+    def jsd(beta: float) -> float:
+        of_teacher = sum(w * math.log(p / (beta * p + (1 - beta) * s)) for p, s, w in kept)
+        of_student = sum(w / p * s * math.log(1 + beta * p / ((1 - beta) * s)) for p, s, w in kept)
+        return beta * of_teacher + (1 - beta) * (-math.log(1 - beta) - of_student)
+
+    whole = torch.tensor([0.5, 0.25, 0.125, 0.125]).double(), torch.full((4,), 0.25).double()
+    names = {"fkl": ("fkl", 0), "tvd": ("tvd", 0), "skew_fkl_0.1": ("skew_fkl", 0.1), "skew_rkl_0.1": ("skew_rkl", 0.1)}
+    names |= {f"jsd_{beta}": ("jsd", beta) for beta in (0.1, 0.5, 0.9)}
+    return {
+        "teacher_logprobs": whole[0].log().tolist(), "student_logprobs": whole[1].log().tolist(), "slots": 2,
+        "offset": 0.3, "kept": [0, 2], "tau": 0.5, "weights": [0.5, 0.5],
+        "estimates": {
+            "fkl": 0.0, "tvd": 1 - (0.25 + 0.5),
+            "skew_fkl_0.1": sum(w * math.log(p / (0.1 * p + 0.9 * s)) for p, s, w in kept),
+            "skew_rkl_0.1": -math.log(0.1) - sum(w / p * s * math.log(1 + 0.9 * p / (0.1 * s)) for p, s, w in kept),
+            **{f"jsd_{beta}": jsd(beta) for beta in (0.1, 0.5, 0.9)},
+        },
+        "dense": {key: divergence(name, *whole, weight).item() for key, (name, weight) in names.items()},
+    }  # fmt: skip
+
+
+def test_golden_supports_are_matched():
+    errors, problems = golden.check({"cases": [supports_case()]})
+    assert not problems and errors["cases"] < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"kept": [0, 1]}, "tokens [0, 1] expected, [0, 2] found"),
+        ({"offset": 0.1}, "tokens [0, 2] expected"),
+        ({"tau": 0.4}, "error 1.0e-01"),
+        ({"weights": [0.5, 0.4]}, "error 1.0e-01"),
+        ({"weights": [0.5]}, "shape (1,) expected, (2,) found"),
+        ({"estimates": supports_case()["estimates"] | {"fkl": 0.5}}, "error 5.0e-01"),
+        ({"estimates": {"fkl": 0.0}}, "divergences ["),
+        ({"dense": supports_case()["dense"] | {"rkl": 0.0}}, "divergences ["),
+        ({"dense": supports_case()["dense"] | {"tvd": float("nan")}}, "error inf"),
+        ({"slots": None}, "cases[1]: "),
+        ({"seed": 1}, "unknown key seed"),
+    ],
+)
+def test_the_golden_check_of_supports_fails_on_whatever_is_wrong(change, problem):
+    _, problems = golden.check({"cases": [supports_case(), supports_case() | change]})
+    assert len(problems) == 1 + problem.startswith(("tokens", "shape", "divergences", "cases", "unknown"))
+    assert any(problem in found for found in problems), problems
+
+
+def test_the_golden_check_of_supports_fails_on_missing_keys_and_other_sections():
+    case = supports_case()
+    del case["tau"]
+    _, problems = golden.check({"cases": [case], "avril": []})
+    assert "cases[0]: missing key tau" in problems and "unknown section avril" in problems
+    assert golden.check({"cases": []})[1] == ["cases is empty or no list"]
+
+
+@pytest.mark.parametrize(("name", "sections"), [("objectives.json", 3), ("supports.json", 1)])
+def test_the_shared_golden_files_are_matched(capsys, name, sections):
+    path = SHARED_GOLDEN / name
+    if not path.exists():
+        pytest.skip("the golden files lie beside the project, not in it")
+    assert golden.main(str(path)) == 0
+    assert len(json.loads(path.read_text())) == len(capsys.readouterr().out.splitlines()) == sections
 
 
 @pytest.mark.parametrize(
