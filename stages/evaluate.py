@@ -61,7 +61,7 @@ def evaluate(
     selection = Selection(selection_path, store)
     answered = None if answers_path is None else Selection(answers_path, store)
     rows = []
-    if "validation" in selection.parts and selection.spoken:
+    if "validation" in selection.parts and selection.support:
         rows = list(selection.rows("validation"))
     teacher = live_teacher(params.generate, selection, params.evaluate.kl) if rows else None
     held_out = HeldOut(rows, teacher, params.evaluate.batch_size)
