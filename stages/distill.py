@@ -64,8 +64,9 @@ def distill(
     sampled = selection.support == "sampled"
     name = name_of(settings, sampled)
     if settings.objective not in TOKEN_OBJECTIVES or settings.reward != "none":
-        selection.require_teacher(name, settings.objective not in TOKEN_OBJECTIVES)
-    _require_support(settings, selection, sampled)
+        selection.require_teacher(name)
+    if settings.objective not in TOKEN_OBJECTIVES:
+        _require_tokens(settings, selection, sampled)
     tokenizer = load_tokenizer(student_path)
     require_same_tokenizer(selection.teacher["tokenizer"], tokenizer, student_path)
     scored = _opened_scored(selection, scored_path, store) if settings.objective == "sft" else None
@@ -179,9 +180,15 @@ def _usual_tail(sampled: bool) -> str:
     return "sampled" if sampled else "bucket"
 
 
-def _require_support(settings: Distill, selection: Selection, sampled: bool) -> None:
-    """Raises UserError where the loss is for another support than the cache keeps."""
-    if settings.tail == "sampled" and not sampled and settings.objective not in TOKEN_OBJECTIVES:
+def _require_tokens(settings: Distill, selection: Selection, sampled: bool) -> None:
+    """Raises UserError where the cache does not keep the tokens of the teacher that a loss needs."""
+    if selection.k == 0:
+        raise UserError(
+            f"distill.objective: {settings.objective} compares tokens of the teacher's distribution, and "
+            f"{selection.folder} keeps none of them (generate.k: 0): generate with a larger generate.k, or use "
+            "distill.objective=seqkd"
+        )
+    if settings.tail == "sampled" and not sampled:
         raise UserError(
             f"distill.tail: sampled needs sampled tokens, and {selection.folder} keeps a plain top k "
             "(generate.support: topk): use distill.tail=auto, or generate with generate.support=sampled"
