@@ -66,7 +66,7 @@ def distill(
     if settings.objective not in TOKEN_OBJECTIVES or settings.reward != "none":
         selection.require_teacher(name)
     if settings.objective not in TOKEN_OBJECTIVES:
-        _require_tokens(settings, selection, sampled)
+        require_tokens(settings, selection, sampled)
     tokenizer = load_tokenizer(student_path)
     require_same_tokenizer(selection.teacher["tokenizer"], tokenizer, student_path)
     scored = _opened_scored(selection, scored_path, store) if settings.objective == "sft" else None
@@ -180,7 +180,7 @@ def _usual_tail(sampled: bool) -> str:
     return "sampled" if sampled else "bucket"
 
 
-def _require_tokens(settings: Distill, selection: Selection, sampled: bool) -> None:
+def require_tokens(settings: Distill, selection: Selection, sampled: bool) -> None:
     """Raises UserError where the cache does not keep the tokens of the teacher that a loss needs."""
     if selection.k == 0:
         raise UserError(
