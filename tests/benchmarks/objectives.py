@@ -1,7 +1,9 @@
 """What the objectives cost: one training step of the head, in time and memory, against cross-entropy and dense logits.
 
-`python -m tests.benchmarks.objectives OUT.json`: every case runs in a process of its own; times are the median of
-interleaved repetitions, memory is the peak of the process above what its inputs take. About 10 minutes on two cores.
+`python -m tests.benchmarks.objectives OUT.json [topk|sampled|dense]`: all cases, or those of a top k or of sampled
+tokens against cross-entropy, or those against dense logits. Every case runs in a process of its own; times are the
+median of interleaved repetitions, memory is the peak of the process above what its inputs take. About 15 minutes on two
+cores.
 Bars (exit code 1 where one is missed): at most 1.15 times the time and 1.2 times the memory of cross-entropy through
 the same chunked head; at V = 50k at least 2 times faster and 3 times smaller than dense logits.
 """
@@ -12,11 +14,12 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from pipeline.supports import systematic
 from stages.objectives.avril import gaussian_nll, td_residual
 from stages.objectives.divergences import DIVERGENCES
 from stages.objectives.head import Head, Scores, chunked_loss
@@ -26,21 +29,32 @@ from stages.objectives.sparse import sparse_divergence
 
 HIDDEN, POSITIONS, REPETITIONS = 512, 1024, 5
 TIME_BAR, MEMORY_BAR, DENSE_TIME_BAR, DENSE_MEMORY_BAR = 1.15, 1.2, 2.0, 3.0
-COSTLIEST = ("fkl", "jsd", "skew_rkl", "x-fkl")  # whose memory is measured, and all that is above V = 10k
-SIZES = [(1_000, 8), (1_000, 128), (10_000, 32), (50_000, 8), (50_000, 64), (50_000, 128), (150_000, 8), (150_000, 128)]
+COSTLIEST = ("fkl", "jsd", "skew_rkl", "x-fkl")  # of a top k: whose memory is measured, and all that is above V = 10k
+SIZES = {
+    "topk": [
+        (1_000, 8), (1_000, 128), (10_000, 32), (50_000, 8), (50_000, 64), (50_000, 128), (150_000, 8), (150_000, 128),
+    ],
+    "sampled": [(1_000, 16), (1_000, 32), (10_000, 16), (10_000, 32), (50_000, 16), (50_000, 32), (150_000, 16)],
+}  # fmt: skip
 Step = Callable[[], None]
 
 
 class Inputs:
-    """States, a head, labels, a teacher of k tokens a position, and frozen rewards."""
+    """States, a head, labels, a teacher of k tokens a position (its likeliest, or sampled), and frozen rewards."""
 
-    def __init__(self, vocabulary: int, k: int):
+    def __init__(self, vocabulary: int, k: int, sampled: bool):
         torch.manual_seed(0)
         self.states = torch.randn(POSITIONS, HIDDEN, requires_grad=True)
         self.weight = (torch.randn(vocabulary, HIDDEN) * 2 * HIDDEN**-0.5).requires_grad_()
         self.labels = torch.randint(vocabulary, (POSITIONS,))
-        values, ids = torch.log_softmax(self.teacher_logits(vocabulary, 1), -1).topk(k, -1)
-        self.teacher = TopK(*(x.repeat(POSITIONS // 64, 1) for x in (ids, values)))
+        logprobs, times = torch.log_softmax(self.teacher_logits(vocabulary, 1), -1), POSITIONS // 64
+        values, ids = logprobs.topk(k, -1)
+        self.teacher = TopK(ids.repeat(times, 1), values.repeat(times, 1))
+        if sampled:
+            ids, tau = systematic(logprobs.exp(), k, torch.rand(64, dtype=torch.float64))
+            own = logprobs[torch.arange(POSITIONS) % 64, self.labels]
+            values = logprobs.gather(-1, ids)
+            self.teacher = TopK(ids.repeat(times, 1), values.repeat(times, 1), tau.repeat(times), own=own)
         self.mu, self.log_sigma = torch.randn(2, POSITIONS)
         self.followed = torch.arange(POSITIONS) % 32 != 31  # responses of 32 tokens
 
@@ -125,73 +139,89 @@ def peak_above(step: Step) -> int:
     return status("VmHWM") - before
 
 
-def variants(against_dense: bool) -> list[tuple[str, str, bool, str]]:
-    """(label, objective, X-, tail)"""
-    found = [(name, name, False, "bucket") for name in DIVERGENCES] + [("x-fkl", "fkl", True, "bucket")]
-    if against_dense:
-        return [*found, ("x-jsd", "jsd", True, "bucket")]
-    return [*found, *((f"fkl {tail}", "fkl", False, tail) for tail in TAILS if tail != "bucket")]
+def variants(table: str) -> list[tuple[str, str, bool, str]]:
+    """(label, objective, X-, tail) of one of the tables `topk`, `sampled` and `dense`."""
+    tail = "sampled" if table == "sampled" else "bucket"
+    found = [(name, name, False, tail) for name in DIVERGENCES] + [("x-fkl", "fkl", True, tail)]
+    if table == "dense":
+        found.append(("x-jsd", "jsd", True, tail))
+    if table == "topk":
+        found += [(f"fkl {other}", "fkl", False, other) for other in TAILS if other != tail]
+    return found
 
 
-def measure(kind: str, vocabulary: int, k: int, label: str) -> dict:
+def measure(table: str, kind: str, vocabulary: int, k: int, label: str) -> dict:
     """One case in this process: `time` of all variants, or `memory` of the one named."""
-    inputs = Inputs(vocabulary, k)
-    against_dense = kind.startswith("dense")
-    logits = Inputs.teacher_logits(vocabulary) if against_dense else None
+    inputs = Inputs(vocabulary, k, table == "sampled")
+    logits = Inputs.teacher_logits(vocabulary) if table == "dense" else None
     steps: dict[str, Step] = {"cross-entropy": ours(inputs, None, False)}
-    for name, objective, x, tail in variants(against_dense):
-        if not against_dense and vocabulary > 10_000 and name not in COSTLIEST:
+    for name, objective, x, tail in variants(table):
+        if table == "topk" and vocabulary > 10_000 and name not in COSTLIEST:
             continue
         steps[name] = ours(inputs, objective, x, tail)
-        if against_dense:
+        if table == "dense":
             steps[f"dense {name}"] = whole(inputs, objective, x, logits)
-    if kind.endswith("time"):
+    if kind == "time":
         return median_times(steps)
     steps[label]()  # what the libraries allocate once for these shapes
     inputs.clear()
     return {label: peak_above(steps[label])}
 
 
-def in_process(kind: str, vocabulary: int, k: int, label: str = "") -> dict:
-    command = [sys.executable, "-m", "tests.benchmarks.objectives", "--case", kind, str(vocabulary), str(k), label]
+def in_process(table: str, kind: str, vocabulary: int, k: int, label: str = "") -> dict:
+    case = [table, kind, str(vocabulary), str(k), label]
     # Blocks of 64 KiB and more go back to the system at once, so that resident memory is what is in use.
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536"} if kind.endswith("memory") else {}
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536"} if kind == "memory" else {}
+    command = [sys.executable, "-m", "tests.benchmarks.objectives", "--case", *case]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | allocator)
     return json.loads(done.stdout)
 
 
-def memory(kind: str, vocabulary: int, k: int, labels: list[str]) -> dict[str, int]:
-    return {name: in_process(kind, vocabulary, k, name)[name] for name in labels}
+def memory(table: str, vocabulary: int, k: int, labels: list[str]) -> dict[str, int]:
+    return {name: in_process(table, "memory", vocabulary, k, name)[name] for name in labels}
 
 
-def main(out: Path) -> int:
-    rows, worst = [], {"time": 0.0, "memory": 0.0}
-    for vocabulary, k in SIZES:
-        taken = in_process("time", vocabulary, k)
-        peaks = memory("memory", vocabulary, k, ["cross-entropy", *COSTLIEST])
+def by_cross_entropy(table: str) -> list[dict]:
+    """Time and memory of every objective by cross-entropy's."""
+    rows = []
+    labels = COSTLIEST if table == "topk" else [label for label, *_ in variants(table)]
+    for vocabulary, k in SIZES[table]:
+        taken = in_process(table, "time", vocabulary, k)
+        peaks = memory(table, vocabulary, k, ["cross-entropy", *labels])
+        shown = []
         for label in (label for label in taken if label != "cross-entropy"):
             ratios = {"time": taken[label] / taken["cross-entropy"]}
             if label in peaks:
                 ratios["memory"] = peaks[label] / peaks["cross-entropy"]
-            worst = {name: max(worst[name], ratios.get(name, 0.0)) for name in worst}
-            rows.append({"vocabulary": vocabulary, "k": k, "objective": label, **ratios})
-        some = [row for row in rows if (row["vocabulary"], row["k"]) == (vocabulary, k)]
-        shown = ", ".join(
-            f"{row['objective']} {row['time']:.2f}" + (f"/{row['memory']:.2f}" if "memory" in row else "")
-            for row in some
+            rows.append({"support": table, "vocabulary": vocabulary, "k": k, "objective": label, **ratios})
+            shown.append(f"{label} " + "/".join(f"{ratio:.2f}" for ratio in ratios.values()))
+        print(
+            f"{table}, V {vocabulary:,}, k {k}: time/memory by cross-entropy's ({taken['cross-entropy']:.3f} s): "
+            + ", ".join(shown),
+            flush=True,
         )
-        seconds = taken["cross-entropy"]
-        print(f"V {vocabulary:,}, k {k}: time/memory by cross-entropy's ({seconds:.3f} s): {shown}", flush=True)
-    dense_rows = []
-    taken, names = in_process("dense-time", 50_000, 64), [label for label, *_ in variants(True)]
-    peaks = memory("dense-memory", 50_000, 64, [n for label in names for n in (label, f"dense {label}")])
+    return rows
+
+
+def by_dense() -> list[dict]:
+    """How much faster and smaller every objective is than from dense logits."""
+    rows, names = [], [label for label, *_ in variants("dense")]
+    taken = in_process("dense", "time", 50_000, 64)
+    peaks = memory("dense", 50_000, 64, [n for label in names for n in (label, f"dense {label}")])
     for label in names:
         row = {"objective": label, "faster": taken[f"dense {label}"] / taken[label]}
         row["smaller"] = peaks[f"dense {label}"] / peaks[label]
-        dense_rows.append(row)
+        rows.append(row)
         print(
             f"V 50,000, k 64: {label} {row['faster']:.2f} times faster, {row['smaller']:.1f} times smaller than dense"
         )
+    return rows
+
+
+def main(out: Path, tables: Sequence[str]) -> int:
+    rows = [row for table in tables if table != "dense" for row in by_cross_entropy(table)]
+    dense_rows = by_dense() if "dense" in tables else []
+    worst = {name: max((row.get(name, 0.0) for row in rows), default=0.0) for name in ("time", "memory")}
     missed = [row for row in rows if row["time"] > TIME_BAR or row.get("memory", 0) > MEMORY_BAR]
     missed += [row for row in dense_rows if row["faster"] < DENSE_TIME_BAR or row["smaller"] < DENSE_MEMORY_BAR]
     setting = {"hidden": HIDDEN, "positions": POSITIONS, "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -204,9 +234,9 @@ def main(out: Path) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 6 and sys.argv[1] == "--case":
-        print(json.dumps(measure(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])))
-    elif len(sys.argv) == 2:
-        sys.exit(main(Path(sys.argv[1])))
+    if len(sys.argv) == 7 and sys.argv[1] == "--case":
+        print(json.dumps(measure(*sys.argv[2:4], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6])))
+    elif len(sys.argv) == 2 or (len(sys.argv) == 3 and sys.argv[2] in (*SIZES, "dense")):
+        sys.exit(main(Path(sys.argv[1]), sys.argv[2:] or [*SIZES, "dense"]))
     else:
-        sys.exit("usage: python -m tests.benchmarks.objectives OUT.json")
+        sys.exit("usage: python -m tests.benchmarks.objectives OUT.json [topk|sampled|dense]")
