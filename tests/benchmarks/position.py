@@ -37,7 +37,7 @@ def plot(p: torch.Tensor, kept: torch.Tensor, weights: torch.Tensor, tau: float,
     at, own, k = rank[kept], p[kept], len(kept)
     certain, lowest = own > tau, float(own.min()) / 8
     shown = torch.logspace(0, math.log10(int((p >= lowest).sum())), 400).long().unique() - 1
-    with matplotlib.rc_context({"svg.hashsalt": "xkd", "font.size": 9}):
+    with matplotlib.rc_context({"svg.hashsalt": "xkd", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure((7, 3.6), layout="constrained")
         axes = figure.subplots()
         axes.loglog(shown + 1, ordered.values[shown], color="0.6", lw=1, label="all tokens of the teacher")
