@@ -50,13 +50,16 @@ def test_capture_compares_runs_that_draw_the_same_tokens(given, texts):
     request, wanted = to_draw(given, teacher)
     engine, asks = start(teacher, request, wanted), [each.ask() for each in wanted]
     runs = {
-        "answers": lambda: capture.draw_answers(engine, asks, request.sampling, 8),
+        "sampled": lambda: capture.draw_answers(engine, asks, request.sampling, 8, "sampled"),
+        "topk": lambda: capture.draw_answers(engine, asks, request.sampling, 8, "topk"),
         "shards": lambda: capture.write_shards(engine, teacher, request, wanted),
     }
     rates = capture.take_turns(runs, 2)
-    assert {name: len(found) for name, found in rates.items()} == {"answers": 2, "shards": 2}
-    with pytest.raises(ValueError, match="less drew other tokens than answers for 1 of 10"):
-        capture.take_turns(runs | {"less": lambda: capture.draw_answers(engine, asks[1:], request.sampling, 8)}, 1)
+    assert {name: len(found) for name, found in rates.items()} == {"sampled": 2, "topk": 2, "shards": 2}
+    with pytest.raises(ValueError, match="less drew other tokens than sampled for 1 of 10"):
+        capture.take_turns(
+            runs | {"less": lambda: capture.draw_answers(engine, asks[1:], request.sampling, 8, "topk")}, 1
+        )
 
 
 def test_capture_takes_ratios_within_a_repetition():

@@ -1,6 +1,7 @@
 """What holds for the vLLM engine: the numbers of transformers, whatever the batch and however the model is split."""
 
 import importlib.util
+import inspect
 import os
 import pickle
 import runpy
@@ -19,6 +20,7 @@ from pipeline.shards.schema import value_fault
 from pipeline.shards.selection import Selection
 from pipeline.teachers import Answer, Ask, EngineDead, Failure, Loading, open_engine
 from pipeline.teachers.hf import HfEngine
+from pipeline.teachers.kept import kept
 from stages.asking import Teacher, sampling_request
 from stages.generate import generate
 from tests.conftest import ROOT, make_params, make_prompts
@@ -247,6 +249,59 @@ def test_where_the_hook_does_not_act_vllm_gives_log_probabilities_and_no_lse(vll
             list(ask())
     vllm._hook()
     assert vllm.hooked
+
+
+@pytest.mark.parametrize("support", ["topk", "sampled"])
+def test_a_hook_that_is_not_given_the_logits_or_makes_rows_of_another_kind_does_not_act(vllm, monkeypatch, support):
+    """A vLLM that computes log-probabilities in another way, and weights of either support that do not sum to 1."""
+    (sampler,) = vllm.llm.collective_rpc(lambda worker: worker.model_runner.sampler)
+    assert vllm._hook_acts()
+    with monkeypatch.context() as patched:
+        patched.setattr(sampler, "compute_logprobs", type(sampler).compute_logprobs)
+        assert not vllm._hook_acts()
+    with monkeypatch.context() as patched:
+
+        def heavier(logits, tokens, k, asked, vocabulary):
+            found = kept(logits, tokens, k, asked, vocabulary)
+            return found._replace(rest=found.rest + 0.1) if asked == support else found
+
+        patched.setattr("pipeline.teachers.vllm.kept", heavier)
+        assert not vllm._hook_acts()
+    assert vllm._hook_acts()
+
+
+def test_the_hook_of_the_second_model_runner_makes_the_same_rows(monkeypatch):
+    """Its scores are a Triton kernel's, for which a machine without GPU has a stand-in here; its modules are vLLM's."""
+    from vllm.v1.outputs import LogprobsTensors
+    from vllm.v1.worker.gpu.sample import prompt_logprob, sampler
+
+    from pipeline.teachers.vllm import Capture, _patch_v2
+
+    names = ["logits", "num_logprobs", "sampled_token_ids", "cu_num_logits"]
+    assert list(inspect.signature(sampler.compute_topk_scores).parameters)[:4] == names
+
+    def compute(logits, num_logprobs, sampled_token_ids, cu_num_logits=None, **options):
+        ids = torch.cat([sampled_token_ids[:, None], logits.topk(num_logprobs).indices], 1)
+        return LogprobsTensors(ids, logits.log_softmax(-1).gather(-1, ids), sampled_token_ids * 0 + 7, cu_num_logits)
+
+    for module in (sampler, prompt_logprob):
+        monkeypatch.setattr(module, "compute_topk_scores", compute)
+    worker = Capture()
+    worker.xkd_keep("sampled", 40)
+    restore = _patch_v2(worker)
+    generator = torch.Generator().manual_seed(0)
+    logits, tokens = torch.randn(6, 44, generator=generator).bfloat16(), torch.arange(6)
+    for module in (sampler, prompt_logprob):
+        rows = module.compute_topk_scores(logits, 5 + 3, tokens, [0, 6], logits_mode=False)
+        assert rows.cu_num_generated_tokens == [0, 6] and (rows.selected_token_ranks == 7).all()
+        found = kept(logits, tokens, 5, "sampled", 40)
+        expected = torch.cat([found.logprobs[:, None], found.values, torch.stack(found[3:], 1)], 1)
+        assert (rows.logprobs == expected).all() and (rows.logprob_token_ids[:, 1:6] == found.ids).all()
+        assert (rows.logprob_token_ids[:, [0, 6, 7, 8]] == tokens[:, None]).all()
+        own = module.compute_topk_scores(logits, 2, tokens)  # a request of vLLM's own
+        assert own.logprobs.shape == (6, 3) and (own.logprobs <= 0).all()
+    restore()
+    assert sampler.compute_topk_scores is prompt_logprob.compute_topk_scores is compute
 
 
 def test_engines_fill_the_store_with_the_same_rows(vllm, teacher, tmp_path):
