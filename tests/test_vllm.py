@@ -307,7 +307,7 @@ def test_the_hook_of_the_second_model_runner_makes_the_same_rows(monkeypatch):
 def test_engines_fill_the_store_with_the_same_rows(vllm, teacher, tmp_path):
     """Greedy and in float32: keys, responses, numbers, and the same tokens in the top k but for near ties."""
     prompts = make_prompts(tmp_path / "prompts.parquet", train=20, validation=6)
-    greedy = ("generate.temperature=0", "generate.samples=1", "generate.dtype=float32")
+    greedy = ("generate.temperature=0", "generate.samples=1", "generate.dtype=float32", "generate.support=topk")
     generate(
         make_params(teacher, *greedy, "generate.engine=vllm"), prompts, tmp_path / "v", tmp_path / "1", engine=vllm
     )
