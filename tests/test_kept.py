@@ -82,6 +82,23 @@ def test_the_mass_outside_a_top_k_of_a_peaked_position_is_exact():
     assert tail == pytest.approx(np.exp(-30) + np.exp(-39) + np.exp(-40), rel=1e-5)
 
 
+@pytest.mark.parametrize("support", ["topk", "sampled"])
+def test_the_likeliest_token_of_a_peaked_position_keeps_its_log_probability(support):
+    """Near 40 floats are 4e-6 apart, so a difference to the normaliser would be 0."""
+    found = kept(torch.tensor([[40.0, 26.5, 1.0]]), torch.tensor([0]), 1, support)
+    assert found.logprobs.item() == pytest.approx(-np.exp(-13.5), rel=0.05)
+    assert found.values[0, 0] == found.logprobs[0]
+
+
+def test_slots_that_no_mass_is_left_for_go_to_tokens_in_rank_order():
+    """Their probabilities are 0 in float32, their log-probabilities are not."""
+    logits = torch.linspace(-150, -300, 44)[None].flip(-1)
+    logits[0, 7] = 0.0
+    found = kept(logits, torch.tensor([7]), 5, "sampled")
+    assert found.ids[0, 0] == 7 and found.rest == 0
+    assert (found.values.diff() < 0).all() and found.values.isfinite().all()
+
+
 @pytest.mark.parametrize("size, k", SIZES)
 def test_without_a_token_the_normaliser_is_the_real_one_and_all_mass_is_outside(size, k):
     logits, tokens = make_logits(size)
