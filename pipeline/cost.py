@@ -67,14 +67,21 @@ def _cached_numbers(config) -> int:
     return 2 * layers * heads * (width or config.hidden_size // config.num_attention_heads)
 
 
-def bytes_per_token(k: int) -> float:
-    """Bytes that a response token takes in the store with k tokens a position, prompts and text included.
+# Bytes per token: what is there without any token of the teacher's, or as text alone, and the straight lines in k. Of
+# SmolLM2's answers to GSM8K, their ids spread over a vocabulary of 152,064 (docs/cost.md).
+_TEXT, _NO_TOKENS = 5.4, 12.3
+_LINES = {"sampled": (16.5, 3.87), "topk": (18.0, 3.72)}
 
-    A straight line through what `tests/benchmarks/bytes_a_token.py` measured at k = 1 to 128 on SmolLM2's answers to
-    GSM8K (221 tokens each after prompts of 92), their ids spread over a vocabulary of 152,064: 14.4, 40.6, 71.1, 132.4,
-    254.9 and 485.2 bytes. With SmolLM2's own 49,152 ids it was 112.7 at k = 32.
+
+def bytes_per_token(k: int, support: str | None) -> float:
+    """Bytes that a response token takes in the store with k tokens per position, prompts and text included.
+
+    support: sampled or topk; None for text alone. As `tests/benchmarks/bytes_a_token.py` measured.
     """
-    return 12.0 + 3.7 * k
+    if support is None or k == 0:
+        return _TEXT if support is None else _NO_TOKENS
+    start, slope = _LINES[support]
+    return start + slope * k
 
 
 @dataclass(frozen=True)
@@ -82,17 +89,18 @@ class Held:
     """What the shards of one request hold."""
 
     lengths: Mapping[str, int]  # key -> response tokens
-    bytes_per_token: float | None  # with k tokens a position; None where nothing is held
+    bytes_per_token: float | None  # of that k and support; None where nothing is held
 
     @classmethod
-    def of(cls, index: Mapping[str, Iterable[Location]], k: int) -> "Held":
-        """Of an index of the store; shards with another number of tokens a position than k are scaled to k."""
+    def of(cls, index: Mapping[str, Iterable[Location]], k: int, support: str | None) -> "Held":
+        """Of an index of the store; shards of another k or support are scaled."""
         lengths: dict[str, int] = {}
         size, tokens = 0.0, 0
-        for shard, stored in {location.shard: location.k for found in index.values() for location in found}.items():
+        for shard, stored in {each.shard: each for found in index.values() for each in found}.items():
             found = response_lengths(shard)
             lengths |= found
-            size += shard.stat().st_size * bytes_per_token(k) / bytes_per_token(stored)
+            scale = bytes_per_token(k, support) / bytes_per_token(stored.k, stored.support)
+            size += shard.stat().st_size * scale
             tokens += sum(found.values())
         return cls(lengths, size / tokens if tokens else None)
 

@@ -58,7 +58,7 @@ class Teacher:
     k: int  # tokens a position; 0 where no teacher is run
     stops: tuple[int, ...]
     context: Context
-    support: str | None = None  # which tokens: sampled or topk; None where no teacher is run
+    support: str | None  # which tokens: sampled or topk; None where no teacher is run
 
     @classmethod
     def of(cls, settings: Generate) -> "Teacher":

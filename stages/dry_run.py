@@ -211,12 +211,13 @@ def _need(order: Order, held: Held, length: float) -> Need:
 
 
 def _stored_as(order: Order, held: Held, responses: float, prompt_tokens: float, tokens: float) -> Need:
-    return Need(responses, prompt_tokens, tokens, tokens * (held.bytes_per_token or bytes_per_token(order.k)))
+    each = held.bytes_per_token or bytes_per_token(order.k, order.support)
+    return Need(responses, prompt_tokens, tokens, tokens * each)
 
 
 def _estimates(params: Params, orders: Sequence[Order], plan: Plan) -> list[Estimate]:
     """Of every request; tokens to plan for are the first one's."""
-    held = [Held.of(order.index, order.k) for order in orders]
+    held = [Held.of(order.index, order.k, order.support) for order in orders]
     lengths = params.max_tokens, held[0].mean or params.max_tokens
     if not plan.tokens:
         return [Estimate(o, h, *(_need(o, h, length) for length in lengths)) for o, h in zip(orders, held, strict=True)]
@@ -249,7 +250,7 @@ def _show_cost(params: Params, teacher: Teacher, estimates: Sequence[Estimate], 
     rows.append(("response tokens", *(f"{need.response_tokens:,.0f}" for need in needs)))
     rows.append(("bytes in the store", *(console.size(need.store) for need in needs)))
     measured = any(each.held.bytes_per_token for each in estimates)
-    by = "the store's shards" if measured else f"the line for k = {teacher.k}"
+    by = "the store's shards" if measured else f"the line for {teacher.support or 'text'}, k = {teacher.k}"
     held = estimates[0].held
     facts = [
         ("expected length", f"{held.mean:,.1f} tokens, the mean of {len(held.lengths):,} stored responses" if held.mean

@@ -52,7 +52,7 @@ def stored(store: Path, k: int, kind: str = "sample") -> tuple[Held, int]:
     (request,) = [
         path.parent for path in store.glob("*/*/request.json") if json.loads(path.read_text())["kind"] == kind
     ]
-    held = Held.of(RequestFolder(store, request.parent.name, request.name).index(), k)
+    held = Held.of(RequestFolder(store, request.parent.name, request.name).index(), k, "sampled")
     return held, sum(shard.stat().st_size for shard in request.glob("part-*.parquet"))
 
 
@@ -157,7 +157,8 @@ def test_rows_to_rescore_count_with_the_length_that_they_have(teacher, prompts, 
 def test_shards_with_another_k_are_scaled(teacher, prompts, tmp_path, own_store):
     generate(make_params(teacher, "generate.engine=stub"), prompts, tmp_path / "a")
     at_8, at_16 = stored(own_store, k=8)[0], stored(own_store, k=16)[0]
-    assert at_16.bytes_per_token / at_8.bytes_per_token == pytest.approx(bytes_per_token(16) / bytes_per_token(8))
+    lines = [bytes_per_token(k, "sampled") for k in (8, 16)]
+    assert at_16.bytes_per_token / at_8.bytes_per_token == pytest.approx(lines[1] / lines[0])
 
 
 def test_a_teacher_without_weights_is_planned_for_and_not_looked_up(teacher, prompts, tmp_path, capsys):
@@ -189,7 +190,7 @@ def test_a_billion_tokens_need_no_prompts(teacher, tmp_path, capsys):
     dry_run(make_params(folder, "generate.k=32", "max_tokens=500"), tmp_path / "none", plan=plan)
     found = printed(capsys.readouterr().out)
     assert found["responses"] == ["2,000,000"] * 2 and found["response tokens"] == ["1,000,000,000"] * 2
-    assert found["bytes in the store"][0] == f"{bytes_per_token(32) * 1e9 / GIB:,.1f} GiB"
+    assert found["bytes in the store"][0] == f"{bytes_per_token(32, 'sampled') * 1e9 / GIB:,.1f} GiB"
     assert found["GPU-hours"] == ["111.1"] * 2 and found["hours on 64 GPUs"] == ["1.7"] * 2
 
 

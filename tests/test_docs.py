@@ -102,14 +102,17 @@ def test_the_cost_page_shows_what_its_command_prints(tmp_path):
 
 
 def test_the_tables_of_the_cost_page_follow_from_its_assumptions():
-    for k, measured, line, gib in rows_under("### If k is another one"):
-        assert line == round(bytes_per_token(int(k)), 1) and gib == round(bytes_per_token(int(k)) * 1e9 / GIB, 1)
-        assert line == pytest.approx(measured, rel=0.05)
+    for k, _, *of_supports in rows_under("### If k is another one"):
+        for support, (measured, line, gib) in zip(("sampled", "topk"), (of_supports[:3], of_supports[3:]), strict=True):
+            expected = bytes_per_token(int(k), support)
+            assert line == round(expected, 1) and gib == round(expected * 1e9 / GIB, 1)
+            assert line == pytest.approx(measured, rel=0.02)
     need = Need(1, 0, 1e9, 0)
     for rate, hours, on_64 in rows_under("### If the rate is another one"):
         assert hours == round(need.gpu_hours(rate), 1) and on_64 == round(need.gpu_hours(rate) / 64, 1)
     once, scoring = need.gpu_hours(2500), need.gpu_hours(4 * 2500)
     for experiments, *hours in rows_under("## Against an online teacher"):
         assert hours == [round(h, 1) for h in (once, once + experiments * scoring, experiments * once)]
-    assert f"about {1_953_125 / 1024:,.0f} shards of {1024 * 512 * bytes_per_token(32) / 2**20:.0f} MiB" in COST
+    shard = 1024 * 512 * bytes_per_token(32, "sampled")
+    assert f"about {1_953_125 / 1024:,.0f} shards of {shard / 2**20:.0f} MiB" in COST
     assert f"{1024 * 512 / 2500 / 60:.1f} minutes at this rate" in COST
