@@ -122,7 +122,7 @@ def weighted(logprobs: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     (p > tau) are rescaled to what the others leave of it. A token of probability 0 has weight 0; where some of a row
     are (ids that the reader does not have), the rest is rescaled to sum to 1.
     """
-    logprobs = logprobs.float() if logprobs.dtype in (torch.float16, torch.bfloat16) else logprobs
+    logprobs = _at_least_float32(logprobs)
     p, tau = logprobs.exp(), tau.to(logprobs.dtype)[:, None]
     possible = ~torch.isneginf(logprobs)
     certain = (p > tau) & possible
@@ -137,9 +137,13 @@ def weighted(logprobs: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     return logprobs, w / w.sum(-1, keepdim=True).where(~whole, 1).clamp_min(torch.finfo(w.dtype).tiny)
 
 
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def tail_mass(logprobs: Tensor, tau: Tensor) -> Tensor:
     """Mass of all tokens that a sampled row does not keep, [N]: (k - j) tau less the p of the kept that are drawn."""
-    logprobs = logprobs.float() if logprobs.dtype in (torch.float16, torch.bfloat16) else logprobs
+    logprobs = _at_least_float32(logprobs)
     others = (tau.to(logprobs.dtype)[:, None] - logprobs.exp()).clamp_min(0)
     return others.masked_fill(torch.isneginf(logprobs), 0).sum(-1)
 

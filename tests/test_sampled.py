@@ -288,6 +288,20 @@ def test_chunks_change_nothing(name, tail, teacher_v, chunk):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("teacher_v", [12, 16])
+@every_divergence
+def test_the_stored_tail_of_a_top_k_is_that_of_its_values(name, teacher_v):
+    """Also where some of its ids belong to the tail, because the student does not have them."""
+    rows = Rows(teacher_v=teacher_v, k=6)
+    plain = TopK(rows.teacher.ids, rows.teacher.logprobs)
+    rows.teacher = plain
+    expected = rows.chunked(name, "bucket")
+    rows.teacher = plain._replace(tail=1 - plain.logprobs.exp().sum(-1))
+    torch.testing.assert_close(rows.chunked(name, "bucket"), expected)
+    rows.teacher = plain._replace(tail=2 - plain.logprobs.exp().sum(-1))
+    assert not torch.allclose(rows.chunked(name, "bucket"), expected)
+
+
 @settings(max_examples=40, deadline=None)
 @given(n=st.integers(0, 9), chunk=st.integers(1, 10), k=st.integers(1, 14), seed=st.integers(0, 1000))
 def test_any_number_of_positions_in_any_chunks(n, chunk, k, seed):

@@ -47,7 +47,8 @@ def bucket(teacher: TopK, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
     4e-5 in float32. Where the student has nothing outside the k, the teacher's tail is dropped too.
     """
     tail = tail_mass(teacher).masked_fill(torch.isneginf(student.outside), 0)
-    return normalised(torch.cat([teacher.logprobs, tail.log()[:, None]], -1)), student.outcomes
+    both = torch.cat([teacher.logprobs, tail.log()[:, None]], -1)
+    return both.sub_(log_total(both)), student.outcomes
 
 
 def tail_mass(teacher: TopK) -> Tensor:
@@ -68,7 +69,7 @@ def renorm(teacher: TopK, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
     impossible = torch.isneginf(student.inside)
     # The softmax of nothing but -inf has no gradient.
     inside = torch.log_softmax(student.inside.clamp_min(torch.finfo(student.inside.dtype).min), -1)
-    return normalised(teacher.logprobs), inside.masked_fill(impossible, -torch.inf)
+    return teacher.logprobs - log_total(teacher.logprobs), inside.masked_fill(impossible, -torch.inf)
 
 
 def teacher_renorm(teacher: TopK, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
@@ -77,7 +78,7 @@ def teacher_renorm(teacher: TopK, student: SparseLogprobs) -> tuple[Tensor, Tens
     The last outcome, the student's tail, is one that the teacher excludes. Not zero at equality: it pushes the
     student's tail to nothing. Reverse KL is infinite.
     """
-    return pad(normalised(teacher.logprobs), (0, 1), value=-torch.inf), student.outcomes
+    return pad(teacher.logprobs - log_total(teacher.logprobs), (0, 1), value=-torch.inf), student.outcomes
 
 
 def truncate(teacher: TopK, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
@@ -85,13 +86,13 @@ def truncate(teacher: TopK, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
     return teacher.logprobs, student.inside
 
 
-def normalised(logprobs: Tensor) -> Tensor:
-    """Log-probabilities [N, M] that sum to 1; as they are where there is no mass.
+def log_total(logprobs: Tensor) -> Tensor:
+    """Logarithm of the mass of log-probabilities [N, M], [N, 1]; 0 where there is none.
 
     In log space: all that the student has of the teacher may be ids that are less likely than the type can say.
     """
     total = torch.logsumexp(logprobs, -1, keepdim=True)
-    return logprobs - total.masked_fill_(torch.isneginf(total), 0)
+    return total.masked_fill_(torch.isneginf(total), 0)
 
 
 TAILS = {"bucket": bucket, "renorm": renorm, "teacher_renorm": teacher_renorm, "truncate": truncate}

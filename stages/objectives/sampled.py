@@ -17,7 +17,7 @@ from pipeline.supports import weighted
 from stages.objectives.divergences import Differentiated, reverse_kl
 from stages.objectives.head import Divergence
 from stages.objectives.logprobs import SparseLogprobs, TopK
-from stages.objectives.outcomes import normalised, outside_too, tail_mass
+from stages.objectives.outcomes import log_total, outside_too, tail_mass
 
 # log(s / p), the weight of the mixture -> g and its derivative for log s, elementwise
 Summand = Callable[[Tensor, float], tuple[Tensor, Tensor]]
@@ -121,11 +121,9 @@ def _reverse_kl(teacher: TopK, student: SparseLogprobs) -> Tensor:
     tail = torch.maximum(tail_mass(teacher).log(), own)  # which rounding may put below it
     rest = _difference(tail, own).masked_fill(torch.isneginf(student.outside), -torch.inf)
     said = student.label.masked_fill(torch.isneginf(own), -torch.inf)
-    sides = (
-        normalised(torch.cat([teacher.logprobs, own[:, None], rest[:, None]], -1)),
-        torch.cat([student.inside, said[:, None], _difference(student.outside, said)[:, None]], -1),
-    )
-    return reverse_kl(*(side.masked_fill(silent, -torch.inf) for side in sides))
+    t = torch.cat([teacher.logprobs, own[:, None], rest[:, None]], -1)
+    s = torch.cat([student.inside, said[:, None], _difference(student.outside, said)[:, None]], -1)
+    return reverse_kl(*(side.masked_fill(silent, -torch.inf) for side in (t.sub_(log_total(t)), s)))
 
 
 def _difference(whole: Tensor, part: Tensor) -> Tensor:
