@@ -144,8 +144,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def tail_mass(logprobs: Tensor, tau: Tensor) -> Tensor:
     """Mass of all tokens that a sampled row does not keep, [N]: (k - j) tau less the p of the kept that are drawn."""
     logprobs = _at_least_float32(logprobs)
-    others = (tau.to(logprobs.dtype)[:, None] - logprobs.exp()).clamp_min(0)
-    return others.masked_fill(torch.isneginf(logprobs), 0).sum(-1)
+    return (tau.to(logprobs.dtype)[:, None] - logprobs.exp()).clamp_min(0).sum(-1)
 
 
 def narrowed(ids: Tensor, logprobs: Tensor, tau: Tensor, k: int, tokens: Tensor, lse: Tensor | None) -> Support:

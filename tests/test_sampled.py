@@ -161,6 +161,31 @@ def test_reverse_kl_is_that_of_the_kept_tokens_the_response_s_own_and_the_rest(c
     assert (found >= plain - 1e-9 * (1 + plain)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_reverse_kl_is_the_dense_one_where_the_response_says_all_that_is_left(dtype):
+    """The rest is nothing then, on both sides."""
+    teacher, student = torch.log_softmax(ONE, -1).to(dtype), OTHER.to(dtype).requires_grad_()
+    expected = DIVERGENCES["rkl"](teacher, torch.log_softmax(student, -1))
+    gradient = torch.autograd.grad(expected, student)[0]
+    _, ids, tau = every_support(teacher.double().exp(), 11)
+    for kept in ids:
+        (label,) = set(range(12)) - set(kept.tolist())
+        found = estimates("rkl", teacher, kept[None], tau.to(dtype), student, label=label)[0]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.autograd.grad(found, student)[0], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tail", ["sampled", "bucket"])
+def test_the_teacher_s_tail_is_dropped_where_the_student_says_the_kept_tokens_alone(tail):
+    teacher = torch.log_softmax(ONE, -1)
+    _, ids, tau = every_support(teacher.exp(), 4)
+    for kept in ids:
+        row, others = rows_of(teacher, kept[None], tau, kept[0]), list(set(range(12)) - set(kept.tolist()))
+        student = sparse_logprobs(excluded(OTHER, others)[None], kept[None], kept[:1])
+        expected = DIVERGENCES["rkl"](torch.log_softmax(teacher[kept], -1), torch.log_softmax(OTHER[kept], -1))
+        torch.testing.assert_close(sparse_divergence("rkl", tail=tail)(row, student)[0], expected)
+
+
 @every_divergence
 @pytest.mark.parametrize("tail", TAILS)
 @every_case

@@ -118,8 +118,7 @@ def _reverse_kl(teacher: TopK, student: SparseLogprobs) -> Tensor:
     silent = impossible.all(-1, keepdim=True)
     student = outside_too(student, impossible) if impossible.any() else student
     own = teacher.own.to(teacher.logprobs.dtype)
-    tail = torch.maximum(tail_mass(teacher).log(), own)  # which rounding may put below it
-    rest = _difference(tail, own).masked_fill(torch.isneginf(student.outside), -torch.inf)
+    rest = _difference(tail_mass(teacher).log(), own).masked_fill(torch.isneginf(student.outside), -torch.inf)
     said = student.label.masked_fill(torch.isneginf(own), -torch.inf)
     t = torch.cat([teacher.logprobs, own[:, None], rest[:, None]], -1)
     s = torch.cat([student.inside, said[:, None], _difference(student.outside, said)[:, None]], -1)
@@ -127,7 +126,7 @@ def _reverse_kl(teacher: TopK, student: SparseLogprobs) -> Tensor:
 
 
 def _difference(whole: Tensor, part: Tensor) -> Tensor:
-    """log(exp(whole) - exp(part)), part <= whole: to the precision of the whole, and not below it."""
+    """log(exp(whole) - exp(part)) to the precision of the whole, and not below it; part <= whole but for rounding."""
     limits = torch.finfo(whole.dtype)
     share = (part - whole.clamp_min(limits.min)).exp()
     return whole + torch.log1p(-share.clamp_max(1 - limits.eps))
