@@ -36,6 +36,7 @@ def rows(cache):
         "response_ids": np.empty(0, np.int32),
         "logprobs": np.empty(0, np.float32),
         "lse": np.empty(0, np.float32),
+        "tau": np.empty(0, np.float32),
     }
     nothing |= {"topk_ids": np.empty((0, 8), np.int32), "topk_logprobs": np.empty((0, 8), np.float16), "response": ""}
     found = list(Selection(cache / "selection").rows("validation"))
