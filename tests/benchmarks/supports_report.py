@@ -1,0 +1,147 @@
+"""What `tests.benchmarks.supports` has found so far: Markdown tables, whether the bars are met, and the figure."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.models import load_tokenizer
+from pipeline.shards import schema
+from pipeline.shards.schema import Row, footer, write_shard
+from tests.benchmarks.supports import PARTS, REWARDS, SUPPORTS, Cell, Taught, draw, read_cells, rows_of
+
+NAMES = {"topk": "top k, `bucket`", "drawn": "draws with replacement (RS-KD)", "sampled": "**sampled**"}
+# objective fkl of `text`: (support, k), at most so many times the support beside it
+BARS = [
+    (("sampled", 32), 1.3, ("dense", 0)),
+    (("sampled", 16), 1.6, ("dense", 0)),
+    (("sampled", 16), 1.0, ("topk", 128)),
+]
+ROWS = 400  # of a shard whose bytes are counted
+
+
+def bytes_per_token(taught: Taught, tokenizer, support: str, k: int) -> float:
+    """Bytes per response token of a shard of these rows, with text and prompts. `dense`: without top k, and float16."""
+    kept = None if support == "dense" else draw(taught, support, k, 0)
+    rows = rows_of(taught, kept, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))[:ROWS]
+    tokens = sum(len(row.response_ids) for row in rows)
+    more = 0 if "tau" in schema.SCHEMA.names or support in ("dense", "drawn") else 4  # of tau or tail
+    if support == "drawn":
+        rows, more = [_counted(row) for row in rows], 1  # how many different ids a position has
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "shard.parquet"
+        write_shard(path, rows, footer({"vocab_size": taught.logprobs.shape[1]}, {}, k))
+        return path.stat().st_size / tokens + more + (2 * taught.logprobs.shape[1] if support == "dense" else 0)
+
+
+def _counted(row: Row) -> Row:
+    """A row of draws as it would be stored: the different ids of a position, one after the other, and their counts."""
+    found = [np.unique(ids, return_counts=True) for ids in row.topk_ids]
+    ids, counts = (np.concatenate(each)[:, None] for each in zip(*found, strict=True))
+    return replace(row, topk_ids=ids, topk_logprobs=np.log(counts / row.k))
+
+
+def _values(cells: Mapping[Cell, dict], measure: str, part: str, objective: str, support, reward="none") -> list[float]:
+    """Of every seed that is finished, in order."""
+    chosen = [Cell(part, objective, *support, seed, reward) for seed in range(PARTS[part].seeds)]
+    return [cells[cell][measure] for cell in chosen if cell in cells]
+
+
+def _said(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.4f}" for value in values)
+
+
+def _table(cells, sizes: Mapping, part: str, objective: str) -> list[str]:
+    lines = [
+        "| what the loss sees | slots | bytes per token | KL(T‖S), each seed | of dense | KL(S‖T) | top 32 + rest |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    dense = _values(cells, "kl", part, objective, ("dense", 0))
+    for support in sorted(SUPPORTS[part]):
+        kl, reverse, bound = (_values(cells, name, part, objective, support) for name in ("kl", "reverse_kl", "bound"))
+        if not kl:
+            continue
+        seeds = min(len(kl), len(dense))
+        share = f"{np.mean(kl[:seeds]) / np.mean(dense[:seeds]):.2f}" if seeds else ""
+        name, size = NAMES.get(support[0], "the whole distribution"), sizes[part][support]
+        slots = support[1] or "all"
+        values = f"{_said(kl)} | {share} | {np.mean(reverse):.4f} | {np.mean(bound):.4f}"
+        lines.append(f"| {name} | {slots} | {size:,.0f} | {values} |")
+    return lines if len(lines) > 2 else []
+
+
+def _rewards(cells) -> list[str]:
+    lines = ["| reward of the X term | KL(T‖S), each seed | KL(S‖T) |", "|---|---|---|"]
+    for reward in ("none", *REWARDS):
+        kl, reverse = (_values(cells, m, "text", "fkl", ("sampled", 16), reward) for m in ("kl", "reverse_kl"))
+        if kl:
+            lines.append(f"| {reward} | {_said(kl)} | {_said(reverse)} |")
+    return lines if len(lines) > 3 else []
+
+
+def _bars(cells) -> list[str]:
+    lines = []
+    for support, most, other in BARS:
+        mine, others = (_values(cells, "kl", "text", "fkl", each) for each in (support, other))
+        seeds = min(len(mine), len(others))
+        if not seeds:
+            continue
+        ratio = np.mean(mine[:seeds]) / np.mean(others[:seeds])
+        names = [" ".join(str(word) for word in each if word) for each in (support, other)]
+        met = "met" if ratio <= most else "missed"
+        lines.append(f"- {names[0]} at most {most:g} times {names[1]}: {ratio:.3f} over {seeds} seeds, **{met}**")
+    return lines
+
+
+def plot(cells, sizes: Mapping, path: Path) -> None:
+    """KL(T‖S) of `fkl` against bytes per token, one panel per part."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(sizes), 3.6), layout="constrained")
+    for axes, part in zip(np.atleast_1d(figure.subplots(1, len(sizes))), sizes, strict=True):
+        for kind, name in (("topk", "top k, bucket"), ("drawn", "draws with replacement"), ("sampled", "sampled")):
+            found = {s: _values(cells, "kl", part, "fkl", s) for s in sorted(SUPPORTS[part]) if s[0] == kind}
+            points = [(sizes[part][s], np.mean(kl), s[1]) for s, kl in found.items() if kl]
+            if not points:
+                continue
+            axes.plot(*zip(*((x, y) for x, y, _ in points), strict=True), "o-", label=name, markersize=4)
+            for x, y, k in points:
+                axes.annotate(str(k), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        if dense := _values(cells, "kl", part, "fkl", ("dense", 0)):
+            label = f"whole distribution ({sizes[part]['dense', 0]:,.0f} bytes)"
+            axes.axhline(np.mean(dense), color="#777777", linestyle="--", label=label)
+        axes.set(xscale="log", yscale="log", xlabel="bytes per token", ylabel="KL(T‖S), nats per token", title=part)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(frameon=False, fontsize=8)
+    with matplotlib.rc_context({"svg.hashsalt": "xkd", "svg.fonttype": "none"}):
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def report(out: Path, picture: Path | None = None) -> str:
+    """All tables as Markdown; `picture`: where the figure goes."""
+    cells, lines, sizes = read_cells(out), [], {}
+    for part in PARTS:
+        if not (out / part / "setting.json").is_file():
+            continue
+        tokenizer = load_tokenizer(out / part / "student")
+        taught = Taught(out / part / "train")
+        sizes[part] = {support: bytes_per_token(taught, tokenizer, *support) for support in SUPPORTS[part]}
+        lines += [f"## {part}", "", f"`{(out / part / 'setting.json').read_text().strip()}`", ""]
+        start = cells.get(Cell(part, "fkl", "start"))
+        lines += [f"KL(T‖S) before: {start['kl']:.4f}", ""] if start else []
+        for objective in ("fkl", "jsd"):
+            table = _table(cells, sizes, part, objective)
+            lines += [f"### {part}, `{objective}`", "", *table, ""] if table else []
+    rewards, bars = _rewards(cells), _bars(cells)
+    lines += ["### The X term on sampled rows of 16", "", *rewards, ""] if rewards else []
+    lines += ["### Bars", "", *bars] if bars else []
+    if picture:
+        plot(cells, sizes, picture)
+    seconds = sum(row["seconds"] for row in cells.values())
+    return "\n".join([*lines, "", json.dumps({"cells": len(cells), "seconds": round(seconds)})])
