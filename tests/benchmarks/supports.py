@@ -14,6 +14,7 @@ import argparse
 import fcntl
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -121,6 +122,19 @@ def draw(taught: Taught, support: str, k: int, seed: int) -> Drawn:
     return Drawn(ids, logprobs, tau, tail)
 
 
+def kept_by(support: str, k: int, seed: int, taught: Taught, folder: Path) -> Drawn:
+    """What `draw` draws, which is kept in the folder for the other cells."""
+    path = folder / "supports" / f"{support}-{k}-{seed}.npz"
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        values = {name: value for name, value in vars(draw(taught, support, k, seed)).items() if value is not None}
+        part = path.with_name(f"{os.getpid()}-{path.name}")
+        np.savez(part, **values)
+        part.rename(path)
+    with np.load(path) as found:
+        return Drawn(*(found[name] if name in found else None for name in Drawn.__dataclass_fields__))
+
+
 def drawn_loss(objective: str, p: Tensor, s: Tensor) -> Tensor:
     """A divergence from n draws with replacement, [N]: weights 1 / n, so unbiased; log p and log s [N, n] there.
 
@@ -149,7 +163,7 @@ def loss_of(cell: Cell, student, taught: Taught, folder: Path) -> Callable[[np.n
             return DIVERGENCES[cell.objective](teacher, whole(student, batch), BETA).mean()
 
         return dense
-    kept = draw(taught, cell.support, cell.k, cell.seed)
+    kept = kept_by(cell.support, cell.k, cell.seed, taught, folder)
     if cell.support == "drawn":
 
         def drawn(rows: np.ndarray) -> Tensor:
