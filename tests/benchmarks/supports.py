@@ -132,7 +132,7 @@ def kept_by(support: str, k: int, seed: int, taught: Taught, folder: Path) -> Dr
         np.savez(part, **values)
         part.rename(path)
     with np.load(path) as found:
-        return Drawn(*(found[name] if name in found else None for name in Drawn.__dataclass_fields__))
+        return Drawn(*(found.get(name) for name in Drawn.__dataclass_fields__))
 
 
 def drawn_loss(objective: str, p: Tensor, s: Tensor) -> Tensor:
