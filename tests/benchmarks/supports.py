@@ -55,6 +55,7 @@ SUPPORTS = {
     ],
     "smollm2": [("dense", 0), ("sampled", 16), ("topk", 32), ("sampled", 32), ("topk", 128)],
 }  # fmt: skip
+MAIN = 5  # supports that every seed begins with
 REWARDS = ("oracle", "zero", "frozen", "shuffled", "oracle-shuffled")
 
 
@@ -76,13 +77,19 @@ class Cell:
 
 def cells(part: Part) -> list[Cell]:
     """All students of a part, the most informative ones first."""
-    seeds, supports = range(part.seeds), SUPPORTS[part.name]
-    found = [Cell(part.name, "fkl", "start")]
-    found += [Cell(part.name, "fkl", *support, seed) for seed in seeds for support in supports]
+    supports = SUPPORTS[part.name]
+    main, others = supports[:MAIN], supports[MAIN:]
+    x = [("fkl", ("sampled", 16), reward) for reward in REWARDS]
+    plain = {objective: [(objective, support, "none") for support in main] for objective in ("fkl", "jsd")}
+    rest = {objective: [(objective, support, "none") for support in others] for objective in ("fkl", "jsd")}
+    first, later = (0,), range(1, part.seeds)
+    order = [(first, plain["fkl"] + rest["fkl"]), (later, plain["fkl"])]
     if part.name == "text":
-        found += [Cell(part.name, "fkl", "sampled", 16, seed, reward) for seed in seeds for reward in REWARDS]
-        found += [Cell(part.name, "jsd", *support, seed) for seed in seeds for support in supports]
-    return found
+        order += [(first, x), (first, plain["jsd"]), (later, x), (later, rest["fkl"] + plain["jsd"])]
+        order += [(range(part.seeds), rest["jsd"])]
+    found = [Cell(part.name, objective, *support, seed, reward)
+             for seeds, kinds in order for seed in seeds for objective, support, reward in kinds]  # fmt: skip
+    return [Cell(part.name, "fkl", "start"), *found]
 
 
 @dataclass(frozen=True)
