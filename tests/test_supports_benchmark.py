@@ -101,14 +101,12 @@ def test_supports_keep_what_the_store_would(out):
 def test_the_report_has_what_is_finished_and_what_a_row_takes(out, tmp_path):
     found = supports_report.report(out, tmp_path / "supports.svg")
     (dense,) = [line for line in found.splitlines() if "the whole distribution" in line and "| 1.00 |" in line][:1]
-    sizes = {support: supports_report.bytes_per_token(*_read(out), *support) for support in (("topk", 8), ("topk", 16))}
+    sizes = {
+        support: supports_report.bytes_per_token(out / "text", *support) for support in (("topk", 8), ("topk", 16))
+    }
     assert 2 * 8 < sizes["topk", 16] - sizes["topk", 8] < 7 * 8 and dense.count("|") == 8
     assert "draws with replacement (RS-KD) | 16 |" in found and '"cells":' in found
     assert "whole distribution" in (tmp_path / "supports.svg").read_text()
-
-
-def _read(out):
-    return Taught(out / "text" / "train"), supports_report.load_tokenizer(out / "text" / "student")
 
 
 def test_the_pretrained_teacher_teaches_its_own_blocks(data, teacher, tmp_path):

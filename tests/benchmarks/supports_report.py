@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.models import load_tokenizer
 from pipeline.shards import schema
 from pipeline.shards.schema import Row, footer, write_shard
-from tests.benchmarks.supports import PARTS, REWARDS, SUPPORTS, Cell, Taught, draw, read_cells, rows_of
+from tests.benchmarks.supports import PARTS, REWARDS, SUPPORTS, Cell, Taught, kept_by, read_cells, rows_of
 
 NAMES = {"topk": "top k, `bucket`", "drawn": "draws with replacement (RS-KD)", "sampled": "**sampled**"}
 # objective fkl of `text`: (support, k), at most so many times the support beside it
@@ -23,9 +23,10 @@ BARS = [
 ROWS = 400  # of a shard whose bytes are counted
 
 
-def bytes_per_token(taught: Taught, tokenizer, support: str, k: int) -> float:
+def bytes_per_token(folder: Path, support: str, k: int) -> float:
     """Bytes per response token of a shard of these rows, with text and prompts. `dense`: without top k, and float16."""
-    kept = None if support == "dense" else draw(taught, support, k, 0)
+    taught, tokenizer = Taught(folder / "train"), load_tokenizer(folder / "student")
+    kept = None if support == "dense" else kept_by(support, k, 0, taught, folder)
     rows = rows_of(taught, kept, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))[:ROWS]
     tokens = sum(len(row.response_ids) for row in rows)
     more = 0 if "tau" in schema.SCHEMA.names or support in ("dense", "drawn") else 4  # of tau or tail
@@ -129,10 +130,10 @@ def report(out: Path, picture: Path | None = None) -> str:
     for part in PARTS:
         if not (out / part / "setting.json").is_file():
             continue
-        tokenizer = load_tokenizer(out / part / "student")
-        taught = Taught(out / part / "train")
-        sizes[part] = {support: bytes_per_token(taught, tokenizer, *support) for support in SUPPORTS[part]}
-        lines += [f"## {part}", "", f"`{(out / part / 'setting.json').read_text().strip()}`", ""]
+        finished = {(cell.support, cell.k) for cell in cells if cell.part == part and cell.support != "start"}
+        sizes[part] = {support: bytes_per_token(out / part, *support) for support in finished}
+        setting = json.loads((out / part / "setting.json").read_text())
+        lines += [f"## {part}", "", f"`{json.dumps(setting)}`", ""]
         start = cells.get(Cell(part, "fkl", "start"))
         lines += [f"KL(T‖S) before: {start['kl']:.4f}", ""] if start else []
         for objective in ("fkl", "jsd"):
