@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.models import load_tokenizer
-from pipeline.shards import schema
 from pipeline.shards.schema import Row, footer, write_shard
 from tests.benchmarks.supports import PARTS, REWARDS, SUPPORTS, Cell, Taught, kept_by, read_cells, rows_of
 
@@ -29,13 +28,13 @@ def bytes_per_token(folder: Path, support: str, k: int) -> float:
     kept = None if support == "dense" else kept_by(support, k, 0, taught, folder)
     rows = rows_of(taught, kept, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))[:ROWS]
     tokens = sum(len(row.response_ids) for row in rows)
-    more = 0 if "tau" in schema.SCHEMA.names or support in ("dense", "drawn") else 4  # of tau or tail
+    more = {"dense": 2 * taught.logprobs.shape[1], "drawn": 1}.get(support, 0)  # 1: how many ids a position has
     if support == "drawn":
-        rows, more = [_counted(row) for row in rows], 1  # how many different ids a position has
+        rows = [_counted(row) for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard.parquet"
         write_shard(path, rows, footer({"vocab_size": taught.logprobs.shape[1]}, {}, k))
-        return path.stat().st_size / tokens + more + (2 * taught.logprobs.shape[1] if support == "dense" else 0)
+        return path.stat().st_size / tokens + more
 
 
 def _counted(row: Row) -> Row:
