@@ -189,6 +189,7 @@ def test_a_selection_larger_than_the_memory_is_read_to_its_end(tmp_path):
             rows.append(replace(
                 row, key=f"{number}-{place}", response_ids=ids[:, 0].copy(), topk_ids=ids, lse=None,
                 logprobs=np.full(steps, -1, np.float32), topk_logprobs=np.full((steps, k), -5, np.float16),
+                tail=np.full(steps, 0.5, np.float32),
             ))  # fmt: skip
         store.add(rows, meta(k))
     for key, locations in store.index().items():
