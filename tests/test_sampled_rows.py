@@ -113,7 +113,8 @@ def test_a_tail_that_a_file_does_not_tell_is_taken_from_its_values(model):
         torch.testing.assert_close(batch["tail"][said], torch.from_numpy(known), atol=2e-3, rtol=0)
         first = said[:3].sum()
         assert torch.equal(batch["tail"][said][:first], torch.from_numpy(known)[:first])
-        assert (batch["tail"][said] > 0).all()
+    above = replace(old[0], topk_logprobs=np.full_like(old[0].topk_logprobs, np.log(1 / K) + 0.01))
+    assert (collate_rows([rows[0], above], True)["tail"][1] > 0).all()  # although its values sum to more than 1
 
 
 def _without(schema):
