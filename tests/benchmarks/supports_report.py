@@ -13,6 +13,11 @@ from pipeline.shards.schema import Row, footer, write_shard
 from tests.benchmarks.supports import PARTS, REWARDS, SUPPORTS, Cell, Taught, kept_by, read_cells, rows_of
 
 NAMES = {"topk": "top k, `bucket`", "drawn": "draws with replacement (RS-KD)", "sampled": "**sampled**"}
+CURVES = {
+    "topk": ("#3366aa", "top k, bucket"),
+    "drawn": ("#dd7733", "draws with replacement, counts alone"),
+    "sampled": ("#338855", "sampled"),
+}
 # objective fkl of `text`: (support, k), at most so many times the support beside it
 BARS = [
     (("sampled", 32), 1.3, ("dense", 0)),
@@ -22,26 +27,33 @@ BARS = [
 ROWS = 400  # of a shard whose bytes are counted
 
 
-def bytes_per_token(folder: Path, support: str, k: int) -> float:
-    """Bytes per response token of a shard of these rows, with text and prompts. `dense`: without top k, and float16."""
+def bytes_per_token(folder: Path, support: str, k: int, objective: str = "fkl") -> float:
+    """Bytes per response token of a shard of these rows, with text and prompts. `dense`: without top k, and float16.
+
+    Draws with replacement: the different ids of a position and their counts, for `fkl`; else their probabilities too.
+    """
     taught, tokenizer = Taught(folder / "train"), load_tokenizer(folder / "student")
     kept = None if support == "dense" else kept_by(support, k, 0, taught, folder)
     rows = rows_of(taught, kept, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))[:ROWS]
     tokens = sum(len(row.response_ids) for row in rows)
-    more = {"dense": 2 * taught.logprobs.shape[1], "drawn": 1}.get(support, 0)  # 1: how many ids a position has
+    more = 2 * taught.logprobs.shape[1] if support == "dense" else 0
     if support == "drawn":
-        rows = [_counted(row) for row in rows]
+        rows = [_different(row, objective == "fkl") for row in rows]
+        more = 1 if objective == "fkl" else 2  # how many ids a position has; how often each was drawn, mostly once
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard.parquet"
         write_shard(path, rows, footer({"vocab_size": taught.logprobs.shape[1]}, {}, k))
         return path.stat().st_size / tokens + more
 
 
-def _counted(row: Row) -> Row:
-    """A row of draws as it would be stored: the different ids of a position, one after the other, and their counts."""
-    found = [np.unique(ids, return_counts=True) for ids in row.topk_ids]
-    ids, counts = (np.concatenate(each)[:, None] for each in zip(*found, strict=True))
-    return replace(row, topk_ids=ids, topk_logprobs=np.log(counts / row.k))
+def _different(row: Row, counted: bool) -> Row:
+    """A row of draws as it would be stored: the different ids of a position, one after the other, with one value."""
+    values = []
+    for ids, logprobs in zip(row.topk_ids, row.topk_logprobs, strict=True):
+        kept, first, counts = np.unique(ids, return_index=True, return_counts=True)
+        values.append((kept, np.log(counts / row.k) if counted else logprobs[first]))
+    ids, logprobs = (np.concatenate(each)[:, None] for each in zip(*values, strict=True))
+    return replace(row, topk_ids=ids, topk_logprobs=logprobs)
 
 
 def _values(cells: Mapping[Cell, dict], measure: str, part: str, objective: str, support, reward="none") -> list[float]:
@@ -66,7 +78,7 @@ def _table(cells, sizes: Mapping, part: str, objective: str) -> list[str]:
             continue
         seeds = min(len(kl), len(dense))
         share = f"{np.mean(kl[:seeds]) / np.mean(dense[:seeds]):.2f}" if seeds else ""
-        name, size = NAMES.get(support[0], "the whole distribution"), sizes[part][support]
+        name, size = NAMES.get(support[0], "the whole distribution"), sizes[part, objective][support]
         slots = support[1] or "all"
         values = f"{_said(kl)} | {share} | {np.mean(reverse):.4f} | {np.mean(bound):.4f}"
         lines.append(f"| {name} | {slots} | {size:,.0f} | {values} |")
@@ -102,22 +114,31 @@ def plot(cells, sizes: Mapping, path: Path) -> None:
 
     matplotlib.use("svg")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    figure = Figure(figsize=(4.2 * len(sizes), 3.6), layout="constrained")
-    for axes, part in zip(np.atleast_1d(figure.subplots(1, len(sizes))), sizes, strict=True):
-        for kind, name in (("topk", "top k, bucket"), ("drawn", "draws with replacement"), ("sampled", "sampled")):
-            found = {s: _values(cells, "kl", part, "fkl", s) for s in sorted(SUPPORTS[part]) if s[0] == kind}
-            points = [(sizes[part][s], np.mean(kl), s[1]) for s, kl in found.items() if kl]
+    parts = [part for part in PARTS if len(sizes.get((part, "fkl"), ())) > 1]
+    figure = Figure(figsize=(4.4 * max(len(parts), 1), 3.6), layout="constrained")
+    for axes, part in zip(figure.subplots(1, max(len(parts), 1), squeeze=False)[0], parts, strict=False):
+        size = sizes[part, "fkl"]
+        for kind, (colour, label) in CURVES.items():
+            points = [
+                (size[s], np.mean(_values(cells, "kl", part, "fkl", s)), s[1]) for s in sorted(size) if s[0] == kind
+            ]
             if not points:
                 continue
-            axes.plot(*zip(*((x, y) for x, y, _ in points), strict=True), "o-", label=name, markersize=4)
-            for x, y, k in points:
-                axes.annotate(str(k), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+            x, y, slots = zip(*points, strict=True)
+            axes.plot(x, y, "o-", color=colour, label=label, markersize=4)
+            for place in zip(x, y, slots, strict=True):
+                axes.annotate(str(place[2]), place[:2], xytext=(4, 4), textcoords="offset points", fontsize=8)
         if dense := _values(cells, "kl", part, "fkl", ("dense", 0)):
-            label = f"whole distribution ({sizes[part]['dense', 0]:,.0f} bytes)"
+            label = f"whole distribution ({size['dense', 0]:,.0f} bytes)"
             axes.axhline(np.mean(dense), color="#777777", linestyle="--", label=label)
         axes.set(xscale="log", yscale="log", xlabel="bytes per token", ylabel="KL(T‖S), nats per token", title=part)
-        axes.grid(alpha=0.3, which="both")
+        for axis, form in ((axes.xaxis, "{x:.0f}"), (axes.yaxis, "{x:g}")):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if form == "{x:.0f}" else (1, 1.5, 2, 3, 5, 7)))
+            axis.set_major_formatter(StrMethodFormatter(form))
+            axis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
     with matplotlib.rc_context({"svg.hashsalt": "xkd", "svg.fonttype": "none"}):
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
@@ -129,8 +150,10 @@ def report(out: Path, picture: Path | None = None) -> str:
     for part in PARTS:
         if not (out / part / "setting.json").is_file():
             continue
-        finished = {(cell.support, cell.k) for cell in cells if cell.part == part and cell.support != "start"}
-        sizes[part] = {support: bytes_per_token(out / part, *support) for support in finished}
+        for objective in ("fkl", "jsd"):
+            finished = {(each.support, each.k) for each in cells if (each.part, each.objective) == (part, objective)}
+            finished.discard(("start", 0))
+            sizes[part, objective] = {each: bytes_per_token(out / part, *each, objective) for each in finished}
         setting = json.loads((out / part / "setting.json").read_text())
         lines += [f"## {part}", "", f"`{json.dumps(setting)}`", ""]
         start = cells.get(Cell(part, "fkl", "start"))
