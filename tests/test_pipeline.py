@@ -140,7 +140,7 @@ def test_a_colleague_distils_from_what_was_pushed_without_teacher_or_store(proje
     theirs = json.loads((project / "data" / "evaluation" / "results.json").read_text())["metrics"]["teacher"]
     own = json.loads((colleague / "compared" / "results.json").read_text())["metrics"]
     assert own["teacher"]["greedy"] == theirs["greedy"] and own["mine"]["heldout"].keys() == {
-        "kl_bound",
+        "kl_estimate",
         "cross_entropy",
     }
     assert not (colleague / "empty").exists()

@@ -192,7 +192,7 @@ def test_names_tell_a_tail_that_is_not_the_usual_one():
 
 def test_what_a_cache_does_not_keep_is_said_before_training():
     def selection(k: int):
-        return SimpleNamespace(manifest={"k": k}, folder="data/teacher")
+        return SimpleNamespace(k=k, folder="data/teacher")
 
     require_tokens(Distill(), selection(8), sampled=False)
     require_tokens(Distill(tail="sampled"), selection(8), sampled=True)
