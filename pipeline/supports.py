@@ -53,7 +53,9 @@ def top_place(top: Tensor, places: Tensor) -> Tensor:
 
 
 def systematic(mass: Tensor, k: int, offset: Tensor, top: tuple[Tensor, Tensor] | None = None) -> Support:
-    """k of V places by their mass [N, V], which sums to 1 and is used up; offset [N] of the grid, in [0, 1).
+    """k of V places by their mass [N, V], which is used up; offset [N] of the grid, in [0, 1).
+
+    tau is in the unit of the mass: a probability where a row sums to 1.
 
     top: `mass.topk(k)`, where it is known. Where fewer than k places have any mass, tau is 0 and the places left over
     have none. A place is drawn where the mass cumulated over the places that are not certain, in their order and from
@@ -122,7 +124,7 @@ def weighted(logprobs: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     (p > tau) are rescaled to what the others leave of it. A token of probability 0 has weight 0; where some of a row
     are (ids that the reader does not have), the rest is rescaled to sum to 1.
     """
-    logprobs = _at_least_float32(logprobs)
+    logprobs = logprobs.to(torch.promote_types(logprobs.dtype, torch.float32))
     p, tau = logprobs.exp(), tau.to(logprobs.dtype)[:, None]
     possible = ~torch.isneginf(logprobs)
     certain = (p > tau) & possible
@@ -137,13 +139,9 @@ def weighted(logprobs: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     return logprobs, w / w.sum(-1, keepdim=True).where(~whole, 1).clamp_min(torch.finfo(w.dtype).tiny)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def tail_mass(logprobs: Tensor, tau: Tensor) -> Tensor:
     """Mass of all tokens that a sampled row does not keep, [N]: (k - j) tau less the p of the kept that are drawn."""
-    logprobs = _at_least_float32(logprobs)
+    logprobs = logprobs.to(torch.promote_types(logprobs.dtype, torch.float32))
     return (tau.to(logprobs.dtype)[:, None] - logprobs.exp()).clamp_min(0).sum(-1)
 
 

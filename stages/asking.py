@@ -26,7 +26,7 @@ from pipeline.shards.files import digest, require_writable
 from pipeline.shards.identity import Request, Sampling, score_key
 from pipeline.shards.references import Reference
 from pipeline.shards.schema import count_tokens
-from pipeline.shards.selection import Part
+from pipeline.shards.selection import Part, write_selection
 from pipeline.shards.storage import Storage
 from pipeline.shards.store import SKIPPED, RequestFolder
 from pipeline.tasks.corruption import corruptions
@@ -109,6 +109,12 @@ class Teacher:
         folder = RequestFolder(store, self.description["identity"], request.identity)
         k, support = self.k if k is None else k, support or self.support
         return Order(request, folder, wanted, k, self.stops, self.context, support)
+
+    def select(
+        self, out: Path, parts: dict[str, Part], skipped: int, materialize: bool, student: str | None = None
+    ) -> dict:
+        """Write the selection `out` of what was ordered with the teacher's k and support; returns the manifest."""
+        return write_selection(out, parts, self.description, self.k, skipped, materialize, student, self.support)
 
 
 def vocabulary(tokenizer) -> int:

@@ -68,15 +68,7 @@ def generate(
     if not parts:
         reason = "no training response was accepted" if rejected else "see the warnings above"
         raise UserError(f"nothing could be made of any prompt: {reason}")
-    manifest = write_selection(
-        out,
-        parts,
-        teacher.description,
-        teacher.k,
-        summary.skipped,
-        settings.materialize,
-        support=teacher.support,
-    )
+    manifest = teacher.select(out, parts, summary.skipped, settings.materialize)
     if answers is not None:
         _write_answers(answers, answering, teacher)
     for folder, each in selections.items():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.shards.reading import Rows
-from pipeline.shards.schema import Row
+from pipeline.shards.schema import TOPK, Row
 from stages.batches import Response, collate, padded
 
 
@@ -63,7 +63,7 @@ def collate_rows(
     return padded(
         *map(column, ("prompt_ids", "response_ids")),
         [finish == "stop" for finish in column("finish")],
-        *map(column, ("topk_ids", "topk_logprobs") if topk else ()),
+        *map(column, TOPK if topk else ()),
         extras=_extras(column, topk, extras or {}),
     )
 

@@ -20,7 +20,6 @@ from pipeline.provenance import fingerprint, write_results
 from pipeline.shards.files import digest
 from pipeline.shards.identity import Sampling, sample_seed
 from pipeline.shards.replaceable import require_own_selection
-from pipeline.shards.selection import write_selection
 from pipeline.shards.store import open_store
 from pipeline.teachers import Ask, Engine
 from pipeline.teachers.base import needed
@@ -70,16 +69,7 @@ def score(
     parts = orders[0].parts()
     spoke = any("student" in origins for part in parts.values() for origins in part.origins.values())
     student = fingerprint(student_path) if spoke else None
-    manifest = write_selection(
-        out,
-        parts,
-        teacher.description,
-        teacher.k,
-        summary.skipped,
-        settings.materialize,
-        student,
-        teacher.support,
-    )
+    manifest = teacher.select(out, parts, summary.skipped, settings.materialize, student)
     asking.leave_word(orders, out, complete=True)
     cost = asking.cost_of(summary, manifest, orders, took) | {"prompts_overlapping": overlapping}
     if results is not None:

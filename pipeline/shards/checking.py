@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import UserError
 from pipeline.shards.files import digest, sha256_file
 from pipeline.shards.identity import key_of_sample, score_key
+from pipeline.shards.narrowing import stored_weights
 from pipeline.shards.schema import (
     SCHEMA,
     SCHEMAS,
@@ -182,7 +183,7 @@ class RowCheck:
             return "has its top k out of order"
         if (np.diff(np.sort(row.topk_ids, axis=1), axis=1) == 0).any():
             return "has a token twice in the top k of a position"
-        if fault := self._plain_fault(topk, row.tail) if row.tau is None else _tau_fault(topk, row.tau):
+        if fault := _plain_fault(topk, row.tail) if row.tau is None else _tau_fault(topk, row.tau):
             return fault
         said = row.topk_ids == row.response_ids[:, None]
         listed = said.any(axis=1)
@@ -195,22 +196,23 @@ class RowCheck:
             return "has a token outside the top k that is likelier than those in it"
         return None
 
-    def _plain_fault(self, topk: np.ndarray, tail: np.ndarray | None) -> str | None:
-        """What is wrong with the mass of a top k [T, k] and of the others [T]."""
-        mass = np.exp(topk.astype(np.float64)).sum(axis=1)
-        if mass.max() > 1.02 or (self.k and mass.min() == 0):
-            return f"has a top k of probability {mass.max() if mass.max() > 1.02 else 0:.3g}"
-        # What was stored with fewer tokens a position keeps those, and the tail is of a second reading.
-        if tail is not None and (tail.max() > 1.001 or np.abs(mass + tail - 1).max() > _ROUNDING):
-            return f"has a tail of {tail[np.abs(mass + tail - 1).argmax()]:.3g} that is not the rest of its top k"
-        return None
+
+def _plain_fault(topk: np.ndarray, tail: np.ndarray | None) -> str | None:
+    """What is wrong with the mass of a top k [T, k] and of the others [T]."""
+    mass = np.exp(topk.astype(np.float64)).sum(axis=1)
+    if mass.max() > 1.02 or (topk.size and mass.min() == 0):
+        return f"has a top k of probability {mass.max() if mass.max() > 1.02 else 0:.3g}"
+    # What was stored with fewer tokens a position keeps those, and the tail is of a second reading.
+    if tail is not None and (tail.max() > 1.001 or np.abs(mass + tail - 1).max() > _ROUNDING):
+        return f"has a tail of {tail[np.abs(mass + tail - 1).argmax()]:.3g} that is not the rest of its top k"
+    return None
 
 
 def _tau_fault(topk: np.ndarray, tau: np.ndarray) -> str | None:
     """What is wrong with tau [T]: with it the weights max(p, tau) of the kept tokens [T, k] sum to 1."""
     if tau.max() > 1.001:
         return f"has a tau of {tau.max():.3g}"
-    weights = np.where(np.isneginf(topk), 0, np.maximum(np.exp(topk.astype(np.float64)), tau[:, None])).sum(axis=1)
+    weights = stored_weights(topk, tau).sum(axis=1)
     wrong = weights[np.abs(weights - 1).argmax()]
     return f"has kept tokens whose weights sum to {wrong:.3g}: its tau is wrong" if abs(wrong - 1) > _WEIGHTS else None
 

@@ -38,6 +38,11 @@ def holds_top(row: Row, k: int) -> bool:
     return row.k >= k and bool(((_mass(row.topk_logprobs[:, :k]) > _CERTAIN * tau) | (tau == 0)).all())
 
 
+def stored_weights(topk_logprobs: np.ndarray, tau: np.ndarray) -> np.ndarray:
+    """What kept tokens [T, k] stand for as they are stored: max(p, tau), 0 where p is; float64 [T, k]."""
+    return np.where(np.isneginf(topk_logprobs), 0, np.maximum(_mass(topk_logprobs), tau[:, None]))
+
+
 def _plain(row: Row, k: int) -> Row:
     if k >= row.k:
         return row
@@ -51,9 +56,8 @@ def _top_of_sampled(row: Row, k: int) -> Row:
         raise UserError(
             f"row {row.key} is a sample of the teacher's tokens that lacks some of the {k} likeliest: {WRITE_AGAIN}"
         )
-    behind = row.topk_logprobs[:, k:]
-    weights = np.where(np.isneginf(behind), 0, np.maximum(_mass(behind), row.tau[:, None]))
-    return replace(row, **_first(row, k), tau=None, tail=weights.sum(-1).astype(np.float32))
+    behind = stored_weights(row.topk_logprobs[:, k:], row.tau)
+    return replace(row, **_first(row, k), tau=None, tail=behind.sum(-1).astype(np.float32))
 
 
 def _sampled(row: Row, k: int) -> Row:
