@@ -3,6 +3,7 @@
 Each is a real process with its own signals, environment and files, and can be killed for real.
 """
 
+import json
 import multiprocessing
 import os
 import signal
@@ -92,3 +93,15 @@ def run(*arguments: object, log: Path, **options) -> tuple[int, str]:
     started = start(*arguments, log=log, **options)
     before = len(started.output)
     return started.wait(), started.output[before:]
+
+
+def whole_checkpoints(runs: Path) -> list[Path]:
+    """Checkpoints that are written to their end: a kill while the last file of one is written leaves it half."""
+
+    def is_whole(state: Path) -> bool:
+        with suppress(json.JSONDecodeError):
+            json.loads(state.read_text())
+            return True
+        return False
+
+    return [state.parent for state in runs.rglob("trainer_state.json") if is_whole(state)]

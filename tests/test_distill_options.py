@@ -18,7 +18,7 @@ from stages.rows import from_rows
 from stages.students import StudentLearner
 from stages.training import held_out
 from tests.conftest import ROOT, make_params
-from tests.processes import run, start
+from tests.processes import run, start, whole_checkpoints
 
 
 def trained(cache, student, tmp_path, *overrides):
@@ -79,7 +79,7 @@ def test_a_killed_run_goes_on_though_it_is_now_observed_otherwise(cache, student
     for setting in ("reward=none", "optimisation.steps=300", "evaluate_every=100", "save_every=10"):
         command += ["--set", f"distill.{setting}"]
     run = start(*command, "--set", "distill.log_every=100", log=tmp_path / "log")
-    run.wait_for(lambda: list(tmp_path.glob("runs/distill/*/checkpoint-*/trainer_state.json")))
+    run.wait_for(lambda: whole_checkpoints(tmp_path / "runs"))
     run.send(signal.SIGKILL)
     run.wait()
     observed = {"log_every": 7, "report_to": "[tensorboard]", "workers": 1, "chunk": 16, "plain": "false"}

@@ -21,7 +21,7 @@ from pipeline.params import Optimisation
 from stages.curves import split_history
 from stages.training import seed_everything, train
 from tests.conftest import ROOT
-from tests.processes import Run, run, start
+from tests.processes import Run, run, start, whole_checkpoints
 from tests.test_training import make_learner, make_responses
 
 pytestmark = pytest.mark.slow
@@ -213,7 +213,7 @@ def test_a_signal_to_the_processes_that_decode_too(cache, student, tmp_path, num
 
 def test_the_steps_between_checkpoints_of_teach_are_a_parameter(cache, student, tmp_path):
     process = start(*train_options("teach", tmp_path, cache, student), log=tmp_path / "log")
-    process.wait_for(lambda: list((tmp_path / "runs").glob("teach/*/checkpoint-10/trainer_state.json")))
+    process.wait_for(lambda: whole_checkpoints(tmp_path / "runs"))
     process.send(signal.SIGKILL)
     process.wait()
     code, said = run(*train_options("teach", tmp_path, cache, student), log=tmp_path / "log")

@@ -1,11 +1,6 @@
 """What holds for training: exact global means, held-out values, and a killed run that ends as an undisturbed one."""
 
-import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +17,7 @@ from stages.objectives.sparse import sparse_divergence
 from stages.students import StudentLearner, score_tokens
 from stages.training import Learner, Term, count, held_out, train
 from tests.conftest import ROOT, make_params, make_prompts
+from tests.processes import run, start, whole_checkpoints
 
 
 def make_responses(n: int, k: int = 4) -> list[Response]:
@@ -192,26 +188,6 @@ def test_weights_that_became_infinite_in_the_last_step_are_not_taken_for_a_model
             )
 
 
-def start_distilling(selection: Path, student: Path, out: Path, runs: Path) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "pipeline.cli",
-        "distill",
-        "--selection",
-        selection,
-        "--student",
-        student,
-        "--out",
-        out,
-    ]
-    command += ["--metrics", out.parent / "metrics", "--runs", runs, "--params", ROOT / "tests" / "smoke.yaml"]
-    for setting in ("distill.reward=zero", "distill.optimisation.steps=200", "distill.save_every=10"):
-        command += ["--set", setting]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.slow
 def test_a_killed_distillation_resumes_and_ends_as_an_undisturbed_one(teacher, student, tmp_path):
     """kill -9 after the first checkpoint; the same command goes on from it; same weights, same curve."""
@@ -221,20 +197,20 @@ def test_a_killed_distillation_resumes_and_ends_as_an_undisturbed_one(teacher, s
     generate(make_params(teacher), prompts, tmp_path / "selection")
     results = []
     for name, kill in (("killed", True), ("undisturbed", False)):
-        out, runs = tmp_path / name / "student", tmp_path / name / "runs"
-        process = start_distilling(tmp_path / "selection", student, out, runs)
+        out, runs, log = (tmp_path / name / each for each in ("student", "runs", "log"))
+        out.parent.mkdir()
+        command = ["distill", "--selection", tmp_path / "selection", "--student", student, "--out", out]
+        command += ["--metrics", out.parent / "metrics", "--runs", runs, "--params", ROOT / "tests" / "smoke.yaml"]
+        for setting in ("distill.reward=zero", "distill.optimisation.steps=200", "distill.save_every=10"):
+            command += ["--set", setting]
         if kill:
-            deadline = time.monotonic() + 120
-            while not list(runs.glob("distill/*/checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
-                assert process.poll() is None, process.communicate()[1]
-                time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+            process = start(*command, log=log)
+            process.wait_for(lambda runs=runs: whole_checkpoints(runs))
+            process.send(signal.SIGKILL)
+            process.wait()
             assert not out.exists()
-            process = start_distilling(tmp_path / "selection", student, out, runs)
-        message = process.communicate()[1]
-        assert process.returncode == 0, message
-        assert ("resuming from" in message) == kill and not list(runs.glob("distill/*"))
+        code, said = run(*command, log=log)
+        assert code == 0 and ("resuming from" in said) == kill and not list(runs.glob("distill/*")), said
         curve = (out.parent / "metrics" / "heldout.csv").read_text()
         results.append((safetensors.torch.load_file(out / "model.safetensors"), curve))
     for name, tensor in results[0][0].items():
