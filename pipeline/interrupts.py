@@ -17,6 +17,7 @@ from types import ModuleType
 from pipeline.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_saying = _thread.allocate_lock()  # held while an announcement is on its way to the terminal
 NOTHING_KEPT = "This run has left nothing to go on from; run the same command again"
 
 
@@ -104,6 +105,8 @@ def deferred(announcement: str = "") -> Iterator[None]:
     finally:
         _State.announcement = before
         _State.depth -= 1
+        if _State.noted is not None and _saying.acquire(timeout=1):  # what was to be said first is said first
+            _saying.release()
     check()
 
 
@@ -140,7 +143,7 @@ def _handle(number: int, frame: object) -> None:
         _State.noted = int(number)
     if _may_raise():
         raise interrupted()
-    if first and _State.announcement:
+    if first and _State.announcement and _saying.acquire(blocking=False):
         # In a thread, because this one may be in the middle of printing.
         _thread.start_new_thread(_announce, (_State.announcement,))
 
@@ -148,7 +151,10 @@ def _handle(number: int, frame: object) -> None:
 def _announce(what: str) -> None:
     from pipeline import console
 
-    console.say(what)
+    try:
+        console.say(what)
+    finally:
+        _saying.release()
 
 
 def _may_raise() -> bool:

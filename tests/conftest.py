@@ -185,8 +185,15 @@ def fitted(cache, teacher, student):
     return cache / "reward"
 
 
-def run_cli(*arguments: str, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
-    """`python -m pipeline.cli ...` as a process of its own."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", **options.pop("env", {})}
+def run_cli(
+    *arguments: object, cwd: Path = ROOT, env: dict[str, str] | None = None, fresh: bool = False
+) -> subprocess.CompletedProcess:
+    """`xkd-pipeline ARGUMENTS` as a process of its own, forked with all libraries unless it is to be a fresh one."""
+    from tests.processes import finished
+
+    environment = {"COLUMNS": "200"} | (env or {})
+    if not fresh:
+        return finished(*arguments, cwd=cwd, **environment)
     command = [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280, **options)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)

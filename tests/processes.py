@@ -7,7 +7,9 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,11 +22,12 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["pipeline.cli", "stages.generate", "stages.distill", "pipeline.teachers.hf"])
 
 
-def _run(arguments: list, environment: dict[str, str], cwd: str, log: str, function: Callable | None) -> None:
+def _run(
+    arguments: list, environment: dict[str, str], cwd: str, log: str, function: Callable | None, errors: str | None
+) -> None:
     os.setsid()
-    output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    for descriptor, file in ((0, os.devnull), (1, log), (2, errors or log)):
+        os.dup2(os.open(file, os.O_CREAT | os.O_RDWR | os.O_APPEND), descriptor)
     os.environ.clear()  # the forkserver's own, which is as old as the first test that needed it
     os.environ.update(environment)
     os.chdir(cwd)
@@ -33,7 +36,7 @@ def _run(arguments: list, environment: dict[str, str], cwd: str, log: str, funct
 
     from pipeline import cli, console
 
-    console.console = console.make_console(width=200)
+    console.console = console.make_console(width=int(environment.get("COLUMNS", 200)))
     console.quiet_libraries()
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGHUP):  # which may be ignored where the tests were started
@@ -80,10 +83,22 @@ class Run:
             time.sleep(0.002)
 
 
-def start(*arguments: object, log: Path, cwd: Path = ROOT, function: Callable | None = None, **environment: str) -> Run:
-    """Start `xkd-pipeline ARGUMENTS`; what it prints is appended to `log`. function: called in place of it."""
+def start(
+    *arguments: object,
+    log: Path,
+    cwd: Path = ROOT,
+    function: Callable | None = None,
+    errors: Path | None = None,
+    **environment: str,
+) -> Run:
+    """Start `xkd-pipeline ARGUMENTS`; what it prints is appended to `log`, or to `errors` where it goes to stderr.
+
+    function: called in place of it.
+    """
     own = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    process = _CONTEXT.Process(target=_run, args=([*arguments], own, str(cwd), str(log), function))
+    process = _CONTEXT.Process(
+        target=_run, args=([*arguments], own, str(cwd), str(log), function, errors and str(errors))
+    )
     process.start()
     return Run(process, log)
 
@@ -93,6 +108,14 @@ def run(*arguments: object, log: Path, **options) -> tuple[int, str]:
     started = start(*arguments, log=log, **options)
     before = len(started.output)
     return started.wait(), started.output[before:]
+
+
+def finished(*arguments: object, **options) -> subprocess.CompletedProcess:
+    """`xkd-pipeline ARGUMENTS` run to its end, as `subprocess.run` would tell it."""
+    with tempfile.TemporaryDirectory() as folder:
+        log, errors = Path(folder) / "stdout", Path(folder) / "stderr"
+        code = start(*arguments, log=log, errors=errors, **options).wait(280)
+        return subprocess.CompletedProcess(arguments, code, log.read_text(), errors.read_text())
 
 
 def whole_checkpoints(runs: Path) -> list[Path]:

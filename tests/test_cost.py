@@ -339,7 +339,7 @@ def test_a_hub_name_needs_no_weights_to_be_planned_for(teacher, prompts, tmp_pat
     try:
         environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf")}
         command = ("generate", "--dry-run", "--teacher", "org/model", "--prompts", prompts, "--template", "{prompt}")
-        done = run_cli(*command, "--params", "/dev/null", cwd=tmp_path, env=environment)
+        done = run_cli(*command, "--params", "/dev/null", cwd=tmp_path, env=environment, fresh=True)
     finally:
         server.shutdown()
     assert done.returncode == 0, done.stderr
