@@ -35,8 +35,10 @@ def _run(
     import torch
 
     from pipeline import cli, console
+    from pipeline.streams import STDOUT
 
-    console.console = console.make_console(width=int(environment.get("COLUMNS", 200)))
+    width = int(environment.get("COLUMNS", 200))
+    console.console, console.results = console.make_console(width=width), console.make_console(STDOUT, width=width)
     console.quiet_libraries()
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGHUP):  # which may be ignored where the tests were started
