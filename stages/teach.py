@@ -7,6 +7,11 @@ from pathlib import Path
 
 from pipeline import console
 from pipeline.errors import UserError
+from pipeline.files import digest
+from pipeline.learning.batches import from_references
+from pipeline.learning.dropout import set_dropout
+from pipeline.learning.learner import StudentLearner, require_plain_head
+from pipeline.learning.trainer import seed_everything, train
 from pipeline.models import (
     ModelSize,
     build_causal_lm,
@@ -30,11 +35,6 @@ from pipeline.outputs import is_results, require_apart, require_can_write, requi
 from pipeline.params import Params, Role, Teach
 from pipeline.prompts import PromptFormat, encode_response, read_prompts
 from pipeline.provenance import code_fingerprint, fingerprint, write_results
-from pipeline.shards.files import digest
-from stages.batches import from_references
-from stages.dropout import set_dropout
-from stages.students import StudentLearner, require_plain_head
-from stages.training import seed_everything, train
 
 CONTEXT = 256  # longest sequence of new models
 _SEED_OFFSET = {"teacher": 0, "student": 1}  # the two must not start from the same weights

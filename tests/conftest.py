@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.console import quiet_libraries
 from pipeline.params import Params
-from pipeline.params_file import load_params
+from pipeline.params.file import load_params
 from pipeline.prompts import Prompt, prompt_id, write_prompts
 
 quiet_libraries()

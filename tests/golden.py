@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from pipeline.supports import systematic, weighted
-from stages.objectives import avril, minillm
-from stages.objectives.divergences import DIVERGENCES, jsd
-from stages.objectives.logprobs import TopK
-from stages.objectives.outcomes import dense
-from stages.objectives.sparse import sparse_divergence
+from pipeline.objectives import avril, minillm
+from pipeline.objectives.divergences import DIVERGENCES, jsd
+from pipeline.objectives.logprobs import TopK
+from pipeline.objectives.outcomes import dense
+from pipeline.objectives.sparse import sparse_divergence
+from pipeline.objectives.supports import systematic, weighted
 from tests.references import sparse_logprobs
 
 TOLERANCE = 1e-6

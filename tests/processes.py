@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["pipeline.cli", "stages.generate", "stages.distill", "pipeline.teachers.hf"])
+_CONTEXT.set_forkserver_preload(["pipeline.cli.app", "stages.generate", "stages.distill", "pipeline.engines.hf"])
 
 
 def _run(
@@ -34,7 +34,8 @@ def _run(
     sys.argv = ["xkd-pipeline", *map(str, arguments)]
     import torch
 
-    from pipeline import cli, console
+    from pipeline import console
+    from pipeline.cli import app
     from pipeline.streams import STDOUT
 
     width = int(environment.get("COLUMNS", 200))
@@ -43,7 +44,7 @@ def _run(
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGHUP):  # which may be ignored where the tests were started
         signal.signal(number, signal.SIG_DFL)
-    function(*arguments) if function else cli.main()
+    function(*arguments) if function else app.main()
 
 
 @dataclass

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from stages.objectives.divergences import DIVERGENCES
-from stages.objectives.logprobs import SparseLogprobs, at_least_float32
-from stages.objectives.outcomes import TAILS
+from pipeline.objectives.divergences import DIVERGENCES
+from pipeline.objectives.logprobs import SparseLogprobs, at_least_float32
+from pipeline.objectives.outcomes import TAILS
 
 # Reverse KL to a teacher that gives nothing to the tail is infinite: the configuration refuses it.
 FINITE = [(name, tail) for name in DIVERGENCES for tail in TAILS if (name, tail) != ("rkl", "teacher_renorm")]

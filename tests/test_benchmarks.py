@@ -11,7 +11,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.params import Generate
-from stages.asking import Teacher
+from pipeline.teacher.session import Teacher
 from tests.benchmarks import bytes_a_token, capture, fidelity, growth, intervals, layouts, loader
 from tests.benchmarks.texts import arguments, read_texts, start, to_draw
 from tests.conftest import ROOT, WORDS

@@ -7,16 +7,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.caching import cache as cache_app
-from pipeline.cli import app
-from pipeline.cost import GIB, Need, bytes_per_token
+from pipeline.cli.app import app
+from pipeline.cli.cache import cache as cache_app
+from pipeline.learning.batches import collate
+from pipeline.learning.learner import StudentLearner
+from pipeline.learning.rows import from_rows
+from pipeline.learning.trainer import held_out
+from pipeline.objectives.sparse import sparse_divergence
 from pipeline.params import Params
-from pipeline.shards.selection import Selection
-from stages.batches import collate
-from stages.objectives.sparse import sparse_divergence
-from stages.rows import from_rows
-from stages.students import StudentLearner
-from stages.training import held_out
+from pipeline.store.selection import Selection
+from pipeline.teacher.cost import GIB, Need, bytes_per_token
 from tests.conftest import ROOT, run_cli
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -70,7 +70,7 @@ def test_commands_and_parameters_that_are_named_exist(page):
 def test_every_line_of_code_that_the_derivation_points_to_says_what_it_claims():
     text = (ROOT / "docs" / "x-kd.md").read_text()
     pointers = re.findall(r"\]\(\.\./([\w/]+\.py)#L(\d+)\) \| `(.+)` \|$", text, re.M)
-    assert len(pointers) == text.count("](../stages") > 20
+    assert len(pointers) == text.count(".py#L") > 20
     for file, number, code in pointers:
         lines = (ROOT / file).read_text().split("\n")
         places = [place for place, line in enumerate(lines, start=1) if code in line]

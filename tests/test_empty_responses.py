@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.learning.batches import Response, collate
+from pipeline.learning.closeness import HeldOut, LogitSource
+from pipeline.learning.learner import StudentLearner, score_tokens
+from pipeline.learning.posterior import RewardPosterior
+from pipeline.learning.rows import collate_rows, from_rows, per_response
+from pipeline.learning.trainer import count, held_out
 from pipeline.models import load_lm
-from pipeline.shards.schema import from_table, to_table
-from pipeline.shards.selection import Selection
-from stages.batches import Response, collate
-from stages.closeness import HeldOut, LogitSource
-from stages.objectives.sparse import sparse_divergence
-from stages.reward_fit import RewardLearner
-from stages.reward_model import RewardPosterior
-from stages.rows import collate_rows, from_rows, per_response
-from stages.students import StudentLearner, score_tokens
-from stages.training import count, held_out
+from pipeline.objectives.sparse import sparse_divergence
+from pipeline.store.schema import from_table, to_table
+from pipeline.store.selection import Selection
+from stages.reward.fit import RewardLearner
 from tests.conftest import make_seq2seq_model
 
 POSTERIORS = ("action", "separate"), ("state", "own")

@@ -11,21 +11,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import chat
+from pipeline.cli.comparison import compare
 from pipeline.errors import UserError
+from pipeline.learning.posterior import read_description
 from pipeline.models import load_tokenizer
 from pipeline.params import DataSet, Params, Section
-from pipeline.params_file import load_params
-from pipeline.prompts import Prompt, PromptFormat, prompt_id, read_prompts, read_responses
-from pipeline.records import load_records
-from pipeline.shards.selection import Selection
-from stages.comparison import compare
-from stages.data_sets import draw_records
+from pipeline.params.file import load_params
+from pipeline.prompts import Prompt, PromptFormat, chat, prompt_id, read_prompts, read_responses
+from pipeline.prompts.records import load_records
+from pipeline.store.selection import Selection
+from stages.prepare.data_sets import draw_records
 from stages.report import report
-from stages.reward_model import read_description
+from tests.cli.test_comparison import write as write_results
 from tests.conftest import CHAT_TEMPLATE, make_chat_model, make_prompts
 from tests.processes import run
-from tests.test_comparison import write as write_results
 
 HALF = "w1 \ud83d"  # half of a surrogate pair, as json.dumps writes it and json.loads reads it
 DIGITS = "9" * 5000

@@ -52,7 +52,9 @@ def catches(process: int, number: signal.Signals) -> bool:
 def script(tmp_path: Path) -> tuple:
     """What `pip install` makes of the entry point."""
     path = tmp_path / "xkd-pipeline"
-    path.write_text("import sys\nfrom pipeline.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n")
+    path.write_text(
+        "import sys\nfrom pipeline.cli.__main__ import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+    )
     return sys.executable, path
 
 

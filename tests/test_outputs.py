@@ -12,10 +12,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.cli import app
+from pipeline.cli.app import app
+from pipeline.cli.options import (
+    AUDIT,
+    CURVES,
+    EVALUATION,
+    PROMPTS,
+    REWARD,
+    SCORED,
+    SELECTION,
+    START,
+    STUDENT,
+    TOKENIZER,
+)
 from pipeline.errors import UserError
+from pipeline.files import write_json_atomically
 from pipeline.models import describe_model, link_model, load_lm, load_tokenizer, require_own_model, weights_digest
-from pipeline.options import AUDIT, CURVES, EVALUATION, PROMPTS, REWARD, SCORED, SELECTION, START, STUDENT, TOKENIZER
 from pipeline.outputs import (
     MARK,
     RESULTS,
@@ -26,11 +38,10 @@ from pipeline.outputs import (
     require_own_folder,
     require_own_results,
 )
-from pipeline.params_file import load_params
-from pipeline.shards.exporting import export, splits_of_selection
-from pipeline.shards.files import write_json_atomically
-from pipeline.shards.replaceable import require_own_selection
-from pipeline.shards.selection import Selection
+from pipeline.params.file import load_params
+from pipeline.store.replaceable import require_own_selection
+from pipeline.store.selection import Selection
+from pipeline.upkeep.export import export, splits_of_selection
 from stages.distill import distill
 from stages.evaluate import evaluate
 from stages.generate import generate
@@ -41,7 +52,7 @@ from stages.score import score
 from stages.teach import teach
 from tests.conftest import ROOT, at_once, make_params
 from tests.processes import run
-from tests.test_faults import needs_mount, small_disk
+from tests.teacher.test_faults import needs_mount, small_disk
 from tests.test_interrupts import ENDING, python
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.models import ModelSize
-from stages.objectives.divergences import DIVERGENCES
+from pipeline.objectives.divergences import DIVERGENCES
 from tests.benchmarks import supports, supports_report
 from tests.benchmarks.supports_data import SMOLLM2, TEXT, Made, Taught
 

@@ -6,10 +6,10 @@ import yaml
 
 from pipeline import console
 from pipeline.errors import UserError, printable
+from pipeline.files import digest, read_json, read_text, sha256_file
 from pipeline.models.loading import load_config, local_folder, read_link
 from pipeline.models.tokenizers import load_tokenizer, tokenizer_identity
 from pipeline.models.weights import unread_files, weight_files
-from pipeline.shards.files import digest, read_json, read_text, sha256_file
 
 _NOT_IDENTITY = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "id2label", "label2id"}
 _CARD_CHARACTERS = 2**16  # of a model card that are looked at

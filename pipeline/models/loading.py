@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError, in_one_line
+from pipeline.files import read_json, write_json_atomically
 from pipeline.models.saving import replacing_model
 from pipeline.models.weights import require_complete, weight_files, weight_names
-from pipeline.shards.files import read_json, write_json_atomically
 
 _LINK = "link.json"
 

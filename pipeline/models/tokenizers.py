@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.files import digest
 from pipeline.models.loading import load_pretrained
-from pipeline.shards.files import digest
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.errors import UserError, in_one_line, shown
-from pipeline.shards.files import read_json
+from pipeline.files import read_json
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"

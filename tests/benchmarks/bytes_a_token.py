@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.shards.narrowing import narrowed
-from pipeline.shards.schema import Row, footer, write_shard
-from pipeline.shards.selection import Selection
+from pipeline.store.narrowing import narrowed
+from pipeline.store.schema import Row, footer, write_shard
+from pipeline.store.selection import Selection
 
 SIZES = (1, 8, 16, 32, 64, 128)
 VOCABULARY = 152_064

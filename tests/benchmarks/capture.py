@@ -24,11 +24,11 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import console
+from pipeline.engines import Ask, Engine
 from pipeline.params import Generate
-from pipeline.shards.identity import Request, Sampling
-from pipeline.teachers import Ask, Engine
-from pipeline.teachers.orders import Wanted
-from stages.asking import Teacher
+from pipeline.store.identity import Request, Sampling
+from pipeline.teacher.orders import Wanted
+from pipeline.teacher.session import Teacher
 from tests.benchmarks.texts import arguments, start, to_draw
 
 BAR, ROWS_PER_SHARD = 0.85, 256
@@ -41,7 +41,7 @@ def bare_vllm(
     """In a process of its own: an `LLM` as its documentation makes one, which draws all asks for each message."""
     import torch
 
-    from pipeline.teachers import vllm as ours  # first: its environment is for what vllm reads when it is imported
+    from pipeline.engines import vllm as ours
 
     # isort: split
     from vllm import LLM, SamplingParams

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.learning.batches import collate
+from pipeline.learning.closeness import LogitSource
+from pipeline.learning.rows import from_rows
 from pipeline.models import load_lm
-from pipeline.shards.schema import Row
-from pipeline.shards.selection import Selection
-from pipeline.supports import systematic
-from stages.batches import collate
-from stages.closeness import LogitSource
-from stages.objectives.divergences import forward_kl
-from stages.objectives.logprobs import TopK
-from stages.objectives.sparse import sparse_divergence
-from stages.rows import from_rows
+from pipeline.objectives.divergences import forward_kl
+from pipeline.objectives.logprobs import TopK
+from pipeline.objectives.sparse import sparse_divergence
+from pipeline.objectives.supports import systematic
+from pipeline.store.schema import Row
+from pipeline.store.selection import Selection
 from tests.references import sparse_logprobs
 
 MODELS = {"start": "models/student", "plain": "plain", "distilled": "student"}

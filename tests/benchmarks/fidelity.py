@@ -22,14 +22,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from pipeline.engines import Failure
 from pipeline.models import load_lm
 from pipeline.params import Generate, Params
-from pipeline.shards import schema
-from pipeline.shards.narrowing import narrowed
-from pipeline.shards.schema import Row, footer, from_table
-from pipeline.teachers import Failure
-from pipeline.teachers.orders import Wanted
-from stages.asking import Teacher
+from pipeline.store import schema
+from pipeline.store.narrowing import narrowed
+from pipeline.store.schema import Row, footer, from_table
+from pipeline.teacher.orders import Wanted
+from pipeline.teacher.session import Teacher
 from tests.benchmarks.texts import arguments, start, to_draw
 
 WIDEST, TYPES = 128, {"float16": pa.float16(), "float32": pa.float32()}
@@ -153,7 +153,7 @@ def measure(folder: Path, rows: Sequence[Row], truth: Truth, metadata: dict, siz
 
 def plot(points: Sequence[dict], k: int) -> bytes:
     """SVG of bytes against what truncation loses; the default is float16 with `generate.k`."""
-    from stages.reporting import figures
+    from stages.report import figures
 
     def curve(name: str, chosen: Sequence[dict]) -> dict:
         return {name: ([point["bytes"] for point in chosen], [point["truncation_kl"] for point in chosen])}

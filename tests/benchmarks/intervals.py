@@ -3,7 +3,7 @@
     python -m tests.benchmarks.intervals [--quick] [--repetitions 1000] [--seed 0]
 
 Draws test sets of n prompts from a large population, whose scores are the truth, and counts the intervals that hold
-it: by `stages.bootstrap.intervals`, and by the percentiles of 1000 resamples, which it used before for all scores.
+it: by `pipeline.tasks.intervals.intervals`, and by the percentiles of 1000 resamples, used before for all scores.
 Each cell is `percentiles / now`, in %. Pairs of models are the *same* on 95 % of the prompts and independent on the
 others, where the second is worse; or *related*: the same prompts are hard for both, and the second is worse.
 """
@@ -15,7 +15,7 @@ from random import Random
 import numpy as np
 
 from pipeline.tasks import TASKS, metrics, translation
-from stages.bootstrap import intervals, resample
+from pipeline.tasks.intervals import intervals, resample
 
 SIZES = (20, 40, 100, 400)
 RESAMPLES = 1000

@@ -22,9 +22,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.shards import schema
-from pipeline.shards.narrowing import narrowed
-from pipeline.shards.schema import Row
+from pipeline.store import schema
+from pipeline.store.narrowing import narrowed
+from pipeline.store.schema import Row
 from tests.benchmarks.fidelity import loss, read, read_truth, size
 
 SPLIT, DELTA, DICTIONARY = "BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED", "dictionary"

@@ -15,13 +15,13 @@ from statistics import median
 
 import torch
 
+from pipeline.learning.learner import StudentLearner
+from pipeline.learning.rows import collate_rows
+from pipeline.learning.trainer import count
 from pipeline.models import load_lm
-from pipeline.shards.reading import RowLoader, TeacherRows
-from pipeline.shards.selection import Selection
-from stages.objectives.sparse import sparse_divergence
-from stages.rows import collate_rows
-from stages.students import StudentLearner
-from stages.training import count
+from pipeline.objectives.sparse import sparse_divergence
+from pipeline.store.rows import RowLoader, TeacherRows
+from pipeline.store.selection import Selection
 
 BATCH, STEPS, EPOCH_SEED = 32, 200, 0
 

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from pipeline.supports import systematic
-from stages.objectives.avril import gaussian_nll, td_residual
-from stages.objectives.divergences import DIVERGENCES
-from stages.objectives.head import Head, Scores, chunked_loss
-from stages.objectives.logprobs import TopK
-from stages.objectives.outcomes import TAILS, dense
-from stages.objectives.sparse import sparse_divergence
+from pipeline.objectives.avril import gaussian_nll, td_residual
+from pipeline.objectives.divergences import DIVERGENCES
+from pipeline.objectives.head import Head, Scores, chunked_loss
+from pipeline.objectives.logprobs import TopK
+from pipeline.objectives.outcomes import TAILS, dense
+from pipeline.objectives.sparse import sparse_divergence
+from pipeline.objectives.supports import systematic
 
 HIDDEN, POSITIONS, REPETITIONS = 512, 1024, 5
 TIME_BAR, MEMORY_BAR, DENSE_TIME_BAR, DENSE_MEMORY_BAR = 1.15, 1.2, 2.0, 3.0

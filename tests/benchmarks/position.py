@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from pipeline.models import load_lm, load_tokenizer
-from pipeline.supports import systematic, weighted
+from pipeline.objectives.supports import systematic, weighted
 
 
 @torch.no_grad()

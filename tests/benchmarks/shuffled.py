@@ -19,10 +19,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pyarrow as pa
 
-from pipeline.shards.identity import Request
-from pipeline.shards.schema import Row, footer
-from pipeline.shards.selection import Part, write_selection
-from pipeline.shards.store import RequestFolder
+from pipeline.store.identity import Request
+from pipeline.store.requests import RequestFolder
+from pipeline.store.schema import Row, footer
+from pipeline.store.selection import Part, write_selection
 
 VOCABULARY = 32_000
 TEACHER = {"identity": "0" * 16, "vocab_size": VOCABULARY, "tokenizer": "t", "name": None, "licence": None}
@@ -100,7 +100,7 @@ if __name__ == "__main__":
     parser.add_argument("--memory", type=float, help="MiB of rows that may wait in memory")
     given = parser.parse_args()
     if given.memory is not None:
-        from pipeline.shards import ordering
+        from pipeline.store import ordering
 
         ordering.IN_MEMORY = int(given.memory * 2**20)
     found = main(given.rows, given.tokens, given.k, given.rows_per_shard, given.repeat)

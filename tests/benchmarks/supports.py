@@ -5,7 +5,7 @@
 
 A cell is one student: the same start, rows and steps, and its own loss. `dense` sees the teacher's whole distribution,
 `topk` its top k with a bucket for the rest, `drawn` k draws with replacement (RS-KD, arXiv 2503.16870), `sampled` the
-project's own rows (pipeline.supports). Supports are drawn once and kept for all epochs; a seed orders the batches and
+project's own rows (pipeline.objectives). Supports are drawn once and kept for all epochs; a seed orders the batches and
 draws the supports. Each finished cell is a line of OUT/cells.jsonl and is not run again; several processes may share
 the work. Measured over the whole vocabulary, on held-out responses. On one core: `text` 75 minutes, `smollm2` 60.
 """
@@ -28,18 +28,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from pipeline.learning.batches import response_states
+from pipeline.learning.learner import StudentLearner, head_of
+from pipeline.learning.residuals import Scaled, teacher_residual
+from pipeline.learning.rows import per_response
 from pipeline.models import load_lm
+from pipeline.objectives.divergences import DIVERGENCES, forward_kl, reverse_kl
+from pipeline.objectives.sparse import sparse_divergence
+from pipeline.objectives.supports import offsets, systematic, top_place
 from pipeline.params import Residual, Reward
-from pipeline.shards.schema import Row
-from pipeline.supports import offsets, systematic, top_place
-from stages.batches import response_states
-from stages.objectives.divergences import DIVERGENCES, forward_kl, reverse_kl
-from stages.objectives.sparse import sparse_divergence
-from stages.residuals import Scaled, teacher_residual
-from stages.reward_fit import Fitting
-from stages.reward_inputs import shuffled
-from stages.rows import per_response
-from stages.students import StudentLearner, head_of
+from pipeline.store.schema import Row
+from stages.distill.inputs import shuffled
+from stages.reward.fit import Fitting
 from tests.benchmarks.supports_data import MADE, SMOLLM2, TEXT, Part, Taught, optimise, prepare_smollm2, prepare_text
 
 BETA = 0.5  # of jsd

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.fetch import fetch_smollm2
+from pipeline.cli.fetch import fetch_smollm2
+from pipeline.files import write_json_atomically
+from pipeline.learning.batches import Response, collate
+from pipeline.learning.closeness import LogitSource
+from pipeline.learning.learner import StudentLearner
 from pipeline.models import ModelSize, build_causal_lm, keep_layers, load_lm, load_tokenizer, save_model
-from pipeline.shards.files import write_json_atomically
-from stages.batches import Response, collate
-from stages.closeness import LogitSource
-from stages.students import StudentLearner
 
 OUTSIDE = (1, 8, 16, 32, 128)  # top k whose outside is reported
 _CARD = "Made by `python -m tests.benchmarks.supports`.\n"
@@ -126,7 +126,7 @@ def spread(taught: Taught) -> dict:
 def optimise(
     model, loss: Callable[[np.ndarray], Tensor], rows: int, steps: int, batch: int, learning_rate: float, seed: int
 ) -> None:
-    """AdamW as in stages.training (cosine to 0, gradients of norm 1 at most) on loss(indices of a batch's rows)."""
+    """AdamW as the project's trainer (cosine to 0, gradients of norm 1 at most) on loss(indices of a batch's rows)."""
     rng, order = np.random.default_rng(seed), np.empty(0, int)
     optimiser = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.0)
     model.train()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.models import load_tokenizer
-from pipeline.shards.schema import Row, footer, write_shard
+from pipeline.store.schema import Row, footer, write_shard
 from tests.benchmarks.supports import PARTS, REWARDS, SUPPORTS, Cell, Taught, kept_by, read_cells, rows_of
 
 NAMES = {"topk": "top k, `bucket`", "drawn": "draws with replacement (RS-KD)", "sampled": "**sampled**"}

@@ -3,13 +3,13 @@
 import json
 from argparse import ArgumentParser, Namespace
 
+from pipeline.engines import Engine, open_engine
 from pipeline.errors import UserError
 from pipeline.params import Generate
 from pipeline.prompts import TEMPLATE_VERSION, Prompt, PromptFormat, prompt_id
-from pipeline.shards.identity import Request, Sampling, sample_key
-from pipeline.teachers import Engine, open_engine
-from pipeline.teachers.orders import Wanted
-from stages.asking import Teacher, rendered
+from pipeline.store.identity import Request, Sampling, sample_key
+from pipeline.teacher.orders import Wanted
+from pipeline.teacher.session import Teacher, rendered
 
 
 def arguments(description: str, prompts: int, tokens: int) -> ArgumentParser:

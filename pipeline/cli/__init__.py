@@ -1,0 +1,1 @@
+"""The `xkd-pipeline` command."""

@@ -1,0 +1,514 @@
+"""The `xkd-pipeline` command: one thin command a stage. Heavy libraries are imported inside the commands."""
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from pipeline import __version__, console, interrupts
+from pipeline.cli.cache import cache
+from pipeline.cli.listing import Form
+from pipeline.cli.options import (
+    ANSWERS,
+    AUDIT,
+    CURVES,
+    DATA,
+    EVALUATION,
+    PLAIN,
+    PROMPTS,
+    REWARD,
+    RUNS,
+    SCORED,
+    SELECTION,
+    START,
+    STUDENT,
+    TOKENIZER,
+    CsvOption,
+    GpuMemoryOption,
+    GpusOption,
+    JsonOption,
+    ParamsOption,
+    PromptsOption,
+    RateOption,
+    RetryOption,
+    RunsOption,
+    ScoredOption,
+    SelectionOption,
+    SetOption,
+    StoreOption,
+    StudentOption,
+    TokensOption,
+    example,
+    keep_default,
+    load,
+    require_unicode,
+)  # fmt: skip
+from pipeline.cli.tools import COMMANDS
+from pipeline.errors import Interrupted, UserError, reason_of
+from pipeline.params import Role
+from pipeline.streams import STDOUT
+
+LEFT_OUT = 3  # exit code: done, but more rows were left out than generate.max_skipped allows
+_TINY_WEIGHTS = 64 * 2**20
+
+app = typer.Typer(
+    name="xkd-pipeline",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help=(
+        "Offline knowledge distillation: run the teacher [bold]once[/bold], keep what it said, distil as often as you "
+        "like.\n\nThe stages in order: [cyan]prepare[/cyan], [cyan]teach[/cyan], [cyan]generate[/cyan], "
+        "[cyan]score[/cyan], [cyan]reward[/cyan], [cyan]distill[/cyan], [cyan]evaluate[/cyan], "
+        "[cyan]report[/cyan]. [cyan]dvc repro[/cyan] runs them all."
+    ),
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit()
+    require_unicode(sys.argv[1:])
+    console.quiet_libraries()
+
+
+@app.command(
+    epilog=example(
+        "xkd-pipeline prepare",
+        "xkd-pipeline prepare --set prepare.task=summarisation --out other/prompts.parquet --tokenizer other/tokenizer",
+    )
+)
+def prepare(
+    ctx: typer.Context,
+    params: ParamsOption = None,
+    set: SetOption = None,
+    out: Annotated[Path, typer.Option("--out", help="Prompt file to write.")] = PROMPTS,
+    tokenizer_out: Annotated[Path, typer.Option("--tokenizer", help="Tokenizer folder to write.")] = TOKENIZER,
+) -> None:
+    """Draw prompts with references in disjoint splits, from a built-in task or a data set, and their tokenizer."""
+    loaded = load(params, set)
+    results = DATA / "prepare" / "results.json" if out == PROMPTS else None
+    keep_default(ctx, "out", out, results)
+    keep_default(ctx, "tokenizer_out", tokenizer_out)
+    from stages.prepare import prepare as run
+
+    run(loaded, out, tokenizer_out, results)
+
+
+@app.command(
+    epilog=example("xkd-pipeline teach teacher", "xkd-pipeline teach student --set teach.student.pairs=200 --out start")
+)
+def teach(
+    ctx: typer.Context,
+    role: Annotated[Role, typer.Argument(help="Which model to make.")],
+    params: ParamsOption = None,
+    set: SetOption = None,
+    prompts: PromptsOption = PROMPTS,
+    tokenizer: Annotated[Path, typer.Option("--tokenizer", help="Tokenizer folder.")] = TOKENIZER,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Model folder.  [dim]default: data/models/ROLE[/dim]")
+    ] = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Make the teacher, or the student's starting point: new, or from a base, cut to fewer layers, fine-tuned."""
+    loaded, results = load(params, set), None if out else DATA / "teach" / role / "results.json"
+    out = out or DATA / "models" / role
+    keep_default(ctx, "out", out, results)
+    from stages.teach import teach as run
+
+    run(loaded, role, prompts, tokenizer, out, runs, results)
+
+
+@app.command(
+    epilog=example(
+        "xkd-pipeline generate",
+        "xkd-pipeline generate --teacher path/to/model --prompts questions.jsonl --samples 4 -k 32 --out cache",
+        "xkd-pipeline generate --responses answers.jsonl --engine text --out answers",
+        "xkd-pipeline generate --dry-run",
+        "xkd-pipeline generate --dry-run --json",
+        "xkd-pipeline generate --dry-run --teacher folder/with/config --tokens 1e9 -k 32 --rate 2500 --gpus 64",
+    )
+)
+def generate(
+    ctx: typer.Context,
+    params: ParamsOption = None,
+    set: SetOption = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", metavar="PATH_OR_HUB_NAME", help="The teacher.")] = None,
+    prompts: PromptsOption = PROMPTS,
+    out: Annotated[Path, typer.Option("--out", help="Folder for this experiment's selection.")] = SELECTION,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            "--results",
+            help="File for what the run found and took.  [dim]default: data/generate/results.json, else none[/dim]",
+        ),
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            "--answers",
+            help="Folder for the teacher's answers to the test prompts, which evaluate reads.  "
+            "[dim]default: data/answers with the default --out, else none[/dim]",
+        ),
+    ] = None,
+    store: StoreOption = None,
+    engine: Annotated[str | None, typer.Option("--engine", help="auto, vllm, hf, ray, stub or text.")] = None,
+    responses: Annotated[
+        str | None,
+        typer.Option("--responses", help="Responses made elsewhere (.jsonl, .parquet): scored, not sampled."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option("--samples", "-n", help="Responses a training prompt.")] = None,
+    k: Annotated[int | None, typer.Option("--k", "-k", help="Tokens kept at every position.")] = None,
+    support: Annotated[
+        str | None, typer.Option("--support", help="Which tokens: sampled (an unbiased draw) or topk.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="Sampling temperature; 0 is greedy.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Longest response.")] = None,
+    template: Annotated[
+        str | None, typer.Option("--template", help="What the teacher reads, with {prompt} in it.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what is cached, what is missing and what that takes.")
+    ] = False,
+    tokens: TokensOption = None,
+    rate: RateOption = None,
+    gpus: GpusOption = None,
+    gpu_memory: GpuMemoryOption = None,
+    as_json: JsonOption = False,
+    as_csv: CsvOption = False,
+    retry_skipped: RetryOption = False,
+) -> None:
+    """Run the teacher on what the store does not hold yet, and select this experiment's rows.
+
+    Every answer is kept in plain Parquet files under the store and never asked for twice: not by a rerun, not after
+    a crash, not by another experiment. Exit code 3: rows were left out (see generate.max_skipped).
+    """
+    given = {
+        "generate.teacher": teacher, "generate.engine": engine, "generate.samples": samples, "generate.k": k,
+        "generate.support": support, "generate.responses": responses,
+        "generate.temperature": temperature, "max_tokens": max_tokens, "template": template,
+    }  # fmt: skip
+    quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in given.items() if value is not None}
+    overrides = [*(set or []), *(f"{key}={value}" for key, value in quoted.items())]
+    loaded = load(params, overrides)
+    assumed = {"tokens": tokens, "rate": rate, "gpus": gpus, "memory": gpu_memory}
+    assumed = {name: value for name, value in assumed.items() if value is not None}
+    if assumed and not dry_run:
+        raise UserError("--tokens, --rate, --gpus and --gpu-memory are for planning: add --dry-run")
+    form = Form.of(as_json, as_csv)
+    if form is not Form.TEXT and not dry_run:
+        raise UserError("--json and --csv are for what a dry run finds: add --dry-run")
+    default = DATA / "generate" / "results.json" if results is None and out == SELECTION else None
+    default_answers = ANSWERS if answers is None and out == SELECTION else None
+    answers = answers or default_answers
+    if not dry_run:
+        keep_default(ctx, "out", out, default, default_answers)
+    _limit_threads(loaded.generate.teacher)
+    if dry_run:
+        from pipeline.cli.dry_run import Plan
+        from pipeline.cli.dry_run import dry_run as run_dry
+
+        summary = run_dry(loaded, prompts, store, retry_skipped, Plan(**assumed), form, answers is not None)
+        return _require_few_skipped(summary.skipped, loaded.generate.max_skipped)
+    from stages.generate import generate as run
+
+    summary = run(loaded, prompts, out, store, retry_skipped, results=results or default, answers=answers)
+    _require_few_skipped(summary.skipped, loaded.generate.max_skipped)
+
+
+@app.command(epilog=example("xkd-pipeline score", "xkd-pipeline score --set score.validation_samples=16 --out scored"))
+def score(
+    ctx: typer.Context,
+    params: ParamsOption = None,
+    set: SetOption = None,
+    prompts: PromptsOption = PROMPTS,
+    student: StudentOption = START,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the scored responses.")] = SCORED,
+    store: StoreOption = None,
+    retry_skipped: RetryOption = False,
+) -> None:
+    """Have the teacher score references, corrupted references and the student's samples, into the same store.
+
+    References are what the objective sft learns, the others are negatives for the reward's fit and for its audit.
+    """
+    loaded = load(params, set)
+    results = DATA / "score" / "results.json" if out == SCORED else None
+    keep_default(ctx, "out", out, results)
+    _limit_threads(loaded.generate.teacher)
+    from stages.score import score as run
+
+    summary = run(loaded, prompts, student, out, store, retry_skipped, results=results)
+    _require_few_skipped(summary.skipped, loaded.generate.max_skipped)
+
+
+class LeftOut(UserError):
+    """The run went to its end without some rows."""
+
+
+def _require_few_skipped(skipped: int, most: int) -> None:
+    if skipped > most:
+        raise LeftOut(
+            f"{skipped} rows were left out (generate.max_skipped is {most}); the rest is cached. Shorten their "
+            "prompts, or raise generate.max_skipped"
+        )
+
+
+def _scored(option: Path | None, selection: Path, student: Path) -> Path | None:
+    """`--scored`, else the pipeline's own where it is there and belongs to what else is read."""
+    own = (selection, student) == (SELECTION, START) and (SCORED / "manifest.json").is_file()
+    return SCORED if option is None and own else option
+
+
+def _limit_threads(teacher: str) -> None:
+    """One thread for tiny teachers on a CPU: with more, vLLM loses most of its speed to waiting (4 times on 2 cores).
+
+    Must happen before torch is imported; an OMP_NUM_THREADS of the user's stays.
+    """
+    from pipeline.models.loading import resolve
+
+    folder = Path(resolve(teacher))
+    weights = list(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if weights and sum(file.stat().st_size for file in weights) < _TINY_WEIGHTS:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@app.command(epilog=example("xkd-pipeline reward", "xkd-pipeline reward --set reward.sigma_min=0.5 --out floor"))
+def reward(
+    ctx: typer.Context,
+    params: ParamsOption = None,
+    set: SetOption = None,
+    selection: SelectionOption = SELECTION,
+    student: StudentOption = START,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the fitted reward.")] = REWARD,
+    audit: Annotated[
+        Path | None,
+        typer.Option("--audit", help="Folder for its audit.  [dim]default: data/audit, else OUT-audit[/dim]"),
+    ] = None,
+    store: StoreOption = None,
+    runs: RunsOption = RUNS,
+    scored: ScoredOption = None,
+    prompts: PromptsOption = PROMPTS,
+) -> None:
+    """Fit the reward that explains the cached teacher, and audit it on held-out prompts."""
+    loaded = load(params, set)
+    # a reward of its own does not write over the pipeline's audit
+    default = AUDIT if out == REWARD else out.with_name(f"{out.name}-audit")
+    keep_default(ctx, "out", out, None if audit else default)
+    from stages.reward import reward as run
+
+    scored = _scored(scored, selection, student)
+    run(loaded, selection, student, out, audit or default, runs, store, scored, prompts if scored else None)
+
+
+@app.command(
+    epilog=example(
+        "xkd-pipeline distill",
+        "xkd-pipeline distill --set distill.objective=jsd --set distill.reward=none --out data/plain",
+    )
+)
+def distill(
+    ctx: typer.Context,
+    params: ParamsOption = None,
+    set: SetOption = None,
+    selection: SelectionOption = SELECTION,
+    student: StudentOption = START,
+    reward: Annotated[
+        Path, typer.Option("--reward", help="Fitted reward, for distill.reward frozen, joint and shuffled.")
+    ] = REWARD,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the student.  [dim]default: data/student, or data/plain[/dim]"),
+    ] = None,
+    plain: Annotated[
+        bool,
+        typer.Option("--plain", help="Train the baseline: the same loss without the X term, if distill.plain is true."),
+    ] = False,
+    metrics: Annotated[
+        Path | None,
+        typer.Option(
+            "--metrics", help="Folder for metrics and curves.  [dim]default: data/distill, else OUT-metrics[/dim]"
+        ),
+    ] = None,
+    store: StoreOption = None,
+    runs: RunsOption = RUNS,
+    scored: ScoredOption = None,
+) -> None:
+    """Train the student on the cached teacher. Killed and started again, it goes on from its last checkpoint."""
+    loaded = load(params, [*(set or []), "distill.reward=none"] if plain else set)
+    out = out or (PLAIN if plain else STUDENT)
+    # a student of its own does not write over the pipeline's metrics
+    default = CURVES if out == STUDENT else out.with_name(f"{out.name}-metrics")
+    keep_default(ctx, "out", out, None if metrics else default)
+    from stages.distill import distill as run
+    from stages.distill import leave_out
+
+    if plain and not loaded.distill.plain:
+        return leave_out(out, metrics or default)
+    scored = _scored(scored, selection, student)
+    run(loaded, selection, student, reward, out, metrics or default, runs, store, scored)
+
+
+@app.command(
+    epilog=example(
+        "xkd-pipeline evaluate",
+        "xkd-pipeline evaluate --model plain=data/plain --model x=data/student --out data/comparison",
+    )
+)
+def evaluate(
+    ctx: typer.Context,
+    params: ParamsOption = None,
+    set: SetOption = None,
+    prompts: PromptsOption = PROMPTS,
+    selection: SelectionOption = SELECTION,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", metavar="NAME=FOLDER",
+            help="Model to score, repeatable; the last is compared with the others.  "
+            "[dim]default: teacher, undistilled, plain and distilled student[/dim]",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for metrics and answers.")] = EVALUATION,
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            "--answers",
+            help="The teacher's cached answers to the test prompts (out of generate).  "
+            "[dim]default: data/answers if it exists, with the default --selection[/dim]",
+        ),
+    ] = None,
+    store: StoreOption = None,
+) -> None:  # fmt: skip
+    """Score models side by side on the test prompts, with intervals paired over the prompts."""
+    loaded = load(params, set)
+    models: dict[str, str | Path] = {"teacher": loaded.generate.teacher, "undistilled": START}
+    models |= {"plain": PLAIN} if (PLAIN / "config.json").is_file() else {}
+    models |= {"distilled": STUDENT}
+    if model:
+        models = {}
+        for entry in model:
+            name, mark, folder = entry.partition("=")
+            if not (name and mark and folder):
+                raise UserError(f"--model {entry}: expected NAME=FOLDER")
+            models[name] = Path(folder)
+    keep_default(ctx, "out", out)
+    from stages.evaluate import evaluate as run
+
+    if answers is None and selection == SELECTION and (ANSWERS / "manifest.json").is_file():
+        answers = ANSWERS
+    run(loaded, prompts, models, selection, out, store, answers)
+
+
+@app.command(
+    epilog=example(
+        "xkd-pipeline report",
+        "xkd-pipeline report --also jsd --also other/data --out comparison.html",
+        "xkd-pipeline report --set report.samples=20 --out report.html",
+    )
+)
+def report(
+    ctx: typer.Context,
+    params: ParamsOption = None,
+    set: SetOption = None,
+    data: Annotated[Path, typer.Option("--data", help="Folder that the stages filled.")] = DATA,
+    out: Annotated[Path, typer.Option("--out", help="Page to write.")] = DATA / "report.html",
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--also",
+            metavar="RESULT",
+            help="Folder with results, DVC experiment or git revision whose students are shown beside; repeatable.",
+        ),
+    ] = None,
+    store: StoreOption = None,
+) -> None:
+    """Write one self-contained HTML page about an experiment: tables, curves, rewarded tokens, samples, costs."""
+    loaded = load(params, set)
+    keep_default(ctx, "out", out)
+    from stages.report import report as run
+
+    run(loaded.report, data, out, store, also or ())
+
+
+_STAGES = {command.callback.__name__ for command in app.registered_commands if command.callback}
+for _command, _examples in COMMANDS.items():
+    app.command(epilog=_examples)(_command)
+app.add_typer(cache)
+
+
+def main() -> None:
+    """Run the command line; a UserError becomes a short message and exit code 2 (3 for rows left out).
+
+    Ctrl-C, SIGTERM and SIGHUP end it in order, with exit code 130, 143 and 129: what was made so far is written first.
+    """
+    interrupts.install()
+    if console.PLAIN:
+        from typer import rich_utils
+
+        rich_utils.COLOR_SYSTEM, rich_utils.FORCE_TERMINAL = None, False
+    sys.exit(_exit_code())  # after all handlers: what an error holds (loaders with processes of their own) is freed
+
+
+def _exit_code() -> int:
+    try:
+        return _run()
+    except UserError as error:
+        _say_error(str(error))
+        return LEFT_OUT if isinstance(error, LeftOut) else 2
+    except Interrupted as error:
+        console.warn(f"interrupted. {error.kept}")
+        return 128 + error.signal
+    except Exception as error:
+        if number := interrupts.noted():  # what the signal broke: a library's process that got it too
+            console.warn(f"interrupted ({reason_of(error)}). {interrupts.interrupted().kept}")
+            return 128 + number
+        if not isinstance(error, OSError) or error.filename is None:
+            raise
+        _say_error(f"{error.filename}: {error.strerror}")
+        return 2
+
+
+def _say_error(message: str) -> None:
+    console.console.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
+
+
+def _run() -> int:
+    """The exit code of the command; 1 where what it was asked to print was not read to its end."""
+    code, together = 0, _is_one_file(1, 2)
+    try:
+        try:
+            interrupts.begin()
+            app()
+        finally:
+            interrupts.end()
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            raise
+        code = int(ended.code or 0)
+    STDOUT.flush()
+    lost = STDOUT.failure
+    if lost is None or lost.errno == errno.EIO:  # how a terminal ends; the run does not
+        return code
+    if lost.errno != errno.EPIPE:
+        console.warn(f"not all could be printed on stdout: {lost.strerror}")
+    elif together:  # the reader of both has seen enough
+        return code
+    # What a stage was asked for is its files.
+    is_stage = next((word for word in sys.argv[1:] if not word.startswith("-")), "") in _STAGES
+    return code if is_stage else code or 1
+
+
+def _is_one_file(*descriptors: int) -> bool:
+    try:
+        return os.path.sameopenfile(*descriptors)
+    except OSError:  # one of them was closed from the start
+        return False

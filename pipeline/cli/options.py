@@ -1,0 +1,159 @@
+"""Where the pipeline keeps its files, and the options that several commands share."""
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from pipeline.errors import UserError, is_printable, shown
+from pipeline.params import Params
+from pipeline.params.file import load_params
+
+PARAMS_FILE = Path("params.yaml")
+DATA, RUNS = Path("data"), Path("runs")
+PROMPTS, TOKENIZER = DATA / "prompts" / "prompts.parquet", DATA / "tokenizer"
+START, STUDENT, PLAIN = DATA / "models" / "student", DATA / "student", DATA / "plain"
+SELECTION, SCORED, ANSWERS = DATA / "teacher", DATA / "scored", DATA / "answers"
+REWARD, AUDIT = DATA / "reward", DATA / "audit"
+CURVES, EVALUATION = DATA / "distill", DATA / "evaluation"
+
+# Options that change nothing of what is made at their output, or say where it goes.
+_NO_INPUTS = {
+    "plain",
+    "store",
+    "runs",
+    "retry_skipped",
+    "out",
+    "tokenizer_out",
+    "metrics",
+    "audit",
+    "results",
+    "answers",
+}
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter("must be a finite number")
+    return value
+
+
+ParamsOption = Annotated[
+    Path | None,
+    typer.Option("--params", help="Parameter file, may be partial.  [dim]default: params.yaml if it exists[/dim]"),
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one parameter; repeatable.")
+]
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="FOLDER_OR_URL",
+        help="Teacher store.  [dim]default: $XKD_STORE, else the user's cache directory[/dim]",
+    ),
+]
+PromptsOption = Annotated[
+    Path,
+    typer.Option("--prompts", help="Prompt file (.parquet or .jsonl): prompt, and optionally id, references, split."),
+]
+RunsOption = Annotated[Path, typer.Option("--runs", help="Checkpoints of unfinished training.")]
+SelectionOption = Annotated[Path, typer.Option("--selection", help="Cached teacher (out of generate).")]
+ScoredOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--scored",
+        help="Scored responses (out of score).  "
+        "[dim]default: data/scored if it exists, with the default selection and student[/dim]",
+    ),
+]
+StudentOption = Annotated[Path, typer.Option("--student", help="The student's starting point.")]
+RetryOption = Annotated[bool, typer.Option("--retry-skipped", help="Try rows again that were left out before.")]
+TokensOption = Annotated[
+    float | None,
+    typer.Option(
+        "--tokens",
+        callback=_finite,
+        min=1,
+        help="With --dry-run: response tokens to plan for, in place of a prompt file.",
+    ),
+]
+RateOption = Annotated[
+    float | None,
+    typer.Option(
+        "--rate", callback=_finite, min=0.01, help="With --dry-run: response tokens a second and GPU, for GPU-hours."
+    ),
+]
+GpusOption = Annotated[
+    int | None,
+    typer.Option("--gpus", min=1, help="With --dry-run: number of GPUs.  [dim]default: those of one teacher[/dim]"),
+]
+GpuMemoryOption = Annotated[
+    float | None,
+    typer.Option("--gpu-memory", callback=_finite, min=1, help="With --dry-run: GiB a GPU.  [dim]default: 80[/dim]"),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print JSON, and nothing else on stdout: numbers as numbers, sizes in bytes.")
+]
+CsvOption = Annotated[bool, typer.Option("--csv", help="Print CSV, likewise: a line of names, then one a row.")]
+
+
+def require_unicode(arguments: Iterable[str]) -> None:
+    """Raises UserError for an argument or a folder whose bytes are not UTF-8: no file of ours could hold it."""
+    places = [*arguments, os.environ.get("XKD_STORE", ""), os.getcwd()]
+    if bad := next((text for text in places if not is_printable(text)), None):
+        raise UserError(f"{shown(bad)} is not valid UTF-8: give it another name, or write it in UTF-8")
+
+
+def load(params: Path | None, overrides: list[str] | None) -> Params:
+    """The parameters of a command: its file, else the current folder's, and what `--set` changes."""
+    return load_params(file_of(params), overrides or [])
+
+
+def file_of(params: Path | None) -> Path | None:
+    """The parameter file of a command, if there is one: the option's, else the current folder's."""
+    return PARAMS_FILE if params is None and PARAMS_FILE.exists() else params
+
+
+def keep_default(ctx: typer.Context, output: str, path: Path, *beside: Path | None) -> None:
+    """Raises UserError where a command that was given inputs would replace what is at an output's default place.
+
+    Whoever names the output may. output: its parameter, and `path` its value; beside: other defaults that follow it.
+    """
+    options = {parameter.name: parameter for parameter in ctx.command.params if parameter.param_type_name == "option"}
+    given = [name for name in options if _is_given(ctx, name)]
+    if output in given:
+        return
+    changed = [each for name in given if name not in _NO_INPUTS for each in _as_typed(options[name], ctx.params[name])]
+    there = next((place for place in (path, *beside) if place and _holds_something(place)), None)
+    if changed and there is not None:
+        option, kind = options[output].opts[0], "FILE" if path.suffix else "FOLDER"
+        raise UserError(
+            f"{there} holds an earlier result, and this command was given other inputs ({', '.join(changed)}): add "
+            f"{option} {kind}, or {option} {path} to replace it"
+        )
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+
+def _as_typed(parameter, value) -> list[str]:
+    """An option with each of its values, as on the command line."""
+    return [f"{parameter.opts[0]} {each}" for each in (value if isinstance(value, list | tuple) else [value])]
+
+
+def _holds_something(path: Path) -> bool:
+    if not path.is_dir():
+        return path.exists()
+    return any(name != ".gitignore" for name in os.listdir(path))
+
+
+def example(*lines: str) -> str:
+    """The closing part of a command's help."""
+    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"[cyan]{escape(line)}[/cyan]" for line in lines)

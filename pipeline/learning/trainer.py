@@ -1,0 +1,355 @@
+"""A transformers Trainer whose loss is a weighted sum of terms, each a global mean.
+
+A learner returns the sum of every term over its micro-batch; the sums are divided by counts over the whole batch (all
+accumulation steps), so that micro-batches do not change the loss. One process, one device.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from pipeline import console, interrupts
+from pipeline.errors import UserError
+from pipeline.learning.batches import IGNORED, collate
+from pipeline.learning.checkpoints import ASIDE, StopAtSignal, finished, keeps_up_to, step_of, whole_checkpoint
+from pipeline.learning.finite import require_finite, require_finite_weights
+from pipeline.objectives.avril import kept_steps
+from pipeline.params import Optimisation
+from pipeline.provenance import seconds_since_start
+
+COUNTS = ("tokens", "steps")
+_SUMS = "sums.safetensors"  # in a checkpoint: what there is of the next point of the training curve
+
+
+@dataclass(frozen=True)
+class Term:
+    """A summand of the loss: its weight (0: only logged), and what its mean is over."""
+
+    weight: float
+    over: str  # tokens: response tokens; steps: those that have a residual
+    apart: bool = False  # of a model that is trained along without the main one: not in the loss that is reported
+
+
+class Learner(nn.Module):
+    """What a TermTrainer trains.
+
+    `forward(counts, **batch)` returns the loss, sum_i weight_i * sum_i / count_i, and {name: sum over the batch} of
+    each of `terms`, detached.
+    """
+
+    terms: dict[str, Term]
+    terminal: str = "drop"
+
+    def term_weights(self, counts: Tensor) -> dict[str, Tensor]:
+        """weight_i / count_i of the terms that the loss is made of; counts are those of `count`."""
+        sizes = dict(zip(COUNTS, counts.clamp_min(1), strict=True))
+        return {name: term.weight / sizes[term.over] for name, term in self.terms.items() if term.weight}
+
+
+def count(batch: dict[str, Tensor], terminal: str) -> Tensor:
+    """[tokens, steps] of a batch."""
+    mask = batch["labels"] != IGNORED
+    return torch.stack([mask.sum(), kept_steps(mask, batch["stop"], terminal).sum()])
+
+
+class TermTrainer(Trainer):
+    """Trains a Learner; logs and evaluates every term by itself."""
+
+    def __init__(self, what: str, model: Learner, loader: Callable | None = None, **options):
+        """what: is being trained, as messages call it. loader: makes the batches to train on, see `train`."""
+        super().__init__(model=model, **options)
+        self.what, self.loader = what, loader
+        self.loss_is_scaled_for_ga = True  # by the counts
+        self._logged: dict[str, list[Tensor]] = {}
+        self._steps = 0  # optimiser steps since the last log
+        self._aside = False  # whether the checkpoint that is being written lies aside
+
+    def get_train_dataloader(self):
+        if self.loader is None:
+            return super().get_train_dataloader()
+        parts = self.args.gradient_accumulation_steps
+        size, workers = self.args.per_device_train_batch_size * parts, self.args.dataloader_num_workers
+        return self.loader(self.train_dataset, size, self.args.data_seed, self.data_collator, workers, parts)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        self._steps += 1
+        return batches, sum(count(batch, self._learner.terminal) for batch in batches).to(device)
+
+    @property
+    def _learner(self) -> Learner:
+        return self.accelerator.unwrap_model(self.model)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        counts = count(inputs, self._learner.terminal) if num_items_in_batch is None else num_items_in_batch
+        loss, sums = model(counts, **inputs)
+        for name, term in self._learner.terms.items():
+            size = counts[COUNTS.index(term.over)].clamp_min(1)
+            self._logged.setdefault(name, []).append(sums[name] / size)
+        shares = {name: values[-1] for name, values in self._logged.items()}
+        require_finite(loss.detach(), f"{self._at(1)}: the loss", shares)
+        return (loss, sums) if return_outputs else loss
+
+    def _at(self, further: int) -> str:
+        return f"{self.what}, step {self.state.global_step + further}"
+
+    def log(self, logs, start_time=None, **options):
+        if "loss" in logs and self._logged:
+            # Every micro-batch logged its share of its step's mean.
+            logs |= {name: float(torch.stack(values).sum() / self._steps) for name, values in self._logged.items()}
+            self._logged, self._steps = {}, 0
+        super().log(logs, start_time, **options)
+
+    def _clip_grad_norm(self, model):
+        """Each of the learner's models by its own norm, so that one does not shrink the steps of another."""
+        norms = [
+            self.accelerator.clip_grad_norm_(part.parameters(), self.args.max_grad_norm)
+            for part in self._learner.children()
+        ]
+        require_finite(torch.stack(norms), f"{self._at(1)}: the gradient")
+        return max(norms)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Exact held-out means of all terms and of the loss."""
+        means = held_out(self._learner, self.get_eval_dataloader(eval_dataset), self.args.device)
+        parts = {name: mean for name, mean in means.items() if name != "loss"}
+        require_finite(torch.tensor(means["loss"]), f"{self._at(0)}: the held-out loss", parts)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, model, trial):
+        """The Trainer's own. Of a step between two regular ones it lies aside, and never counts as the best.
+
+        So a run that goes on from it ends as if it had not been interrupted.
+        """
+        step = self.state.global_step
+        self._aside = step % self.args.save_steps != 0 and step < self.args.max_steps
+        if self._aside:
+            self.state.best_global_step = None  # best_model_checkpoint is the best of those that have a checkpoint
+        super()._save_checkpoint(model, trial)
+        if not self._aside:
+            shutil.rmtree(Path(self.args.output_dir) / ASIDE, ignore_errors=True)
+        self._aside = False
+
+    def _get_output_dir(self, trial):
+        run = super()._get_output_dir(trial)
+        return str(Path(run) / ASIDE) if self._aside else run
+
+    def _save(self, output_dir=None, state_dict=None):
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_model(self._learner, str(folder / "model.safetensors"))
+        sums = {f"term {name}": torch.stack(values).cpu() for name, values in self._logged.items()}
+        steps = torch.tensor([self._steps, self._globalstep_last_logged])
+        safetensors.torch.save_file(sums | {"loss": self._tr_loss.cpu(), "steps": steps}, str(folder / _SUMS))
+
+    def load_sums(self, checkpoint: str) -> None:
+        """Go on in the middle of a point of the training curve; the Trainer itself would begin a new one."""
+        sums = safetensors.torch.load_file(str(Path(checkpoint) / _SUMS), str(self.args.device))
+        self._tr_loss = sums.pop("loss")
+        self._steps, self._globalstep_last_logged = sums.pop("steps").tolist()
+        self._logged = {name.removeprefix("term "): list(values) for name, values in sums.items()}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        safetensors.torch.load_model(self._learner, str(Path(resume_from_checkpoint) / "model.safetensors"))
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+@torch.no_grad()
+def held_out(learner: Learner, batches, device) -> dict[str, float]:
+    """Means of all terms and of the loss over batches."""
+    was_training = learner.training
+    learner.eval()
+    sums, counts = {}, torch.zeros(len(COUNTS), dtype=torch.float64)
+    for batch in batches:
+        batch = {name: value.to(device) for name, value in batch.items()}
+        size = count(batch, learner.terminal)
+        for name, value in learner(size, **batch)[1].items():
+            sums[name] = sums.get(name, 0.0) + value.double().cpu()
+        counts += size.cpu()
+    learner.train(was_training)
+    means = {
+        name: float(sums[name] / counts[COUNTS.index(term.over)].clamp_min(1)) for name, term in learner.terms.items()
+    }
+    counted = {name: term.weight for name, term in learner.terms.items() if not term.apart}
+    return means | {"loss": sum(weight * means[name] for name, weight in counted.items())}
+
+
+class _Bar(TrainerCallback):
+    """The project's progress bar in place of the Trainer's."""
+
+    def __init__(self, advance):
+        self.advance = advance
+
+    def on_train_begin(self, args, state, control, **_):
+        self.advance(state.global_step)
+
+    def on_step_end(self, args, state, control, **_):
+        self.advance(1)
+
+    def on_log(self, args, state, control, logs=None, **_):
+        shown = {name: logs[name] for name in ("loss", "eval_loss") if name in (logs or {})}
+        if shown:
+            self.advance(0, note="  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+
+
+class _LogEvery(TrainerCallback):
+    """Logs as often as is asked for now; the Trainer itself would go on as the checkpoint says."""
+
+    def on_train_begin(self, args, state, control, **_):
+        state.logging_steps = args.logging_steps
+
+
+class _Sums(TrainerCallback):
+    """Loads the sums of a checkpoint after the Trainer has set its own to zero."""
+
+    def __init__(self, trainer: TermTrainer, checkpoint: str):
+        self.trainer, self.checkpoint = trainer, checkpoint
+
+    def on_train_begin(self, args, state, control, **_):
+        self.trainer.load_sums(self.checkpoint)
+
+
+class FirstStep(TrainerCallback):
+    """Seconds from the start of the process to the first optimiser step: what a cached experiment waits for."""
+
+    seconds: float | None = None
+
+    def on_step_begin(self, args, state, control, **_):
+        if self.seconds is None:
+            self.seconds = seconds_since_start()
+
+
+def train(
+    what: str,
+    learner: Learner,
+    responses: Sequence,
+    validation: Sequence | None,
+    optimisation: Optimisation,
+    run: Path,
+    seed: int,
+    log_every: int,
+    evaluate_every: int | None = None,
+    save_every: int | None = None,
+    best: str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    report_to: Sequence[str] = (),
+    collator: Callable[[list], dict[str, Tensor]] = collate,
+    workers: int = 0,
+    loader: Callable | None = None,
+) -> list[dict]:
+    """Train in place and return the Trainer's log history.
+
+    collator makes a batch of what `responses` hold; `workers` processes do so. loader: `(responses, batch size, seed,
+    collator, workers, micro-batches)` to an iterable of batches, in place of the Trainer's own; see RowLoader.
+
+    run: folder of the checkpoints. The newest whole checkpoint that is already there is resumed from, so a killed run
+    goes on where it was; the caller removes the folder once what was trained is saved. With `best`, and save_every as
+    evaluate_every, the learner ends with the weights of the best held-out value of that term. report_to: trackers of
+    transformers, by name; what TensorBoard reads is written to `logs` beside the stages' folders of checkpoints.
+
+    A signal ends it after the step that runs, with a checkpoint of that step: then `Interrupted` is raised. Raises
+    UserError where loss, gradients or weights are no longer finite.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("training runs in one process: start it without torchrun or accelerate launch")
+    _require_trackers(report_to)
+    checkpoint = whole_checkpoint(run)
+    if checkpoint:
+        console.say(f"{what}: resuming from {checkpoint}")
+        keeps_up_to(step_of(checkpoint), what)
+        if (history := finished(learner, checkpoint, optimisation.steps)) is not None:
+            require_finite_weights(learner, what)
+            return history
+    if "tensorboard" in report_to:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.parents[1] / "logs" / run.name))
+    arguments = TrainingArguments(
+        output_dir=str(run),
+        max_steps=optimisation.steps,
+        per_device_train_batch_size=optimisation.batch_size // optimisation.accumulation,
+        gradient_accumulation_steps=optimisation.accumulation,
+        per_device_eval_batch_size=optimisation.batch_size,
+        learning_rate=optimisation.learning_rate,
+        lr_scheduler_type="cosine",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optim="adamw_torch",
+        seed=seed,
+        data_seed=seed,
+        logging_steps=log_every,
+        logging_nan_inf_filter=False,  # such a loss is an error
+        eval_strategy="steps" if evaluate_every else "no",
+        eval_steps=evaluate_every,
+        save_strategy="steps" if save_every else "no",
+        save_steps=save_every or 500,
+        save_total_limit=2,
+        load_best_model_at_end=best is not None,
+        metric_for_best_model=f"eval_{best}" if best else None,
+        greater_is_better=False,
+        remove_unused_columns=False,
+        report_to=list(report_to),
+        disable_tqdm=True,
+        dataloader_num_workers=workers,
+        use_cpu=not torch.cuda.is_available(),
+        restore_callback_states_from_checkpoint=True,  # the patience of early stopping
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible GPUs would multiply the batch
+    trainer = TermTrainer(
+        what,
+        learner,
+        args=arguments,
+        train_dataset=responses,
+        eval_dataset=validation or None,
+        data_collator=collator,
+        callbacks=[_LogEvery(), *callbacks],
+        loader=loader,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if checkpoint:
+        trainer.add_callback(_Sums(trainer, checkpoint))
+    trainer.add_callback(StopAtSignal(what))
+    stopping = f"{what}: interrupted; the step that is running is finished and kept in a checkpoint"
+    try:
+        with console.progress(what, optimisation.steps) as advance, interrupts.deferred(stopping):
+            trainer.add_callback(_Bar(advance))
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception as error:
+        if interrupts.noted():  # a process of the loader's got the signal too
+            raise interrupts.interrupted() from error
+        raise
+    learner.to("cpu")
+    require_finite_weights(learner, what)
+    return trainer.state.log_history
+
+
+def _require_trackers(names: Sequence[str]) -> None:
+    """Raises UserError for trackers that are unknown or not installed."""
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UserError(f"report_to: unknown tracker '{name}'; known: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
+        if name not in get_available_reporting_integrations():
+            raise UserError(f"report_to: {name} is not installed: pip install {name}")
+
+
+def seed_everything(seed: int) -> None:
+    """One seed for weights, dropout and shuffling."""
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)

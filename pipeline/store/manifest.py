@@ -1,0 +1,106 @@
+"""`manifest.json` of a selection: what it holds, sealed by a digest of itself, and the files that belong to it.
+
+Files of rows are named by their content, so that those of a new selection lie beside those of the earlier one: it is
+the manifest's replacement that makes the new one the selection, at once. Earlier versions named them without a digest.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.files import ASIDE, digest, is_in_the_way, sha256_file
+from pipeline.store.schema import SCHEMAS, with_support
+
+MANIFEST = "manifest.json"
+WRITE_AGAIN = "run `xkd-pipeline generate` (or `score`, if that wrote it) again"
+_ROWS = r"(train|validation|scored|references|negatives|samples|greedy|sampled)-\d{5}(-[0-9a-f]{12})?\.parquet"
+_LEFT_BEHIND = re.compile(rf"({re.escape(MANIFEST)}|{_ROWS})(\.aside)?")
+_STAGED = re.compile(r"\.tmp-[0-9a-f]{32}")
+
+
+def rows_name(part: str, number: int, sha256: str) -> str:
+    """Name of a part's file of rows with this content."""
+    return f"{part}-{number:05d}-{sha256[:12]}.parquet"
+
+
+def sealed(manifest: dict) -> dict:
+    """The manifest with `sha256`, the digest of all its other entries: whatever else is changed is seen."""
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    return rest | {"sha256": digest(rest)}
+
+
+def read_manifest(folder: Path) -> dict:
+    """A selection's manifest, with its support. Raises UserError where there is none, or another one than written."""
+    path = folder / MANIFEST
+    if is_in_the_way(path):
+        raise UserError(f"{path} is no regular file: {WRITE_AGAIN}")
+    if not path.is_file():
+        raise UserError(f"no cached teacher at {folder}: run `xkd-pipeline generate` (or `dvc repro generate`) first")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version, seal = manifest["schema_version"], manifest["sha256"]
+        known = version in SCHEMAS
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): {WRITE_AGAIN}") from error
+    if not known:
+        expected = ", ".join(map(str, SCHEMAS))
+        raise UserError(f"{path} is of schema version {version}, expected one of {expected}: {WRITE_AGAIN}")
+    if sealed(manifest)["sha256"] != seal:
+        raise UserError(f"{path} is stale: its entries are not those that its sha256 is of: {WRITE_AGAIN}")
+    return with_support(manifest)
+
+
+def seal_of(folder: Path) -> str | None:
+    """What tells the selection in a folder from others; None where there is none whose manifest is whole."""
+    try:
+        return read_manifest(folder)["sha256"]
+    except (UserError, OSError):
+        return None
+
+
+def listed_files(manifest: dict) -> dict[str, dict]:
+    """The manifest's entry of every file of rows, by name."""
+    return {file["name"]: file for part in manifest["parts"].values() for file in part["files"]}
+
+
+def selection_files(folder: Path) -> list[Path]:
+    """The files of rows in a selection's folder, listed or not."""
+    return sorted(path for path in folder.iterdir() if re.fullmatch(_ROWS, path.name))
+
+
+def is_staged(path: Path) -> bool:
+    """Whether it is the folder in which a run prepares a selection, or a file that an earlier version prepared."""
+    return bool(_STAGED.fullmatch(path.name))
+
+
+def is_left_behind(path: Path) -> bool:
+    """Whether it is a file of an earlier selection, or what a killed run prepared."""
+    is_file = not path.is_dir() or path.is_symlink()
+    return is_staged(path) or (is_file and bool(_LEFT_BEHIND.fullmatch(path.name)))
+
+
+def is_named_by_content(path: Path) -> bool:
+    """Whether it is a file of rows whose name has the digest of its bytes, as in no export and no earlier version."""
+    name = re.fullmatch(_ROWS, path.name.removesuffix(ASIDE))
+    return bool(name and name[2]) and name[2] == f"-{sha256_file(path)[:12]}"
+
+
+def holds_selection(folder: Path) -> bool:
+    """Whether a folder has a selection, whole or damaged."""
+    try:
+        return any(_LEFT_BEHIND.fullmatch(path.name) for path in folder.iterdir())
+    except FileNotFoundError:
+        return False
+    except OSError:  # it is something, and cannot be looked into
+        return True
+
+
+def file_fault(folder: Path, file: dict) -> str | None:
+    """What is wrong with a file that a manifest lists, or None."""
+    path = folder / file["name"]
+    if is_in_the_way(path):
+        return "it is no regular file"
+    if not path.is_file():
+        return "it is missing"
+    return None if sha256_file(path) == file["sha256"] else "its content is not what manifest.json says"

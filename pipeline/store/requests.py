@@ -1,0 +1,296 @@
+"""The store: `<store>/<teacher>/<request>/part-<first 16 hex digits of the file's sha256>.parquet`.
+
+A name that is its content's digest makes damage visible and collisions of writers impossible. Nothing is ever changed
+in place: shards are added whole, and a damaged one is moved aside.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from platformdirs import user_cache_path
+
+from pipeline.errors import UserError
+from pipeline.files import (
+    canonical_json,
+    digest,
+    is_in_the_way,
+    move_aside,
+    sha256_file,
+    write_atomically,
+    writing_to,
+)
+from pipeline.store.checks import SHARD, UNREADABLE, Damaged, Header, check_shard, text_of
+from pipeline.store.opened import OpenFiles
+from pipeline.store.ordering import Group, in_order
+from pipeline.store.schema import Row, from_table, group_ends, read_metadata, write_shard
+from pipeline.store.storage import Storage
+
+SKIPPED = "skipped.jsonl"
+
+
+def open_store(where: str | Path | None = None) -> Storage:
+    """The files at `--store`, else at the environment's XKD_STORE, else in the user's cache directory.
+
+    Raises UserError where there is a file.
+    """
+    storage = Storage(where or os.environ.get("XKD_STORE") or user_cache_path("xkd-pipeline") / "store")
+    if not storage.remote and storage.path.exists() and not storage.path.is_dir():
+        raise UserError(f"the store {storage.name} is a file: move it away, or name another --store")
+    return storage
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where a row is."""
+
+    shard: Path
+    row: int
+    k: int
+    support: str | None  # sampled or topk; None: text alone
+
+
+def pick(locations: Sequence[Location], k: int, support: str | None) -> Location | None:
+    """The stored copy to use where k tokens a position are wanted: of the support, the first with enough, or None.
+
+    Where no token is wanted any copy serves.
+    """
+    return next((each for each in locations if each.k >= k and (k == 0 or each.support == support)), None)
+
+
+def pick_unsure(locations: Sequence[Location], k: int, support: str | None) -> Location | None:
+    """Where `pick` finds no top k: the widest sampled copy, which may have it (`narrowing.holds_top` tells)."""
+    sampled = [each for each in locations if each.support == "sampled" and each.k >= k]
+    return sampled[-1] if support == "topk" and sampled else None
+
+
+class RequestFolder:
+    """All that one teacher answered to one request."""
+
+    def __init__(self, store: Storage | str | Path, teacher: str, request: str):
+        """`teacher` and `request` are identities."""
+        self.storage = store if isinstance(store, Storage) else Storage(store)
+        self.teacher, self.request = teacher, request
+        self.name = f"{teacher}/{request}"
+        self.path = self.storage.path / self.name
+        self.damaged: dict[str, str] = {}  # shard -> what is wrong with it
+        self._passed: dict[Path, Header] = {}
+        self.files = OpenFiles(f"it was removed from the store {self} while it was read. Run the same command again")
+
+    def __str__(self) -> str:
+        return f"{self.storage.name}/{self.name}"
+
+    def index(self, set_aside: bool = True) -> dict[str, list[Location]]:
+        """Every stored row by key; each shard's bytes are checked against its name the first time.
+
+        A damaged shard is named in `self.damaged`, left out and, with `set_aside`, moved to `damaged/`. Where a key
+        is stored more than once (at several k, or by two writers at once) its locations come in a fixed order: k,
+        then support, then shard name.
+        """
+        rows: dict[str, list[Location]] = {}
+        if set_aside:
+            self._make_way()
+        for shard in self._shards(set_aside):
+            header = self._passed.get(shard) or self._check(shard, set_aside)
+            if header is not None:
+                self._passed[shard] = header
+                for number, key in enumerate(header.keys):
+                    rows.setdefault(key, []).append(Location(shard, number, header.k, header.support))
+        for locations in rows.values():
+            locations.sort(key=lambda each: (each.k, each.support != "topk", each.shard.name))
+        return rows
+
+    def headers(self) -> list[dict]:
+        """The footers of the shards that passed a check, by shard name; call after `index`."""
+        return [read_metadata(shard) for shard in sorted(self._passed)]
+
+    def _shards(self, write: bool) -> list[Path]:
+        """The shards on this machine, after fetching those that only the remote has."""
+        if not self.storage.remote:
+            return sorted(self.path.glob("part-*.parquet"))
+        if write:
+            self.storage.push(self.name)
+        stored = {}  # not what the mirror has alone: others may have removed it
+        for name in self.storage.find(self.name):
+            folder, _, last = name.rpartition("/")
+            if folder == self.name and SHARD.fullmatch(last):
+                stored[last] = self.path / last
+                if not stored[last].exists():
+                    self.storage.fetch(name, stored[last])
+        waiting = {path.name: path for path in (self.path / "outbox").glob("part-*.parquet")}
+        return [path for _, path in sorted((waiting | stored).items())]
+
+    def _make_way(self) -> None:
+        """Move files aside that are where the folders of the teacher and the request must be."""
+        for folder in (self.path.parent, self.path):
+            if os.path.lexists(folder) and not folder.is_dir():
+                with suppress(OSError):
+                    move_aside(folder)
+
+    def _check(self, shard: Path, set_aside: bool) -> Header | None:
+        try:
+            return check_shard(shard, self.teacher, self.request)
+        except Damaged as error:
+            if self.storage.remote and self._fetched_again(shard):
+                return check_shard(shard, self.teacher, self.request)
+            if not self.storage.remote and not os.path.lexists(shard):
+                return None  # removed, or set aside by another process, since it was listed
+            self.damaged[shard.name] = str(error)
+        if set_aside:
+            try:
+                self.set_aside(shard.name)
+            except (OSError, UserError) as error:
+                self.damaged[shard.name] += f" (left in place: {getattr(error, 'strerror', None) or error})"
+        return None
+
+    def _fetched_again(self, shard: Path) -> bool:
+        """Whether it was only the mirror's copy that was damaged."""
+        try:
+            self.storage.fetch(f"{self.name}/{shard.name}", shard)
+            check_shard(shard, self.teacher, self.request)
+        except (FileNotFoundError, Damaged):
+            return False
+        return True
+
+    def set_aside(self, name: str) -> None:
+        """Move a file of this folder to `damaged/`, where nothing reads it."""
+        self._passed.pop(self.path / name, None)
+        with suppress(FileNotFoundError):
+            self.storage.move(f"{self.name}/{name}", f"{self.name}/damaged/{name}")
+        if self.storage.remote:
+            (self.path / name).unlink(missing_ok=True)
+
+    def add(self, rows: Sequence[Row], footer: dict) -> Path:
+        """Write one shard; all rows have the same k and support. `footer` is `schema.footer(...)`."""
+        written = write_atomically(
+            self.storage.outbox(self.name),
+            lambda temporary: write_shard(temporary, rows, footer),
+            lambda temporary: f"part-{sha256_file(temporary)[:16]}.parquet",
+        )
+        self.storage.push(self.name)
+        return self.path / written.name
+
+    def describe(self, teacher: dict, request: dict) -> None:
+        """Make the folder self-describing: teacher.json above it, request.json in it."""
+        files = {f"{self.teacher}/teacher.json": teacher, f"{self.name}/request.json": request}
+        for name, value in files.items():
+            if not describes(name, self.storage.read_text(name)):
+                self.storage.write_json(name, value)
+
+    def hold(self, shards: Iterable[Path]) -> None:
+        """Read shards that passed a check from now on as they are now, also when somebody removes them.
+
+        Raises UserError where one is gone already.
+        """
+        for shard in sorted(shards):
+            try:
+                self.files.add(shard, shard.stem.removeprefix("part-"), check=False)
+            except OSError as error:
+                raise _unreadable(shard, error) from error
+
+    def read(self, locations: Iterable[Location]) -> list[Row]:
+        """The rows at `locations`, in their order; only the row groups that hold them are decoded, each once.
+
+        Raises UserError where a shard that was there is no longer readable.
+        """
+        locations = list(locations)
+        rows: list[Row | None] = [None] * len(locations)
+        for group in self._groups(locations):
+            for place, row in zip(group.places, group.rows, strict=True):
+                rows[place] = row
+        return rows
+
+    def read_each(self, locations: Iterable[Location], folder: Path | None = None) -> Iterator[Row]:
+        """The rows at `locations`, one after the other, whose row groups are decoded once each, in bounded memory.
+
+        folder: for a temporary file, where the order asks for one. Raises UserError as `read`.
+        """
+        return in_order(self._groups(list(locations)), folder)
+
+    def _groups(self, locations: Sequence[Location]) -> Iterator[Group]:
+        """The rows at `locations` by row group, in the order in which those are first needed."""
+        by_shard: dict[Path, list[int]] = {}
+        for place, location in enumerate(locations):
+            by_shard.setdefault(location.shard, []).append(place)
+        found = []
+        for shard, places in by_shard.items():
+            with self._reading(shard) as file:
+                ends = group_ends(file.metadata)
+            rows = np.array([locations[place].row for place in places])
+            numbers = np.searchsorted(ends, rows, side="right")
+            for number in np.unique(numbers).tolist():
+                here = np.flatnonzero(numbers == number)
+                first = ends[number - 1] if number else 0
+                found.append(([places[each] for each in here], shard, number, rows[here] - first))
+        for places, shard, number, rows in sorted(found, key=lambda group: group[0][0]):
+            with self._reading(shard) as file:
+                table = file.read_row_group(number).take(rows)
+                group = Group(places, from_table(table), table.nbytes)
+            yield group
+
+    @contextmanager
+    def _reading(self, shard: Path) -> Iterator[pq.ParquetFile]:
+        """A shard to read from; UserError for what is wrong with it by now."""
+        try:
+            with self.files.reader(shard) as file:
+                yield file
+        except (OSError, *UNREADABLE) as error:
+            raise _unreadable(shard, error) from error
+
+    def skipped(self) -> dict[str, dict]:
+        """Rows that could not be made, by key: {key, prompt_id, reason}. Lines that are no entry are ignored."""
+        texts = [self.storage.read_text(f"{self.name}/{SKIPPED}") or ""]
+        if self.storage.remote and (self.path / SKIPPED).is_file():  # other machines may have written the remote's
+            texts.append((self.path / SKIPPED).read_text(encoding="utf-8", errors="replace"))
+        entries = (skipped_entry(line) for text in texts for line in text.split("\n"))
+        return {entry["key"]: entry for entry in entries if entry is not None}
+
+    def skip(self, entries: Sequence[dict]) -> None:
+        """Append entries to skipped.jsonl, durably."""
+        if not entries:
+            return
+        path = self.path / SKIPPED
+        if is_in_the_way(path):
+            move_aside(path)
+        with writing_to(self.path), path.open("a+b") as file:
+            torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+            file.write(b"\n" * torn + b"".join(canonical_json(entry).encode() + b"\n" for entry in entries))
+            file.flush()
+            os.fsync(file.fileno())
+        if self.storage.remote:
+            lines = "".join(canonical_json(entry) + "\n" for entry in self.skipped().values())
+            write_atomically(self.path, lambda temporary: temporary.write_text(lines, encoding="utf-8"), SKIPPED)
+            self.storage.put(path, f"{self.name}/{SKIPPED}")
+
+
+def _unreadable(shard: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{shard} cannot be read ({text_of(error)}): run `xkd-pipeline cache verify`, which sets aside what is "
+        "damaged, and the same command again"
+    )
+
+
+def describes(name: str, text: str | None) -> bool:
+    """Whether the text of `<teacher>/teacher.json` or `<teacher>/<request>/request.json` fits the folder it is in."""
+    folder = name.split("/")[-2]
+    try:
+        value = json.loads(text or "")
+    except (ValueError, RecursionError):
+        return False
+    if name.endswith("/teacher.json"):
+        return isinstance(value, dict) and value.get("identity") == folder
+    return digest(value)[:16] == folder
+
+
+def skipped_entry(line: str) -> dict | None:
+    """An entry of skipped.jsonl; None for a line that is none."""
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        entry = json.loads(line)
+        found = {name: entry[name] for name in ("key", "prompt_id", "reason")}
+        return found if all(isinstance(value, str) for value in found.values()) else None
+    return None

@@ -1,0 +1,191 @@
+"""What a store holds, from the footers of its shards: cheap, also at a URL."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pyarrow.parquet as pq
+
+from pipeline.errors import UserError
+from pipeline.store.checks import SHARD, UNREADABLE
+from pipeline.store.kept_mass import KeptMass, KeptMassFound
+from pipeline.store.requests import SKIPPED
+from pipeline.store.schema import Malformed, read_metadata
+from pipeline.store.storage import Found, Storage
+
+_MEASURED = 8  # shards of each k and support in which the mass of the kept tokens is looked at
+IDENTITY = re.compile(r"[0-9a-f]{16}")
+_REQUEST = re.compile(rf"({IDENTITY.pattern}/{IDENTITY.pattern})/")
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard as its footer describes it."""
+
+    name: str
+    size: int
+    modified: float | None
+    rows: int
+    tokens: int
+    k: int
+    support: str | None
+    engine: dict
+
+    @property
+    def kept(self) -> str:
+        """For people: `sampled 16`, `topk 8`, `text`."""
+        return f"{self.support} {self.k}" if self.support else "text"
+
+
+@dataclass
+class RequestInfo:
+    """What one teacher answered to one request. `teacher` and `request` are what the shards say of them."""
+
+    name: str  # <teacher identity>/<request identity>
+    teacher: dict = field(default_factory=dict)
+    request: dict = field(default_factory=dict)
+    shards: list[ShardInfo] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    damaged: int = 0  # files set aside
+    waiting: int = 0  # shards in the outbox of a store at a URL
+    skipped: int = 0
+
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def size(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def ks(self) -> list[int]:
+        return sorted({shard.k for shard in self.shards})
+
+    @property
+    def kept(self) -> list[str]:
+        """Every support and k that is stored, with the supports in order."""
+        found = {(shard.support or "", shard.k): shard.kept for shard in self.shards}
+        return [found[key] for key in sorted(found)]
+
+    @property
+    def modified(self) -> float | None:
+        return max((shard.modified for shard in self.shards if shard.modified is not None), default=None)
+
+    @property
+    def engines(self) -> Counter[str]:
+        """Rows by engine and versions."""
+        found: Counter[str] = Counter()
+        for shard in self.shards:
+            found[", ".join(f"{name} {value}" for name, value in shard.engine.items())] += shard.rows
+        return found
+
+
+def files_by_request(storage: Storage, prefix: str = "") -> dict[str, dict[str, Found]]:
+    """`<teacher>/<request>` -> its files by their names in the store; the names begin with `prefix`.
+
+    Nothing else that may lie there is looked at.
+    """
+    found: dict[str, dict[str, Found]] = {}
+    for name, file in storage.find().items():
+        inside = _REQUEST.match(name)
+        if inside and name.startswith(prefix):
+            found.setdefault(inside[1], {})[name] = file
+    return found
+
+
+def catalogue(storage: Storage, prefix: str = "") -> Iterator[RequestInfo]:
+    """All requests whose name begins with `prefix`, by name."""
+    for request, files in sorted(files_by_request(storage, prefix).items()):
+        info = RequestInfo(request)
+        for name, file in files.items():
+            folder, _, last = name.rpartition("/")
+            if folder == f"{request}/damaged":
+                info.damaged += 1
+            elif folder == request and SHARD.fullmatch(last):
+                _add(info, storage, name, file)
+        info.waiting = len(list(storage.outbox(request).glob("part-*.parquet"))) if storage.remote else 0
+        info.skipped = (
+            (storage.read_text(f"{request}/{SKIPPED}") or "").count("\n") if f"{request}/{SKIPPED}" in files else 0
+        )
+        yield info
+
+
+def _add(info: RequestInfo, storage: Storage, name: str, file: Found) -> None:
+    try:
+        with storage.open(name) as stream:
+            metadata = read_metadata(stream)
+        if {"rows", "tokens"} - metadata.keys():
+            raise Malformed("the footer counts no rows and tokens")
+        shard = ShardInfo(
+            name.rpartition("/")[2],
+            file.size,
+            file.modified,
+            metadata["rows"],
+            metadata["tokens"],
+            metadata["k"],
+            metadata["support"],
+            metadata.get("engine", {}),
+        )
+    except (OSError, UserError, *UNREADABLE):
+        if storage.has_gone(name):  # since it was listed
+            return
+        info.unreadable.append(name.rpartition("/")[2])
+        return
+    info.shards.append(shard)
+    info.teacher, info.request = metadata["teacher"], metadata["request"]
+
+
+def kept_masses(storage: Storage, info: RequestInfo) -> list[tuple[KeptMassFound, str]]:
+    """For each k, of top k's and then of samples: the mass of the kept tokens, and of how many shards that is.
+
+    A few shards are read, evenly spread.
+    """
+    alike: dict[tuple[bool, int, str], list[str]] = {}
+    for shard in info.shards:
+        if shard.k:
+            alike.setdefault((shard.support == "sampled", shard.k, shard.support), []).append(shard.name)
+    found = []
+    for (_, k, support), shards in sorted(alike.items()):
+        some = shards[:: -(-len(shards) // _MEASURED)]
+        kept = KeptMass()
+        for shard in some:
+            with storage.open(f"{info.name}/{shard}") as stream:
+                for batch in pq.ParquetFile(stream).iter_batches(columns=["topk_logprobs"]):
+                    kept.add(batch.column(0).flatten().to_numpy().reshape(-1, k))
+        if described := kept.describe(k, support):
+            found.append((described, f"{len(some)} of {len(shards)} shards"))
+    return found
+
+
+def find_request(storage: Storage, prefix: str) -> str:
+    """The one request whose name, or whose identity alone, begins with `prefix`. Raises UserError otherwise."""
+    names = sorted(files_by_request(storage))
+    found = [name for name in names if name.startswith(prefix) or name.split("/")[1].startswith(prefix)]
+    if len(found) == 1 or prefix in found:
+        return prefix if prefix in found else found[0]
+    known = ", ".join(found or names) or "nothing"
+    raise UserError(
+        f"'{prefix}' names {len(found)} requests of {storage.name}; {'they are' if found else 'it holds'} {known}"
+    )
+
+
+def describe_request(request: dict) -> str:
+    """A request in a few words: what was drawn, or that responses were scored."""
+    sampling = request.get("sampling")
+    if not sampling:
+        return "score"
+    drawn = "greedy" if sampling["temperature"] == 0 else f"T {sampling['temperature']:g}"
+    nucleus = f", top-p {sampling['top_p']:g}" if sampling["top_p"] < 1 else ""
+    return f"sample: {drawn}{nucleus}, {sampling['max_tokens']} tokens, seed {request['seed']}"
+
+
+def to_json(value: dict) -> str:
+    """For people: sorted and indented."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)

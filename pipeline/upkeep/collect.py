@@ -1,0 +1,115 @@
+"""What of a store nobody refers to: shown by `cache gc`, and removed once somebody agrees."""
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.files import ASIDE
+from pipeline.store.checks import SHARD
+from pipeline.store.requests import SKIPPED, RequestFolder, pick, pick_unsure
+from pipeline.store.storage import Found, Storage
+from pipeline.store.users import FOLDER, Reference, Used, keys_of, references
+from pipeline.upkeep.catalogue import IDENTITY, files_by_request
+
+WRITING_SECONDS = 3600.0  # a temporary file that is younger may still be being written
+
+Uses = dict[str, list[Used | None]]  # request -> what each user reads of it; None: all of it
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """A file that can go, and why."""
+
+    name: str
+    size: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Users:
+    """What is used of each request, by whom, and who was given up."""
+
+    uses: Uses
+    kept: list[Reference]
+    forgotten: list[Reference]
+
+    @property
+    def absent(self) -> list[Reference]:
+        """Those whose rows are kept although nothing is at their place."""
+        return [reference for reference in self.kept if reference.absent]
+
+
+def in_use(storage: Storage, selections: Sequence[Path] = (), forget: Collection[Reference] = ()) -> Users:
+    """What is used by recorded references, but for those to `forget`, and by further `selections`.
+
+    A reference that was recorded anew meanwhile is another one, and not forgotten. Raises UserError where one of
+    `selections` or of the references is damaged: what it used is not known.
+    """
+    known, unreadable = references(storage)
+    if unreadable:
+        raise UserError(
+            f"{', '.join(f'{storage.name}/{name}' for name in unreadable)}: no readable reference to a selection, so "
+            "what is in use is not known and nothing is removed. Run generate or score for the selections of this "
+            "store, and remove the file"
+        )
+    uses: Uses = {}
+    kept = [reference for reference in known if reference not in forget]
+    for found in [*(reference.uses() for reference in kept), *(keys_of(selection) for selection in selections)]:
+        for request, used in found.items():
+            uses.setdefault(request, []).append(used)
+    return Users(uses, kept, [reference for reference in known if reference in forget])
+
+
+def garbage(storage: Storage, users: Users) -> Iterator[Garbage]:
+    """All files that none of `users` needs: shards, what was set aside, and what killed writers left."""
+    files, requests, uses = storage.find(), files_by_request(storage), users.uses
+    for reference in users.forgotten:
+        if found := files.get(reference.name):
+            yield Garbage(reference.name, found.size, f"the selection {reference.selection} is forgotten")
+    for request, inside in requests.items():
+        needed = _needed(storage, request, uses[request]) if request in uses else None
+        for name, file in inside.items():
+            if why := _why(name, request, file, request in uses, needed):
+                yield Garbage(name, file.size, why)
+    for name, file in files.items():
+        folder, _, last = name.rpartition("/")
+        if folder != FOLDER and not IDENTITY.fullmatch(folder):
+            continue
+        if last == f"teacher.json{ASIDE}":
+            yield Garbage(name, file.size, "damaged, and set aside")
+        elif last == "teacher.json" and not any(used.startswith(f"{folder}/") for used in uses):
+            yield Garbage(name, file.size, "no selection refers to the teacher")
+        elif last.startswith(".tmp-") and _is_old(file):
+            yield Garbage(name, file.size, "left by a killed writer")
+
+
+def _needed(storage: Storage, request: str, users: Sequence[Used | None]) -> set[str] | None:
+    """Names of the shards that users read, each its own k and support, and of damaged ones; None: all are needed."""
+    if None in users:
+        return None
+    folder = RequestFolder(storage, *request.split("/"))
+    index = folder.index(set_aside=False)
+    found = ((index.get(key, []), k, support) for keys, k, support in users for key in keys)
+    picked = (pick(*each) or pick_unsure(*each) for each in found)
+    return {location.shard.name for location in picked if location is not None} | folder.damaged.keys()
+
+
+def _why(name: str, request: str, file: Found, referred: bool, needed: set[str] | None) -> str | None:
+    inside, _, last = name.rpartition("/")
+    if inside == f"{request}/damaged" or (inside == request and last.endswith(ASIDE)):
+        return "damaged, and set aside"
+    if inside == request and last.startswith(".tmp-"):
+        return "left by a killed writer" if _is_old(file) else None
+    if inside != request or not (SHARD.fullmatch(last) or last in (SKIPPED, "request.json")):
+        return None  # no file of ours
+    if not referred:
+        return "no selection refers to the request"
+    if needed is not None and SHARD.fullmatch(last) and last not in needed:
+        return "no selection refers to its rows"
+    return None
+
+
+def _is_old(file: Found) -> bool:
+    return file.modified is not None and time.time() - file.modified > WRITING_SECONDS

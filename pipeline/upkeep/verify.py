@@ -1,0 +1,283 @@
+"""`cache verify`: look at every byte and every row of a store and of its selections, and set aside what is wrong.
+
+What is set aside is no longer read, so the next `generate` makes exactly those rows, or that selection, again.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pyarrow.parquet as pq
+
+from pipeline.errors import UserError
+from pipeline.files import ASIDE, is_in_the_way, locked, move_aside, require_file
+from pipeline.store.checks import SHARD, UNREADABLE, Damaged, RowCheck, check_shard, row_faults, text_of
+from pipeline.store.manifest import (
+    MANIFEST,
+    WRITE_AGAIN,
+    file_fault,
+    listed_files,
+    read_manifest,
+    seal_of,
+    selection_files,
+)
+from pipeline.store.requests import SKIPPED, RequestFolder, describes, skipped_entry
+from pipeline.store.schema import checked_metadata, read_metadata
+from pipeline.store.selection import Selection, labels_of
+from pipeline.store.storage import Storage
+from pipeline.store.users import references
+from pipeline.upkeep.catalogue import IDENTITY, files_by_request
+
+_OF_ALL = ("teacher", "k", "support")  # what all files of a selection share
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file that is not what it should be, and what became of it."""
+
+    file: str
+    what: str
+    repair: str
+    aside: bool = False
+
+
+def verify_store(storage: Storage, prefix: str, set_aside: bool, advance: Callable[[], None]) -> Iterator[Problem]:
+    """All that is wrong in the requests whose name begins with `prefix`. `advance` is called once a file."""
+    for name in references(storage)[1]:
+        yield Problem(name, "no readable reference to a selection; `cache gc` refuses to guess", "remove it")
+    yield from _in_the_way(storage, prefix, set_aside)
+    requests = files_by_request(storage, prefix)
+    for teacher in sorted({request.split("/")[0] for request in requests}):
+        yield from _description(storage, f"{teacher}/teacher.json", set_aside)
+    for request, files in sorted(requests.items()):
+        folder = RequestFolder(storage, *request.split("/"))
+        if any(name.rpartition("/")[0] == request for name in files):  # not only what was set aside before
+            yield from _description(storage, f"{request}/request.json", set_aside)
+        for name in sorted(files):
+            inside, _, last = name.rpartition("/")
+            if inside == request and not last.startswith(".tmp-") and not last.endswith(ASIDE):
+                yield from _file(storage, folder, last, set_aside)
+            advance()
+
+
+def _in_the_way(storage: Storage, prefix: str, set_aside: bool) -> Iterator[Problem]:
+    """Files where folders must be, and folders, pipes and devices where files must be; at a URL there are no such."""
+    for teacher in _inside(storage.path) if not storage.remote else ():
+        if not IDENTITY.fullmatch(teacher.name):
+            continue
+        requests = _inside(teacher)
+        folders = [teacher, *(path for path in requests if IDENTITY.fullmatch(path.name))]
+        files = [*(path for path in requests if path.name == "teacher.json")]
+        files += [path for folder in folders[1:] for path in _inside(folder) if _is_for_a_file(path)]
+        strange = [(path, "it is no folder") for path in folders if not path.is_dir() and os.path.lexists(path)]
+        for path in filter(is_in_the_way, files):
+            what = "Is a directory, where a file must be" if path.is_dir() else "it is no regular file"
+            strange.append((path, what))
+        for path, what in strange:
+            name = path.relative_to(storage.path).as_posix()
+            if name.startswith(prefix) or prefix.startswith(name):
+                moved = set_aside and _aside(lambda path=path: _move(storage, path))
+                yield Problem(name, what, "generate makes what was in its place again", moved)
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What is in a folder; nothing where it is none, or has gone since it was listed."""
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _move(storage: Storage, path: Path) -> None:
+    if SHARD.fullmatch(path.name):
+        RequestFolder(storage, *path.parent.relative_to(storage.path).parts).set_aside(path.name)
+    else:
+        move_aside(path)
+
+
+def _is_for_a_file(path: Path) -> bool:
+    return bool(SHARD.fullmatch(path.name)) or path.name in (SKIPPED, "request.json")
+
+
+def _description(storage: Storage, name: str, set_aside: bool) -> Iterator[Problem]:
+    """teacher.json or request.json: it must be of the folder it is in."""
+    text = storage.read_text(name)
+    if text is None:
+        others = storage.find(name.rpartition("/")[0])
+        if all(ASIDE in other or "/damaged/" in other or "/.tmp-" in other for other in others):
+            return  # what it described has gone since it was listed
+        yield Problem(name, "it is missing", "the next generate that asks this teacher writes it")
+    elif not describes(name, text):
+        moved = set_aside and _aside(lambda: storage.move(name, name + ASIDE))
+        yield Problem(name, "it describes something else than its folder", "the next generate writes it anew", moved)
+
+
+def _file(storage: Storage, folder: RequestFolder, last: str, set_aside: bool) -> Iterator[Problem]:
+    name = f"{folder.name}/{last}"
+    if last == SKIPPED:
+        lines = (storage.read_text(name) or "").split("\n")
+        bad = sum(bool(line.strip()) and skipped_entry(line) is None for line in lines)
+        if bad:
+            yield Problem(name, f"{bad} of its lines are no entries, and ignored", "those rows are asked for again")
+    elif last != "request.json" and not last.startswith("part-"):
+        yield Problem(name, "it is no file of the store, and ignored", "remove it, or leave it")
+    elif last != "request.json":
+        try:
+            what = _shard_fault(storage, folder, name)
+        except UserError as error:
+            if not storage.has_gone(name):
+                yield Problem(name, str(error), "verify again")
+            return
+        if what and not storage.has_gone(name):  # `gc` removes shards, and `generate` sets them aside, at any time
+            moved = set_aside and _aside(lambda: folder.set_aside(last))
+            yield Problem(name, what, "generate makes the rows again that no other shard has", moved)
+
+
+def _shard_fault(storage: Storage, folder: RequestFolder, name: str) -> str | None:
+    """What is wrong with a shard or its rows, or None. Raises UserError where it cannot be read now."""
+    with _stored(storage, name) as path:
+        try:
+            check_shard(path, folder.teacher, folder.request)
+        except Damaged as error:
+            return str(error)
+        found = list(row_faults(path))
+    more = f", and {len(found) - 1} more rows" if len(found) > 1 else ""
+    return f"{found[0]}{more}" if found else None
+
+
+@contextmanager
+def _stored(storage: Storage, name: str) -> Iterator[Path]:
+    """The bytes that the store has, not those of the mirror, as a file on this machine."""
+    if not storage.remote:
+        yield storage.path / name
+        return
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / name.rpartition("/")[2]
+        with suppress(FileNotFoundError):
+            storage.fetch(name, path)
+        yield path
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """What is wrong with a file of a selection, and whether setting the file aside mends it."""
+
+    path: Path
+    what: str
+    movable: bool = True
+
+
+def verify_selection(folder: Path, store: str | Path | None, set_aside: bool) -> Iterator[Problem]:
+    """What is wrong with a selection: its manifest against its files, and its rows, or those in the store.
+
+    Files of rows that the manifest does not list are named and set aside too: killed runs leave such, and the
+    selection is whole without them.
+    """
+    while True:
+        before = seal_of(folder)
+        faults = list(_selection_faults(folder, store))
+        with locked(folder) if folder.is_dir() else nullcontext():  # nobody replaces it now
+            if faults and seal_of(folder) != before:
+                continue  # somebody did while it was looked at
+            if all(fault.path.name != MANIFEST for fault in faults):
+                faults += [_Fault(path, "manifest.json does not list it") for path in _unlisted(folder)]
+            for fault in faults:
+                movable = set_aside and fault.movable and os.path.lexists(fault.path)
+                moved = movable and _aside(lambda path=fault.path: move_aside(path))
+                yield Problem(str(fault.path), fault.what, "generate (or score) writes the selection again", moved)
+        return
+
+
+def _unlisted(folder: Path) -> list[Path]:
+    listed = listed_files(read_manifest(folder))
+    return [path for path in selection_files(folder) if path.name not in listed]
+
+
+def _selection_faults(folder: Path, store: str | Path | None) -> Iterator[_Fault]:
+    try:
+        manifest = read_manifest(folder)
+        unlisted = _unlisted(folder)
+    except (UserError, OSError) as error:
+        what = str(error).removeprefix(f"{folder / MANIFEST} ").removesuffix(f": {WRITE_AGAIN}")
+        yield _Fault(folder / MANIFEST, f"it {what}" if what.startswith("is ") else what)
+        return
+    listed = {file["name"]: (file, part) for part in manifest["parts"].values() for file in part["files"]}
+    faults = {name: fault for name, (file, _) in listed.items() if (fault := file_fault(folder, file))}
+    others = []
+    for name in faults:
+        same_place = [path for path in unlisted if name.startswith(path.name[: path.name.index("-") + 6])]
+        others += [p.name for p in [folder / name, *same_place] if _is_another(p, *listed[name], manifest)]
+    if others:
+        yield _Fault(folder / MANIFEST, f"it is stale: {', '.join(others)} are whole files of another selection")
+        return
+    for name, what in faults.items():
+        yield _Fault(folder / name, what)
+    if faults:
+        return
+    try:
+        selection = Selection(folder, store)
+    except UserError as error:
+        yield _Fault(folder / MANIFEST, str(error), movable=False)
+        return
+    for name in selection.parts:
+        try:
+            if selection.manifest["materialized"]:
+                yield from _row_faults(selection, name)
+            else:
+                selection.checked(name)
+        except UserError as error:  # the store's fault: the selection may be whole
+            yield _Fault(folder / MANIFEST, f"part {name}: {error}", movable=False)
+
+
+def _is_another(path: Path, file: dict, part: dict, manifest: dict) -> bool:
+    """Whether a file that the manifest does not fit is whole, and has other rows than damage could leave."""
+    try:
+        require_file(path)
+        metadata, table = read_metadata(path), pq.read_table(path)
+        keys = table.column("key").to_pylist() if "key" in table.column_names else []
+    except (*UNREADABLE, OSError):
+        return False
+    of_another = any(metadata[entry] != manifest[entry] for entry in _OF_ALL)
+    return (
+        of_another
+        or len(keys) != file["rows"]
+        or not {key for each in part["keys"].values() for key in each} >= set(keys)
+    )
+
+
+def _row_faults(selection: Selection, name: str) -> Iterator[_Fault]:
+    """Files of a part with rows that are not those of the manifest, or that the teacher cannot have said."""
+    part, labels = selection.part(name), iter(labels_of(selection.part(name)))
+    for file in part["files"]:
+        path = selection.folder / file["name"]
+        try:
+            with selection.files.reader(path) as reader:
+                metadata = checked_metadata(reader.schema_arrow)
+            if any(metadata[entry] != selection.manifest[entry] for entry in _OF_ALL):
+                yield _Fault(path, "it is of another teacher, k or support than manifest.json")
+            told = (metadata[entry] for entry in ("k", "vocab_size", "support"))
+            check = RowCheck(metadata["request"], part["request_identity"], *told)
+            for row in selection.file_rows(file):
+                label = next(labels, None)
+                if label is None or (label.key, label.prompt_id, label.origin) != (row.key, row.prompt_id, row.origin):
+                    here = label.key if label else "no row"
+                    yield _Fault(path, f"it holds row {row.key} where manifest.json has {here}")
+                    return
+                if fault := check.fault(row):
+                    yield _Fault(path, f"row {row.key} {fault}")
+                    break
+        except (*UNREADABLE, OSError) as error:
+            yield _Fault(path, f"its rows cannot be read: {text_of(error)}")
+            return
+
+
+def _aside(move: Callable[[], None]) -> bool:
+    """Whether the move was made; a store that can only be read stays as it is."""
+    try:
+        move()
+    except (OSError, UserError):
+        return False
+    return True

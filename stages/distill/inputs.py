@@ -1,0 +1,114 @@
+"""What distillation is told of a reward: fitted, trained on, new, or a control that knows nothing."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipeline.errors import UserError, in_one_line
+from pipeline.learning.posterior import RewardPosterior, load_posterior, read_description, require_same_residual
+from pipeline.learning.residuals import Scaled
+from pipeline.models import load_lm
+from pipeline.params import Distill, Params
+from pipeline.store.rows import TeacherRows
+from pipeline.store.selection import Selection
+
+FITTED = ("frozen", "shuffled", "joint")  # rewards that the stage `reward` fitted
+
+
+@dataclass(frozen=True)
+class RewardInputs:
+    """What the X term needs to be told: rewards by name and key where they are given, the residuals' scale."""
+
+    extras: dict[str, dict[str, np.ndarray]] | None = None
+    scale: float = 1.0
+    offset: float = 0.0
+    phi_kl: float = 0.0
+
+
+def reward_inputs(
+    settings: Distill,
+    selection: Selection,
+    rows: dict[str, TeacherRows],
+    reward_path: Path | None,
+    seed: int,
+) -> RewardInputs:
+    """What the settings ask for. Raises UserError where the fitted reward is absent or of something else."""
+    if settings.reward == "none":
+        return RewardInputs()
+    if settings.reward not in FITTED:
+        # c is of the teacher's own samples, whatever is learned from, as it is in a fitted reward.
+        spoken = selection.rows("train", topk=False) if "train" in selection.parts else rows["train"]
+        scaled = Scaled.of(spoken, settings.td, settings.residual)
+        return RewardInputs(None, scaled.scale, scaled.offset)
+    if reward_path is None:
+        raise UserError(f"distill.reward: {settings.reward} needs the folder of a fitted reward: pass --reward")
+    folder = reward_path / settings.td
+    description = read_description(folder)
+    require_same_residual(settings.residual, description, folder)
+    if description["teacher"] != selection.teacher["identity"]:
+        raise UserError(
+            f"the reward in {folder} explains teacher {description['teacher']}, the cache holds teacher "
+            f"{selection.teacher['identity']}: run `xkd-pipeline reward` again"
+        )
+    known = description["c"], description["offset"], description["phi_kl"]
+    if settings.reward == "joint":
+        return RewardInputs(None, *known)
+    extras = _read_rewards(folder, rows)
+    if settings.reward == "shuffled":
+        extras = shuffled(extras, rows, seed)
+    return RewardInputs(extras, *known)
+
+
+def _read_rewards(folder: Path, rows: dict[str, TeacherRows]) -> dict[str, dict[str, np.ndarray]]:
+    """mu and log sigma by key. Raises UserError where a row has none."""
+    with in_one_line(f"{folder / 'rewards.parquet'} holds no rewards"):
+        table = pq.read_table(folder / "rewards.parquet")
+        keys, *values = (table.column(name).to_pylist() for name in ("key", "mu", "log_sigma"))
+    extras = {
+        name: dict(zip(keys, (np.asarray(v, np.float32) for v in found), strict=True))
+        for name, found in zip(("mu", "log_sigma"), values, strict=True)
+    }
+    unknown = [
+        key
+        for part in rows.values()
+        for key, steps in zip(part.keys, part.response_tokens, strict=True)
+        if len(extras["mu"].get(key, ())) != steps
+    ]
+    if unknown:
+        raise UserError(
+            f"{folder} has no reward for {len(unknown)} of the cached responses (first: {unknown[0]}): it was fitted "
+            "on another selection; run `xkd-pipeline reward` again"
+        )
+    return extras
+
+
+def shuffled(
+    rewards: dict[str, dict[str, np.ndarray]], rows: dict[str, TeacherRows], seed: int
+) -> dict[str, dict[str, np.ndarray]]:
+    """Rewards permuted among the samples of each part: each sample gets another one's, from its first token on.
+
+    A shorter sequence of rewards is repeated, a longer one cut. Raises UserError where there is no other sample.
+    """
+    found: dict[str, dict[str, np.ndarray]] = {name: {} for name in rewards}
+    for part, samples in rows.items():
+        count = len(samples.keys)
+        if count < 2:
+            raise UserError(f"distill.reward: shuffled needs two samples or more, and {part} holds {count}")
+        order = np.random.default_rng(seed).permutation(count)
+        for own, other in zip(order, np.roll(order, 1), strict=True):
+            for name, by_key in rewards.items():
+                values = by_key[samples.keys[other]]
+                found[name][samples.keys[own]] = np.resize(values, samples.response_tokens[own])
+    return found
+
+
+def posterior_for(params: Params, student_path: Path, reward_path: Path | None) -> RewardPosterior | None:
+    """The reward that is trained along: a new one, or the fitted one to start from."""
+    settings, reward = params.distill, params.reward
+    if settings.reward == "joint":
+        return load_posterior(reward_path / settings.td, student_path).train()
+    if settings.reward == "scratch":
+        return RewardPosterior(load_lm(student_path), reward.head, reward.encoder, reward.sigma_min).train()
+    return None

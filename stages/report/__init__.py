@@ -1,0 +1,120 @@
+"""One page about one experiment: quality, curves, the reward on its tokens, samples, costs, provenance."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline import console
+from pipeline.errors import UserError
+from pipeline.files import write_atomically
+from pipeline.headline import KL_NAMES, headline_kl, headline_metric
+from pipeline.outputs import require_own_file
+from pipeline.params import Report
+from stages.report import figures
+from stages.report.answered import answers
+from stages.report.curves import curve_of
+from stages.report.experiments import Experiment, differ, read_experiments
+from stages.report.page import GENERATOR, Card, Figure, Section, render_page
+from stages.report.quality import beside, closeness, diversity, quality
+from stages.report.results import Asking, Audit, Distill, Prepared, Taught, read_evaluation, read_results
+from stages.report.reward import reward_section
+from stages.report.setting import costs, glossary, provenance, setting
+
+# What is read beside the evaluation: the results of each folder, and the stage that writes them.
+_KINDS = {
+    "distill": (Distill, "distill"), "plain-metrics": (Distill, "distill"), "audit": (Audit, "reward"),
+    "generate": (Asking, "generate"), "score": (Asking, "score"), "prepare": (Prepared, "prepare"),
+    "teach/teacher": (Taught, "teach"), "teach/student": (Taught, "teach"),
+}  # fmt: skip
+
+
+def report(settings: Report, data: Path, out: Path, store: str | Path | None = None, also: Sequence[str] = ()) -> None:
+    """Write the page `out` from the folder `data` that the stages filled.
+
+    also: further experiments, whose students are shown beside this one's; names as for `read_experiments`. What a
+    stage has not written is left out and named. Raises UserError where not even an evaluation is there.
+    """
+    require_own_file(out, _is_report)
+    if not (data / "evaluation" / "results.json").is_file():
+        raise UserError(f"no evaluation at {data / 'evaluation'}: run `xkd-pipeline evaluate` (or `dvc repro`) first")
+    found = {"evaluation": read_evaluation(data / "evaluation" / "results.json")}
+    for name, (kind, stage) in _KINDS.items():
+        path = data / name / "results.json"
+        found[name] = read_results(path, kind, stage) if path.is_file() else {}
+    objective = found["distill"].get("objective", "student")
+    experiments = [Experiment("this one", found["evaluation"], objective), *read_experiments(also, data)]
+    if differ(experiments):
+        console.warn("the results beside this one are of other prompts, tasks or teachers: they do not compare")
+    sections = [
+        setting(found),
+        quality(found["evaluation"]),
+        beside(experiments),
+        closeness(found["evaluation"]),
+        diversity(found["evaluation"]),
+        _training(found["distill"], data / "distill"),
+        reward_section(found["audit"], data, store, settings.rewarded_prompts),
+        answers(data / "evaluation" / "predictions.parquet", found["evaluation"], settings.samples),
+        costs(found),
+        glossary(),
+        provenance(found, data),
+    ]
+    absent = [name for name, results in found.items() if not results and name != "plain-metrics"]
+    if absent:
+        console.warn(f"left out of the report, no results in {data}: {', '.join(absent)}")
+    task = found["evaluation"]["provenance"]["task"]["name"]
+    page = render_page(
+        f"{task}: {objective}",
+        _subtitle(found),
+        _cards(found),
+        [section for section in sections if section],
+    )
+    write_atomically(out.parent, lambda path: path.write_text(page, encoding="utf-8"), out.name)
+    console.facts("report written", [("page", out), ("size", f"{out.stat().st_size / 1024:,.0f} KiB")])
+
+
+def _is_report(path: Path) -> bool:
+    with path.open("rb") as file:
+        return GENERATOR.encode() in file.read(4096)
+
+
+def _subtitle(found: dict) -> str:
+    evaluation = found["evaluation"]
+    teacher = found["generate"].get("provenance", {}).get("teacher", {})
+    name = teacher.get("name") or evaluation.get("sources", {}).get("teacher") or "a local model"
+    counts = evaluation.get("counts", {})
+    test = f"{counts['test']:,} test prompts, " if counts else ""
+    date = evaluation["provenance"].get("date", "")[:10]
+    return f"Teacher: {name}. {test}95 % intervals over prompts.{date and f' Evaluated on {date}.'}"
+
+
+def _cards(found: dict) -> list[Card]:
+    evaluation = found["evaluation"]
+    metric, metrics = headline_metric(evaluation), evaluation["metrics"]
+    cards = [Card(f"{modes['greedy'][metric]['value']:.1f}", f"{metric}, {name}") for name, modes in metrics.items()]
+    kls = {name: headline_kl(modes) for name, modes in metrics.items()}
+    if all(kls.get(name, (None, None))[1] for name in ("undistilled", "distilled")):
+        measure = kls["distilled"][0]
+        values = (f"{kls[name][1]['value']:.2f}" for name in ("undistilled", "distilled"))
+        cards.append(Card(" → ".join(values), f"{KL_NAMES[measure]}, nats per token"))
+    if cost := found["generate"].get("cost"):
+        cards.append(Card(f"{cost['tokens_selected']:,}", "cached teacher tokens"))
+    return cards
+
+
+def _training(distill: dict, folder: Path) -> Section | None:
+    if not distill:
+        return None
+    section = Section("training", "Distillation", [f"{distill['samples']:,} cached responses, {distill['objective']}."])
+    curves = {name: curve_of(folder / f"{name}.csv") for name in ("training", "heldout")}
+    for term, caption in (
+        ("kd", "Distillation loss"),
+        ("nll", "Negative log-likelihood of the teacher's tokens"),
+        ("td_nll", "TD consistency, −log N(δ/c; μ, σ²)"),
+    ):
+        drawn = {
+            name.replace("heldout", "held out"): (curve["step"], curve[term])
+            for name, curve in curves.items()
+            if term in curve
+        }
+        if drawn:
+            section.figures.append(Figure(figures.lines(drawn, "step", "nats"), caption))
+    return section

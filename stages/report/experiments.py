@@ -1,0 +1,121 @@
+"""Results of experiments, wherever they are: folders that `evaluate` filled, DVC experiments, git revisions."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.files import parse_json, read_json, require_shape
+from pipeline.headline import headline_metric
+from stages.report.results import read_evaluation
+
+_EVALUATION = "evaluation/results.json"
+_DISTILL = "distill/results.json"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What `evaluate` found, and the objective of the student that it ends with where that is known."""
+
+    name: str
+    evaluation: dict
+    objective: str | None
+
+    @property
+    def set(self) -> tuple[str, ...]:
+        """What must be equal for two results to be comparable."""
+        provenance = self.evaluation["provenance"]
+        return provenance["task"]["name"], provenance["prompts"], provenance["teacher"]
+
+    @property
+    def headline(self) -> str:
+        """The task's first metric."""
+        return headline_metric(self.evaluation)
+
+    def objective_of(self, model: str) -> str | None:
+        return self.objective if model == self.evaluation["candidate"] else None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model as one result has it."""
+
+    experiment: Experiment
+    model: str
+
+    @property
+    def modes(self) -> dict:
+        return self.experiment.evaluation["metrics"][self.model]
+
+    @property
+    def identity(self) -> tuple:
+        """Equal for a model that several results share, with equal numbers."""
+        provenance = self.experiment.evaluation["provenance"]
+        return self.experiment.set, provenance["models"][self.model], json.dumps(self.modes, sort_keys=True)
+
+    def answers(self, name: str) -> float | None:
+        """`tokens` or `cut` of the greedy answers."""
+        found = (self.experiment.evaluation.get("answers") or {}).get(self.model, {})
+        return found.get("greedy", {}).get(name)
+
+
+def models_of(experiments: Sequence[Experiment]) -> list[Scored]:
+    """Every model of every experiment; one that several share is there once."""
+    found: dict[tuple, Scored] = {}
+    for experiment in experiments:
+        for model in experiment.evaluation["metrics"]:
+            scored = Scored(experiment, model)
+            found.setdefault(scored.identity, scored)
+    return list(found.values())
+
+
+def differ(experiments: Sequence[Experiment]) -> bool:
+    """Whether the experiments' numbers do not compare."""
+    return len({experiment.set for experiment in experiments}) > 1
+
+
+def read_experiments(names: Sequence[str], data: Path) -> list[Experiment]:
+    """Each once. A name is a results.json, the folder it is in, the folder above (as `data`), or a DVC experiment or
+    git revision, whose `data` is read. Raises UserError for a name that is none of these.
+    """
+    return [_read(name, data) for name in dict.fromkeys(names)]
+
+
+def _read(name: str, data: Path) -> Experiment:
+    path = Path(name)
+    for file in (path, path / "results.json", path / _EVALUATION):
+        if file.is_file():
+            evaluation = read_evaluation(file)
+            beside = file.parents[1] / _DISTILL if file.parent.name == "evaluation" else None
+            known = beside is not None and beside.is_file()
+            return Experiment(name, evaluation, _objective(read_json(beside), beside) if known else None)
+    if path.exists():
+        raise UserError(f"{name} holds no results of `xkd-pipeline evaluate`")
+    return _read_revision(name, data)
+
+
+def _read_revision(name: str, data: Path) -> Experiment:
+    import dvc.api
+    from dvc.exceptions import DvcException
+    from scmrepo.exceptions import SCMError
+
+    try:
+        evaluation, distillation = (
+            dvc.api.read((data / file).as_posix(), rev=name) for file in (_EVALUATION, _DISTILL)
+        )
+    except (DvcException, SCMError, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{name} is neither a folder with results nor an experiment or revision that has them: {reason}"
+        ) from error
+    beside = f"{data / _DISTILL} of {name}"
+    found = read_evaluation(f"{data / _EVALUATION} of {name}", evaluation)
+    return Experiment(name, found, _objective(parse_json(distillation, beside), beside))
+
+
+def _objective(distillation: Any, source: Path | str) -> str | None:
+    require_shape(distillation, dict, f"{source} holds no results of `xkd-pipeline distill`")
+    found = distillation.get("objective")
+    return None if found is None else str(found)

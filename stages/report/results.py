@@ -1,0 +1,206 @@
+"""What of the stages' results tables and pages read, and the check that a file has it."""
+
+from pathlib import Path
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
+
+from pipeline.errors import UserError, shown
+from pipeline.files import parse_json, read_json, require_shape
+from pipeline.store.kept_mass import KeptMassFound
+
+
+class Interval(TypedDict):
+    value: float
+    low: float
+    high: float
+
+
+class AucInterval(TypedDict):
+    auc: float
+    low: float
+    high: float
+
+
+class Difference(TypedDict):
+    greedy: dict[str, Interval]
+    sampled: dict[str, Interval]
+    heldout: NotRequired[dict[str, Interval]]
+    own: NotRequired[dict[str, Interval]]
+
+
+class Diversity(TypedDict):
+    distinct_1: float
+    distinct_2: float
+    self_bleu: float
+
+
+class Scores(Difference):
+    diversity: Diversity
+
+
+class Task(TypedDict):
+    name: str
+
+
+class EvaluationProvenance(TypedDict):
+    task: Task
+    prompts: str
+    teacher: str
+    models: dict[str, str]
+
+
+class Seconds(TypedDict):
+    seconds: float
+
+
+class Lengths(TypedDict):
+    tokens: float
+    cut: float
+
+
+class Evaluation(TypedDict):
+    """results.json of `evaluate`."""
+
+    metrics: dict[str, Scores]
+    candidate: str
+    higher_is_better: dict[str, bool]
+    provenance: EvaluationProvenance
+    differences: NotRequired[dict[str, Difference]]
+    counts: NotRequired[dict[str, int]]
+    cost: NotRequired[Seconds]
+    kl: NotRequired[str | None]
+    kept_mass: NotRequired[KeptMassFound | None]
+    answers: NotRequired[dict[str, dict[str, Lengths]]]
+    parameters: NotRequired[dict[str, int | None]]
+    sources: NotRequired[dict[str, str]]
+    checked: NotRequired[bool]
+    signatures: NotRequired[dict[str, str]]
+
+
+class DistillCost(Seconds):
+    seconds_to_first_step: NotRequired[float | None]
+
+
+class Distill(TypedDict):
+    """results.json of `distill`."""
+
+    objective: str
+    samples: int
+    cost: DistillCost
+    provenance: dict[str, Any]
+
+
+class Fit(TypedDict):
+    heldout_nll: float
+    phi_kl: float
+    c: float
+    inside_1_sigma: float
+    inside_2_sigma: float
+    sigma_at_floor: float
+
+
+class Negatives(TypedDict):
+    rows: int
+    used: bool
+    choice_auc: NotRequired[dict[str, float]]
+
+
+class Judged(TypedDict):
+    within_mean: AucInterval
+    within_sum: AucInterval
+    pooled_mean: AucInterval
+    pooled_sum: AucInterval
+
+
+class Audit(TypedDict):
+    """results.json of `reward`, in the folder of the audit."""
+
+    sarsa: Fit
+    soft: Fit
+    negatives: Negatives
+    audit: NotRequired[dict[str, dict[str, Judged]]]
+    audited_prompts: NotRequired[dict[str, int]]
+    cost: Seconds
+    provenance: dict[str, Any]
+
+
+class AskingCost(Seconds):
+    rows_found: int
+    rows_made: int
+    rows_left_out: int
+    tokens_selected: int
+    tokens_made: int
+    tokens_per_second: float | None
+    store_bytes: int
+    bytes_per_token: float | None
+
+
+class Asking(TypedDict):
+    """results.json of `generate` and of `score`."""
+
+    cost: AskingCost
+    kept_mass: NotRequired[KeptMassFound | None]
+    cut: NotRequired[float]
+    provenance: dict[str, Any]
+
+
+class Data(TypedDict):
+    path: str
+    config: str
+    task: str
+
+
+class Format(TypedDict):
+    template: str
+    chat: bool
+    system: str
+
+
+class Prepared(TypedDict):
+    """results.json of `prepare`."""
+
+    data: Data
+    prompt_format: Format
+    counts: dict[str, dict[str, int]]
+    cost: Seconds
+    provenance: dict[str, Any]
+
+
+class Taught(TypedDict):
+    """results.json of `teach`."""
+
+    role: str
+    cost: Seconds
+    provenance: dict[str, Any]
+
+
+def read_results(path: Path, kind: type, stage: str) -> dict:
+    """A results.json. Raises UserError that names it where it is not one that `stage` wrote."""
+    results = read_json(path)
+    require_shape(results, kind, _none_of(path, stage))
+    return results
+
+
+def read_evaluation(source: Path | str, text: str | None = None) -> dict:
+    """An evaluation: a file's, or that of a text from `source`. Raises UserError where it is none."""
+    evaluation = read_json(Path(source)) if text is None else parse_json(text, str(source))
+    what = _none_of(source, "evaluate")
+    require_shape(evaluation, Evaluation, what)
+    metrics, names = evaluation["metrics"], list(evaluation["higher_is_better"])
+    if not metrics or not names:
+        raise UserError(f"{what}: it has no models, or no metrics")
+    for model, modes in [*metrics.items(), *evaluation.get("differences", {}).items()]:
+        absent = [name for name in names if name not in modes["greedy"]]
+        absent += [f"{name}, sampled" for name in names[:1] if name not in modes["sampled"]]
+        if absent:
+            raise UserError(f"{what}: {model} has no {', '.join(absent)}")
+    if evaluation["candidate"] not in metrics:
+        raise UserError(f"{what}: its candidate {shown(evaluation['candidate'])} is none of its models")
+    if unknown := metrics.keys() - evaluation["provenance"]["models"].keys():
+        raise UserError(f"{what}: it does not say what {', '.join(sorted(unknown))} is")
+    return evaluation
+
+
+def _none_of(source: Path | str, stage: str) -> str:
+    return f"{source} holds no results of `xkd-pipeline {stage}`"

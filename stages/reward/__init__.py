@@ -1,0 +1,217 @@
+"""Fit the reward that explains the teacher: AVRIL on its cached words, and an audit of what came out."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import console
+from pipeline.errors import UserError
+from pipeline.files import digest, write_json_atomically
+from pipeline.learning.curves import write_csv
+from pipeline.learning.posterior import RewardPosterior, save_posterior
+from pipeline.learning.rows import per_response
+from pipeline.models import Context, load_config, load_tokenizer, require_context, require_same_tokenizer
+from pipeline.outputs import (
+    begin_results,
+    replacing,
+    require_apart,
+    require_can_write,
+    require_own_folder,
+    require_own_results,
+)
+from pipeline.params import Params
+from pipeline.prompts import read_prompts
+from pipeline.provenance import code_fingerprint, fingerprint, git_commit, seconds_since_start, versions
+from pipeline.store.schema import Row
+from pipeline.store.selection import Selection
+from pipeline.tasks import get_task
+from pipeline.tasks.intervals import say_interval
+from stages.reward import rankings
+from stages.reward.fit import POSTERIORS, Fitted, Fitting
+
+_REWARD = "a reward"
+
+
+def reward(
+    params: Params,
+    selection_path: Path,
+    student_path: Path,
+    out: Path,
+    audit_out: Path,
+    runs: Path,
+    store: str | Path | None = None,
+    scored_path: Path | None = None,
+    prompts_path: Path | None = None,
+) -> dict:
+    """Fit both posteriors on the cached teacher, write them to `out` with the rewards of all its tokens, and audit.
+
+    scored_path: what the stage `score` had scored, for negatives and for ranking the student's samples, which also
+    needs the prompts and their references. Returns the metrics. Raises UserError where the selection holds nothing to
+    fit or to validate.
+    """
+    require_apart({"--out": out}, {"--audit": audit_out, "--runs": runs / "reward"})
+    require_apart({"--audit": audit_out}, {"--runs": runs / "reward"})
+    require_own_folder(out, _REWARD)
+    require_own_results(audit_out, "reward", "--audit")
+    require_can_write(runs)
+    selection = Selection(selection_path, store)
+    selection.require_teacher("a reward")
+    require_same_tokenizer(selection.teacher["tokenizer"], load_tokenizer(student_path), student_path)
+    rows = {name: list(selection.rows(name, topk=False)) for name in ("train", "validation") if name in selection.parts}
+    for name in ("train", "validation"):
+        if not rows.get(name):
+            raise UserError(
+                f"{selection_path} has no {name} responses: the reward is fitted on train, chosen on validation"
+            )
+    config = load_config(student_path)
+    require_context(config, (_lengths(row) for part in rows.values() for row in part), f"the student {student_path}")
+    given = {"scored": list(selection.rows("scored", topk=False))} if "scored" in selection.parts else {}
+    scored = _opened_scored(selection, scored_path, student_path, store) if scored_path else None
+    given |= {name: list(scored.rows(name, topk=False)) for name in scored.parts} if scored else {}
+    rows |= _readable(given, Context.of(config))
+
+    paths = {"student": student_path, "prompts": prompts_path}
+    origins = {name: fingerprint(path) for name, path in paths.items() if path is not None}
+    origins |= {"selection": selection.fingerprint} | ({"scored": scored.fingerprint} if scored else {})
+    said = params.reward.model_dump(exclude={"bootstrap"})  # of the audit, which is made anew
+    run = runs / "reward" / digest([params.seed, said, origins, code_fingerprint()])[:16]
+    fitting = Fitting(params.reward, params.seed, student_path, rows["train"], rows["validation"], run)
+    prompts = read_prompts(prompts_path, ("validation",)) if prompts_path else []
+    found = rankings.rankings(rows.get("scored", ()), rows.get("samples", ()), prompts, get_task(params.prepare.task))
+    fits = {"sarsa": fitting.fit("sarsa")}
+    fits["soft"], judges, audited, choice = _soft(fitting, rows.get("negatives", ()), found)
+    metrics: dict = {td: fit.metrics for td, fit in fits.items()}
+    begin_results(audit_out, "reward", "--audit")
+    with replacing(out, _REWARD) as made:
+        for td, fit in fits.items():
+            save_posterior(made / td, fit.posterior, fit.description | {"teacher": selection.teacher["identity"]})
+            read = [row for name, part in rows.items() if name not in ("negatives", "samples") for row in part]
+            _write_rewards(made / td / "rewards.parquet", read, fit.posterior)
+            write_csv(audit_out / f"{td}.csv", fit.curve)
+    if audited:
+        ranked = rankings.rows_of(audited)
+        judges |= {
+            "student_logprob": rankings.student_judge(ranked, student_path),
+            "teacher_logprob": rankings.teacher_judge(ranked),
+        }
+        metrics["audit"] = rankings.judge_all(audited, judges, params.reward.bootstrap, params.seed)
+        counts = {name: len({row.prompt_id for row, _ in ranking}) for name, ranking in audited.items()}
+        metrics["audited_prompts"] = counts
+    else:
+        console.warn(
+            "the reward is not audited: that needs validation prompts with references of two tokens or more, and "
+            "generate.corrupted above 0, or samples of the student scored by `xkd-pipeline score`"
+        )
+    metrics["negatives"] = choice
+    provenance = {
+        "stage": "reward",
+        "seed": params.seed,
+        "parameters": params.reward.model_dump(),
+        "teacher": selection.teacher["identity"],
+        **origins,
+        "git_commit": git_commit(),
+        "versions": versions(),
+    }
+    write_json_atomically(
+        audit_out / "results.json", metrics | {"cost": {"seconds": seconds_since_start()}, "provenance": provenance}
+    )
+    shutil.rmtree(run, ignore_errors=True)
+    _report(metrics, out, audit_out)
+    return metrics
+
+
+def _opened_scored(selection: Selection, path: Path, student: Path, store: str | Path | None) -> Selection:
+    """What the stage `score` wrote. Raises UserError where it is of another teacher or student."""
+    scored = Selection(path, store)
+    scored.require_same_teacher(selection)
+    if scored.manifest.get("student") not in (None, fingerprint(student)):
+        raise UserError(f"{path} holds samples of another student than {student}: run `xkd-pipeline score` for it")
+    return scored
+
+
+def _readable(rows: dict[str, list[Row]], context: Context) -> dict[str, list[Row]]:
+    """The rows that the student can read: a reference may be longer than all that the teacher says."""
+    found = {name: [row for row in part if context.holds(*_lengths(row))] for name, part in rows.items()}
+    left_out = sum(len(rows[name]) - len(found[name]) for name in rows)
+    if left_out:
+        console.warn(
+            f"{left_out:,} scored rows are longer than the student reads ({context.tokens} tokens) and left out"
+        )
+    return found
+
+
+def _lengths(row: Row) -> tuple[int, int]:
+    return len(row.prompt_ids), len(row.response_ids)
+
+
+def _soft(
+    fitting: Fitting, negatives: Sequence[Row], found: dict[str, rankings.Ranking]
+) -> tuple[Fitted, dict[str, rankings.Judge], dict[str, rankings.Ranking], dict]:
+    """The soft posterior, its judges, the rankings it is to be reported on, and how negatives were decided.
+
+    Where there is a choice it is made on every other prompt, and reported on the others.
+    """
+    wanted, to_choose, to_report = fitting.settings.negatives, *rankings.halves(found)
+    if wanted == "always" and not negatives:
+        raise UserError("reward.negatives: always, and there are none: run `xkd-pipeline score`, or pass --scored")
+    choosing = wanted == "choose" and bool(negatives) and fitting.settings.fit == "teacher"
+    if choosing and not (found and to_choose.keys() == to_report.keys() == found.keys()):
+        console.warn("too few held-out prompts can be ranked to choose negatives by: they are not used")
+        choosing = False
+    if not choosing:
+        used = negatives if wanted == "always" else ()
+        fit = fitting.fit("soft", used)
+        return fit, _judges(found, {"reward": fit}), found, {"used": bool(used), "rows": len(used)}
+    fits = {"without": fitting.fit("soft"), "with": fitting.fit("soft", negatives)}
+    ranked = rankings.rows_of(to_choose)
+    aucs = {
+        name: rankings.mean_auc(to_choose, rankings.reward_judge(ranked, fit.posterior)) for name, fit in fits.items()
+    }
+    kept, other = ("with", "without") if aucs["with"] > aucs["without"] else ("without", "with")
+    judges = _judges(to_report, {"reward": fits[kept], f"reward_{other}_negatives": fits[other]})
+    return fits[kept], judges, to_report, {"used": kept == "with", "rows": len(negatives), "choice_auc": aucs}
+
+
+def _judges(found: dict[str, rankings.Ranking], fits: dict[str, Fitted]) -> dict[str, rankings.Judge]:
+    ranked = rankings.rows_of(found)
+    return {name: rankings.reward_judge(ranked, fit.posterior) for name, fit in fits.items()}
+
+
+def _write_rewards(path: Path, rows: Sequence[Row], posterior: RewardPosterior) -> None:
+    """mu and log sigma of every cached token, once: distillation and the report read them, without the encoder."""
+    values = {row.key: found for row, found in per_response(rows, posterior, posterior.device)}
+    schema = pa.schema({"key": pa.string(), "mu": pa.list_(pa.float32()), "log_sigma": pa.list_(pa.float32())})
+    columns = [list(values), [mu for mu, _ in values.values()], [log_sigma for _, log_sigma in values.values()]]
+    pq.write_table(pa.table(columns, schema=schema), path, compression="zstd")
+
+
+def _report(metrics: dict, out: Path, audit_out: Path) -> None:
+    shown = ("c", "inside_1_sigma", "inside_2_sigma", "sigma_at_floor")
+    console.table(
+        "reward posterior on held-out teacher text",
+        ("posterior", "-log q", "phi_kl", "c", "in 1 sigma", "in 2 sigma", "at floor"),
+        [
+            (td, f"{fit['heldout_nll']:.3f}", f"{fit['phi_kl']:g}", *(f"{fit[name]:.2f}" for name in shown))
+            for td, fit in ((td, metrics[td]) for td in POSTERIORS)
+        ],
+    )
+    titles = {"corrupted": "references over their corruptions", "samples": "right over wrong samples of the student"}
+    for ranking, judges in metrics.get("audit", {}).items():
+        console.table(
+            f"audit: AUC of {titles[ranking]}, within {metrics['audited_prompts'][ranking]} prompts (95 % interval)",
+            ("judge", "mean", "sum", "pooled mean"),
+            [
+                (
+                    judge,
+                    *(say_interval(r[how], ".3f", of="auc") for how in ("within_mean", "within_sum")),
+                    f"{r['pooled_mean']['auc']:.3f}",
+                )
+                for judge, r in judges.items()
+            ],
+        )
+    negatives = metrics["negatives"]
+    chosen = f"{negatives['rows']:,} scored responses" if negatives["used"] else "not used"
+    console.facts("reward fitted", [("negatives", chosen), ("reward", out), ("audit", audit_out)])

@@ -1,0 +1,101 @@
+"""The reward's audit on held-out prompts: what is to be ranked, and by which judges."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import UserError
+from pipeline.learning.learner import score_tokens
+from pipeline.learning.posterior import RewardPosterior
+from pipeline.learning.rows import per_response
+from pipeline.models import best_device, load_lm
+from pipeline.prompts import Prompt
+from pipeline.store.schema import Row
+from pipeline.tasks.base import Task
+from stages.reward.audit import Scored, above_the_median, audit, rankable
+
+Ranking = list[tuple[Row, bool]]  # responses, and whether each is right; every prompt has both kinds
+Judge = Mapping[str, np.ndarray]  # key of a row -> its values [T]
+
+
+def rankings(
+    scored: Sequence[Row], samples: Sequence[Row], prompts: Sequence[Prompt], task: Task
+) -> dict[str, Ranking]:
+    """What the held-out prompts give to rank, without the kinds that no prompt has both sides of.
+
+    `corrupted`: references over corrupted ones. `samples`: samples of the student that the task's checker accepts over
+    those that it does not; for a task without a checker, above over below the prompt's median of its headline metric.
+    Equal samples of a prompt are one. Raises UserError where the prompts are not those that were answered.
+    """
+    found = {"corrupted": rankable([(row, row.origin == "reference") for row in scored])}
+    by_id = {prompt.id: prompt for prompt in prompts}
+    judged: dict[str, list[tuple[Row, float]]] = {}
+    for row in samples:
+        prompt = by_id.get(row.prompt_id)
+        if prompt is None or not prompt.references:
+            continue
+        if " ".join(prompt.prompt.split()) not in " ".join(row.prompt.split()):  # templates may change the spaces
+            raise UserError(
+                f"row {row.key} was asked something else than prompt '{prompt.id}' of the prompt file: "
+                "run `xkd-pipeline score` again for these prompts"
+            )
+        value = task.metrics[0]([row.response], [prompt.references])
+        judged.setdefault(row.prompt_id, []).append((row, value))
+    if task.checked:
+        labelled = [(row, value > 0) for responses in judged.values() for row, value in responses]
+    else:
+        labelled = above_the_median(judged)
+    found["samples"] = rankable(labelled)
+    return {name: ranking for name, ranking in found.items() if ranking}
+
+
+def halves(found: Mapping[str, Ranking]) -> tuple[dict[str, Ranking], dict[str, Ranking]]:
+    """The rankings of every other prompt, to choose by, and of the others, to report."""
+    ids = sorted({row.prompt_id for ranking in found.values() for row, _ in ranking})
+    sides = []
+    for chosen in (set(ids[0::2]), set(ids[1::2])):
+        side = {name: [(row, right) for row, right in r if row.prompt_id in chosen] for name, r in found.items()}
+        sides.append({name: ranking for name, ranking in side.items() if ranking})
+    return sides[0], sides[1]
+
+
+def rows_of(found: Mapping[str, Ranking]) -> list[Row]:
+    """Every row that is ranked, once."""
+    return list({row.key: row for ranking in found.values() for row, _ in ranking}.values())
+
+
+def reward_judge(rows: Sequence[Row], posterior: RewardPosterior) -> Judge:
+    """mu of every token."""
+    return {row.key: mu for row, (mu, _) in per_response(rows, posterior, posterior.device)}
+
+
+def student_judge(rows: Sequence[Row], student: Path) -> Judge:
+    """Log-probabilities by the student's starting point."""
+    model = load_lm(student).to(best_device())
+    found = per_response(rows, lambda batch: [score_tokens(model, batch).logprob], model.device)
+    return {row.key: values for row, (values,) in found}
+
+
+def teacher_judge(rows: Sequence[Row]) -> Judge:
+    """Log-probabilities by the teacher: the ceiling."""
+    return {row.key: row.logprobs for row in rows}
+
+
+def judge_all(
+    found: Mapping[str, Ranking], judges: Mapping[str, Judge], resamples: int, seed: int
+) -> dict[str, dict[str, dict]]:
+    """ranking -> judge -> aggregate -> AUC with its interval."""
+    return {
+        name: {
+            judge: audit([Scored(row.prompt_id, right, values[row.key]) for row, right in ranking], resamples, seed)
+            for judge, values in judges.items()
+        }
+        for name, ranking in found.items()
+    }
+
+
+def mean_auc(found: Mapping[str, Ranking], judge: Judge) -> float:
+    """The AUC within prompts of the mean over tokens, averaged over the rankings: what a reward is chosen by."""
+    results = judge_all(found, {"": judge}, resamples=1, seed=0)
+    return float(np.mean([by_judge[""]["within_mean"]["auc"] for by_judge in results.values()]))
