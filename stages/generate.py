@@ -11,7 +11,7 @@ from pipeline.outputs import is_results, require_apart, require_own_file
 from pipeline.params import Params
 from pipeline.prompts import Prompt, PromptFormat, encode_response, read_prompts, read_responses
 from pipeline.prompts.warnings import warn_of_prompts
-from pipeline.provenance import write_results
+from pipeline.results import write_results
 from pipeline.store.identity import sample_key
 from pipeline.store.kept_mass import KeptMass, kept_mass_warning, say_kept_mass
 from pipeline.store.replaceable import require_own_selection
@@ -78,8 +78,9 @@ def generate(
     kept = sum((counted.kept for counted in spoken), KeptMass()).describe(teacher.k, teacher.support)
     cut = sum(counted.cut for counted in spoken) / max(sum(counted.rows for counted in spoken), 1)
     if results is not None:
-        found = {"cost": cost, "kept_mass": kept, "cut": cut}
-        write_results(results, "generate", found, engine=teacher.engine, teacher=teacher.description, k=teacher.k)
+        found = {"kept_mass": kept, "cut": cut}
+        origins = {"engine": teacher.engine, "teacher": teacher.description, "k": teacher.k}
+        write_results(results, "generate", found, cost, **origins)
     more = [("kept mass", say_kept_mass(kept))] if kept else []
     more += [("cut at max_tokens", f"{cut:.1%} of the responses")]
     more += [("test answers", answers)] if answering else []

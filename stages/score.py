@@ -20,7 +20,8 @@ from pipeline.models import best_device, load_lm, load_tokenizer, require_same_t
 from pipeline.outputs import is_results, require_own_file
 from pipeline.params import Params
 from pipeline.prompts import PromptFormat, read_prompts
-from pipeline.provenance import fingerprint, write_results
+from pipeline.provenance import fingerprint
+from pipeline.results import write_results
 from pipeline.store.identity import Sampling, sample_seed
 from pipeline.store.replaceable import require_own_selection
 from pipeline.store.requests import open_store
@@ -73,7 +74,7 @@ def score(
     asking.leave_word(orders, out, complete=True)
     cost = asking.cost_of(summary, manifest, orders, took) | {"prompts_overlapping": overlapping}
     if results is not None:
-        write_results(results, "score", {"cost": cost}, parameters=params.score.model_dump(), student=student)
+        write_results(results, "score", {}, cost, parameters=params.score.model_dump(), student=student)
     asking.report("scored by the teacher", summary, parts, orders, out, cost)
     return summary
 

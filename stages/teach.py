@@ -8,10 +8,12 @@ from pathlib import Path
 from pipeline import console
 from pipeline.errors import UserError
 from pipeline.files import digest
-from pipeline.learning.batches import from_references
 from pipeline.learning.dropout import set_dropout
-from pipeline.learning.learner import StudentLearner, require_plain_head
-from pipeline.learning.trainer import seed_everything, train
+from pipeline.learning.forward import require_plain_head
+from pipeline.learning.job import Job, Training, run
+from pipeline.learning.learner import StudentLearner
+from pipeline.learning.terms import Likelihood
+from pipeline.learning.trainer import seed_everything
 from pipeline.models import (
     ModelSize,
     build_causal_lm,
@@ -34,7 +36,9 @@ from pipeline.models import (
 from pipeline.outputs import is_results, require_apart, require_can_write, require_own_file
 from pipeline.params import Params, Role, Teach
 from pipeline.prompts import PromptFormat, encode_response, read_prompts
-from pipeline.provenance import code_fingerprint, fingerprint, write_results
+from pipeline.provenance import code_fingerprint, fingerprint
+from pipeline.results import write_results
+from pipeline.store.schema import Row
 
 CONTEXT = 256  # longest sequence of new models
 _SEED_OFFSET = {"teacher": 0, "student": 1}  # the two must not start from the same weights
@@ -68,13 +72,20 @@ def teach(
     seed = params.seed + _SEED_OFFSET[role]
     seed_everything(seed)
     model, tokenizer, stops = _starting_point(settings, tokenizer_path, seed)
-    facts, run = [("parameters", f"{model.num_parameters():,}")], None
+    facts = [("parameters", f"{model.num_parameters():,}")]
+    job = None
     if settings.optimisation.steps:
-        told, run = _train(params, role, settings, model, tokenizer, prompts_path, runs, seed)
-        facts += told
+        job = _job(params, role, seed, prompts_path, tokenizer_path, tokenizer, runs)
+        made = _training(params, role, model, tokenizer, prompts_path)
+        trained = run(job, made)
+        loss = next((entry["loss"] for entry in reversed(trained.history) if "loss" in entry), float("nan"))
+        facts += [
+            ("pairs", f"{len(made.rows):,} of split {settings.split}"),
+            ("last loss", f"{loss:.4f} nats per token"),
+        ]
     save_model(out, model, tokenizer, _card(role, settings), stops)
-    if run is not None:
-        shutil.rmtree(run, ignore_errors=True)
+    if job is not None:
+        shutil.rmtree(job.run, ignore_errors=True)
     if results is not None:
         write_results(results, "teach", {"role": role})
     console.facts(f"{role} made", [*facts, ("model", out)])
@@ -97,30 +108,50 @@ def _starting_point(settings: Teach, tokenizer_path: Path, seed: int):
     return model, tokenizer, stop_token_ids(settings.base, tokenizer)
 
 
-def _train(
-    params: Params, role: Role, settings: Teach, model, tokenizer, prompts_path: Path, runs: Path, seed: int
-) -> tuple[list[tuple[str, str]], Path]:
-    """Train `model` on references, in place; returns what to say of it, and the folder of its checkpoints."""
+def _job(params: Params, role: Role, seed: int, prompts_path: Path, tokenizer_path: Path, tokenizer, runs: Path) -> Job:
+    """The training; its checkpoints are resumed by a run of the same inputs and the same code alone."""
+    settings: Teach = getattr(params.teach, role)
+    of = [role, params.template, params.chat, params.system, seed, settings.model_dump(), fingerprint(prompts_path)]
+    of += [tokenizer_identity(tokenizer), code_fingerprint("stages.teach")]
+    return Job(
+        what=f"teaching the {role}",
+        make="stages.teach:training",
+        inputs={
+            "params": params.model_dump(include={"template", "chat", "system", "teach"}),
+            "role": role,
+            "seed": seed,
+            "prompts": str(prompts_path),
+            "tokenizer": str(tokenizer_path),
+        },
+        optimisation=settings.optimisation,
+        seed=seed,
+        run=runs / "teach" / digest(of)[:16],
+        log_every=20,
+        save_every=settings.save_every,
+    )
+
+
+def training(params: dict, role: Role, seed: int, prompts: str, tokenizer: str) -> Training:
+    """What a job of `teach` trains."""
+    loaded = Params.model_validate(params)
+    seed_everything(seed)
+    model, read, _ = _starting_point(getattr(loaded.teach, role), Path(tokenizer), seed)
+    return _training(loaded, role, model, read, Path(prompts))
+
+
+def _training(params: Params, role: Role, model, tokenizer, prompts_path: Path) -> Training:
+    settings: Teach = getattr(params.teach, role)
     prompts = [p for p in read_prompts(prompts_path, (settings.split,)) if p.references][: settings.pairs]
     if not prompts:
         raise UserError(f"{prompts_path} has no prompts with references in split '{settings.split}' to teach from")
     require_plain_head(model, f"the {role}")
     set_dropout(model, settings.dropout)
-    responses = from_references(
-        PromptFormat.of(params).encode(tokenizer, prompts),
-        [encode_response(tokenizer, prompt.references[0]) for prompt in prompts],
-    )
-    lengths = ((len(response.prompt_ids), len(response.response_ids)) for response in responses)
-    require_context(model.config, lengths, f"the {role}")
-    inputs = [params.template, params.chat, params.system, seed, settings.model_dump(), fingerprint(prompts_path)]
-    inputs += [tokenizer_identity(tokenizer), code_fingerprint()]
-    run = runs / "teach" / digest([role, *inputs])[:16]
-    history = train(
-        f"teaching the {role}", StudentLearner(model.train()), responses, None, settings.optimisation, run, seed,
-        log_every=20, save_every=settings.save_every,
-    )  # fmt: skip
-    loss = next((entry["loss"] for entry in reversed(history) if "loss" in entry), float("nan"))
-    return [("pairs", f"{len(responses):,} of split {settings.split}"), ("last loss", f"{loss:.4f} nats a token")], run
+    rows = [
+        Row.bare(ids, encode_response(tokenizer, prompt.references[0]))
+        for prompt, ids in zip(prompts, PromptFormat.of(params).encode(tokenizer, prompts), strict=True)
+    ]
+    require_context(model.config, ((len(row.prompt_ids), len(row.response_ids)) for row in rows), f"the {role}")
+    return Training(StudentLearner(model.train(), [Likelihood()]), rows)
 
 
 def _card(role: Role, settings: Teach) -> str:

@@ -1,20 +1,26 @@
 """What holds for responses of no tokens: they teach nothing and break nothing, alone in a batch or among others."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.learning.batches import Response, collate
+from pipeline.learning.batches import collate
 from pipeline.learning.closeness import HeldOut, LogitSource
-from pipeline.learning.learner import StudentLearner, score_tokens
+from pipeline.learning.consistency import Consistency, GivenReward, JointReward, ScratchReward, ZeroReward
+from pipeline.learning.divergence import Divergence
+from pipeline.learning.forward import per_row, score_tokens
+from pipeline.learning.learner import StudentLearner, count
 from pipeline.learning.posterior import RewardPosterior
-from pipeline.learning.rows import collate_rows, from_rows, per_response
-from pipeline.learning.trainer import count, held_out
+from pipeline.learning.residuals import Scaled
+from pipeline.learning.terms import Likelihood
+from pipeline.learning.trainer import held_out
 from pipeline.models import load_lm
 from pipeline.objectives.sparse import sparse_divergence
-from pipeline.store.schema import from_table, to_table
+from pipeline.params import Residual
+from pipeline.store.schema import Row, from_table, to_table
 from pipeline.store.selection import Selection
 from stages.reward.fit import RewardLearner
 from tests.conftest import make_seq2seq_model
@@ -51,10 +57,17 @@ def learners(model_path):
             (("action", "separate"), ("state", "own")) if kind in ("scratch", "joint") else ((None,) * 2,)
         ):
             posterior = RewardPosterior.from_student(model_path, head, encoder, 0.3) if head else None
+            terms = [Likelihood(), Divergence("fkl")]
+            rewards = {
+                "given": GivenReward, "zero": ZeroReward, "scratch": partial(ScratchReward, posterior, 1.0),
+                "joint": partial(JointReward, posterior, 0.1),
+            }  # fmt: skip
+            if kind != "none":
+                terms.append(Consistency(rewards[kind](), 0.1))
+            residual = Residual(q_source="logits", gamma=1.0, terminal="zero")
             yield StudentLearner(
-                load_lm(model_path), sparse_divergence("fkl"), td=None if kind == "none" else "sarsa",
-                reward=kind, posterior=posterior, lam=0.1, kl_weight=1.0, phi_kl=0.1, terminal="zero",
-            )  # fmt: skip
+                load_lm(model_path), terms, None if kind == "none" else Scaled("sarsa", residual, 1.0, 0.0)
+            )
     for head, encoder in POSTERIORS:
         yield RewardLearner(RewardPosterior.from_student(model_path, head, encoder, 0.3), 0.1, "zero")
 
@@ -63,7 +76,7 @@ def batch_of(rows):
     extras = {
         name: {row.key: np.ones(len(row.response_ids), np.float32) for row in rows} for name in ("mu", "log_sigma")
     }
-    return collate_rows(rows, True, extras | {"delta": extras["mu"]})
+    return collate(rows, True, extras | {"delta": extras["mu"]})
 
 
 def loss_and_gradients(learner, batch):
@@ -96,17 +109,19 @@ def test_an_empty_response_among_others_changes_nothing(model_path, rows):
 
 def test_references_may_be_empty_too(model_path):
     """What `teach` learns: batches without a teacher's top k."""
-    empty = Response(np.array([5, 6, 7]), np.empty(0, np.int32), True)
-    loss, _, gradients = loss_and_gradients(StudentLearner(load_lm(model_path)), collate([empty, empty]))
+    empty = Row.bare(np.array([5, 6, 7]), np.empty(0, np.int32))
+    loss, _, gradients = loss_and_gradients(
+        StudentLearner(load_lm(model_path), [Likelihood()]), collate([empty, empty], topk=False)
+    )
     assert loss == 0 and all((gradient == 0).all() for gradient in gradients.values())
 
 
 def test_each_row_gets_its_own_share_of_what_is_scored(model_path, rows):
     model, kl = load_lm(model_path), sparse_divergence("fkl")
     for size in (1, 2, 128):  # an empty one alone, beside another, all together
-        found = list(per_response(rows, lambda b: [score_tokens(model, b, kl).divergence], topk=True, batch_size=size))
-        assert [len(values) for _, (values,) in found] == [len(row.response_ids) for row in rows]
-        assert all(np.isfinite(values).all() for _, (values,) in found)
+        found = list(per_row(rows, lambda b: [score_tokens(model, b, kl).divergence], topk=True, batch_size=size))
+        assert [len(values) for (values,) in found] == [len(row.response_ids) for row in rows]
+        assert all(np.isfinite(values).all() for (values,) in found)
 
 
 def test_a_prompt_whose_answers_are_all_empty_does_not_count_for_the_divergence(model_path, rows):
@@ -121,5 +136,5 @@ def test_a_prompt_whose_answers_are_all_empty_does_not_count_for_the_divergence(
 
 
 def test_rows_are_batched_alike_however_they_come(rows):
-    one, other = collate_rows(rows, True), collate(from_rows(rows, True))
+    one, other = collate(rows, True), collate(rows)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -15,7 +15,7 @@ DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 ROOMS = (
     ("pipeline/cli/",),
     ("stages/",),
-    ("pipeline/headline.py",),
+    ("pipeline/results.py",),
     ("pipeline/learning/",),
     ("pipeline/teacher/",),
     ("pipeline/engines/",),

@@ -5,6 +5,7 @@ No stage runs here: DVC is told that stand-ins for their outputs are the results
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,17 +74,18 @@ def changed_by_parameters(project: Path, *settings: str) -> set[str]:
         return changed(project)
 
 
-def test_a_remark_in_the_mathematics_of_distillation_reruns_distillation_and_its_evaluation(project):
+RERUNS = re.findall(r"^\| `([\w/.]+)`[^|]*\| (.+) \|$", (ROOT / "docs" / "reruns.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize(("file", "said"), RERUNS, ids=[file for file, _ in RERUNS])
+def test_an_edit_reruns_what_the_table_says(project, file, said):
+    expected = set() if said == "nothing" else {name.strip("`") for name in said.split(", ")}
     assert changed(project) == set()
-    for name in ("divergences", "outcomes", "sparse"):
-        assert changed_by_comment(project, f"stages/objectives/{name}.py") == {"distill", "plain", "evaluate"}
+    assert changed_by_comment(project, file) == expected
 
 
-def test_a_remark_in_the_store_does_not_train_the_teacher_or_the_starting_point_again(project):
-    for name in ("store", "reading", "exporting"):
-        stages = changed_by_comment(project, f"pipeline/shards/{name}.py")
-        assert not {"prepare", "teach@teacher", "teach@student"} & stages
-        assert ("distill" in stages) == ("plain" in stages) == (name != "exporting")
+def test_the_table_has_edits_of_every_room():
+    assert len(RERUNS) >= 8
 
 
 def test_to_observe_a_run_is_not_to_redo_it(project):

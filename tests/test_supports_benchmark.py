@@ -59,7 +59,7 @@ def test_rows_of_the_store_and_every_reward_train_a_student(out, data):
     assert {reward for support, reward in found if support == "sampled"} == {"none", *supports.REWARDS}
     assert len({kl for (support, _), kl in found.items() if support == "sampled"}) == 1 + len(supports.REWARDS)
     taught, folder = Taught(out / "text" / "train"), out / "text"
-    mu = {name: supports.x_term(supports.Cell("text", "fkl", "sampled", 16, 0, name), taught, folder)[1]["mu"]
+    mu = {name: supports.x_term(supports.Cell("text", "fkl", "sampled", 16, 0, name), taught, folder)[2]["mu"]
           for name in ("oracle", "oracle-shuffled")}  # fmt: skip
     last = taught.starts[1:] - 1
     assert not mu["oracle"][last].any() and not np.array_equal(*mu.values())

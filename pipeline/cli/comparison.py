@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline import console
 from pipeline.cli.listing import Column, Form, Listing
-from pipeline.headline import FORWARD_KLS, KL_NAMES
+from pipeline.results import FORWARD_KLS, KL_NAMES
 from pipeline.store.kept_mass import kept_mass_warning
 from pipeline.tasks.intervals import say_interval
 from stages.report.experiments import Scored, differ, models_of, read_experiments

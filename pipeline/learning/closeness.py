@@ -16,9 +16,8 @@ from torch.nn.functional import linear
 from pipeline import console
 from pipeline.engines.base import Answer
 from pipeline.errors import UserError
-from pipeline.learning.batches import IGNORED, Response, response_states
-from pipeline.learning.learner import has_plain_head, head_of, score_tokens
-from pipeline.learning.rows import from_rows, per_token
+from pipeline.learning.batches import IGNORED
+from pipeline.learning.forward import has_plain_head, head_of, per_row, response_states, score_tokens
 from pipeline.models import best_device, describe_model, load_lm, require_context
 from pipeline.objectives.divergences import forward_kl, reverse_kl
 from pipeline.objectives.head import chunk_rows
@@ -142,29 +141,25 @@ class HeldOut:
             scores = score_tokens(model, batch, divergence)
             return -scores.logprob, *(() if divergence is None else (scores.divergence,))
 
-        responses = from_rows(self.rows, topk=divergence is not None)
-        values = self._measured(responses, cached, model.device, self.batch_size)
+        values = self._measured(self.rows, cached, model.device, self.batch_size, divergence is not None)
         names = ("cross_entropy", *((self.measure,) if self.measure else ()))
         found = dict(zip(names, map(self._sums, values), strict=True))
-        return found | self._exact(model, path, responses, [row.prompt_id for row in self.rows])
+        return found | self._exact(model, path, self.rows, [row.prompt_id for row in self.rows])
 
     def of_own_samples(self, model, path: str | Path, samples: Mapping[str, Answer]) -> Sums:
         """On the model's own samples of the held-out prompts, by prompt id: `kl` and `reverse_kl`."""
         prompts = self.prompts
-        responses = [
-            Response(prompts[identity], sample.response_ids, sample.finish == "stop")
-            for identity, sample in samples.items()
-        ]
-        return self._exact(model, path, responses, list(samples))
+        rows = [Row.bare(prompts[name], sample.response_ids, sample.finish) for name, sample in samples.items()]
+        return self._exact(model, path, rows, list(samples))
 
-    def _exact(self, model, path: str | Path, responses: Sequence[Response], ids: Sequence[str]) -> Sums:
+    def _exact(self, model, path: str | Path, rows: Sequence[Row], ids: Sequence[str]) -> Sums:
         if self.teacher is None:
             return {}
         teacher, source = self.teacher, LogitSource(model, f"the model {path}")
-        lengths = [(len(response.prompt_ids), len(response.response_ids)) for response in responses]
+        lengths = [(len(row.prompt_ids), len(row.response_ids)) for row in rows]
         require_context(teacher.model.config, lengths, teacher.what)
         size = self.batch_size if teacher.plain and source.plain else 1
-        found = self._measured(responses, lambda batch: both_kls(teacher, source, batch), model.device, size)
+        found = self._measured(rows, lambda batch: both_kls(teacher, source, batch), model.device, size)
         kl, reverse, dropped = found
         outside = float(np.concatenate([*dropped, np.zeros(1)]).max())
         if outside > DROPPED_WARNING:
@@ -175,9 +170,9 @@ class HeldOut:
         return {"kl": self._sums(kl, ids), "reverse_kl": self._sums(reverse, ids)}
 
     @staticmethod
-    def _measured(responses: Sequence[Response], function, device, batch_size: int) -> list[list[np.ndarray]]:
-        """For each tensor that `function` makes of a batch, its values [T] of every response."""
-        return list(map(list, zip(*per_token(responses, function, device, batch_size), strict=True)))
+    def _measured(rows: Sequence[Row], function, device, batch_size: int, topk: bool = False) -> list[list[np.ndarray]]:
+        """For each tensor that `function` makes of a batch, its values [T] of every row."""
+        return list(map(list, zip(*per_row(rows, function, device, topk, batch_size), strict=True)))
 
     def _sums(self, values: Iterable[np.ndarray], ids: Sequence[str] | None = None) -> np.ndarray:
         """[prompts with tokens, 2] of per-token values [T] of responses, whose prompts are `ids`."""

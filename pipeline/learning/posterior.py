@@ -13,8 +13,9 @@ from typing_extensions import TypedDict
 
 from pipeline.errors import UserError, in_one_line
 from pipeline.files import read_json, require_file, require_shape
-from pipeline.learning.batches import IGNORED, States, head_scale, response_states
+from pipeline.learning.batches import IGNORED
 from pipeline.learning.dropout import set_dropout
+from pipeline.learning.forward import States, head_scale, response_states
 from pipeline.models import load_lm
 from pipeline.objectives.head import chunk_rows
 from pipeline.objectives.logprobs import at_least_float32

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.objectives.avril import CLIP, action_values, followed_steps, kept_steps, soft_state_values, td_residual
@@ -49,6 +50,12 @@ class Scaled:
         if len(values) < 2 or not values.std() > 0:
             raise UserError("the cached responses are too short to have TD residuals: raise max_tokens or add samples")
         return cls(td, residual, float(values.std()), float(values.mean()) if residual.gamma < 1 else 0.0)
+
+    def of_scores(self, logprob: Tensor, lse: Tensor, followed: Tensor, kept: Tensor) -> Tensor:
+        """delta / c [n] of log-probabilities and normalisers of consecutive response tokens, see `td_residual`."""
+        source = self.residual.q_source
+        q, v = action_values(logprob, lse, source), soft_state_values(lse, source)
+        return (td_residual(q, v, followed, kept, self.residual.gamma, self.td) - self.offset) / self.scale
 
     def clipped(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
         """key -> scaled residuals [T] within -CLIP and CLIP."""

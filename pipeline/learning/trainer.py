@@ -7,58 +7,24 @@ accumulation steps), so that micro-batches do not change the loss. One process, 
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch import Tensor
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from pipeline import console, interrupts
 from pipeline.errors import UserError
-from pipeline.learning.batches import IGNORED, collate
 from pipeline.learning.checkpoints import ASIDE, StopAtSignal, finished, keeps_up_to, step_of, whole_checkpoint
 from pipeline.learning.finite import require_finite, require_finite_weights
-from pipeline.objectives.avril import kept_steps
-from pipeline.params import Optimisation
+from pipeline.learning.job import Job, Trained, Training
+from pipeline.learning.learner import COUNTS, Learner, count
 from pipeline.provenance import seconds_since_start
 
-COUNTS = ("tokens", "steps")
 _SUMS = "sums.safetensors"  # in a checkpoint: what there is of the next point of the training curve
-
-
-@dataclass(frozen=True)
-class Term:
-    """A summand of the loss: its weight (0: only logged), and what its mean is over."""
-
-    weight: float
-    over: str  # tokens: response tokens; steps: those that have a residual
-    apart: bool = False  # of a model that is trained along without the main one: not in the loss that is reported
-
-
-class Learner(nn.Module):
-    """What a TermTrainer trains.
-
-    `forward(counts, **batch)` returns the loss, sum_i weight_i * sum_i / count_i, and {name: sum over the batch} of
-    each of `terms`, detached.
-    """
-
-    terms: dict[str, Term]
-    terminal: str = "drop"
-
-    def term_weights(self, counts: Tensor) -> dict[str, Tensor]:
-        """weight_i / count_i of the terms that the loss is made of; counts are those of `count`."""
-        sizes = dict(zip(COUNTS, counts.clamp_min(1), strict=True))
-        return {name: term.weight / sizes[term.over] for name, term in self.terms.items() if term.weight}
-
-
-def count(batch: dict[str, Tensor], terminal: str) -> Tensor:
-    """[tokens, steps] of a batch."""
-    mask = batch["labels"] != IGNORED
-    return torch.stack([mask.sum(), kept_steps(mask, batch["stop"], terminal).sum()])
 
 
 class TermTrainer(Trainer):
@@ -94,8 +60,8 @@ class TermTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         counts = count(inputs, self._learner.terminal) if num_items_in_batch is None else num_items_in_batch
         loss, sums = model(counts, **inputs)
-        for name, term in self._learner.terms.items():
-            size = counts[COUNTS.index(term.over)].clamp_min(1)
+        for name, mean in self._learner.means.items():
+            size = counts[COUNTS.index(mean.over)].clamp_min(1)
             self._logged.setdefault(name, []).append(sums[name] / size)
         shares = {name: values[-1] for name, values in self._logged.items()}
         require_finite(loss.detach(), f"{self._at(1)}: the loss", shares)
@@ -116,6 +82,7 @@ class TermTrainer(Trainer):
         norms = [
             self.accelerator.clip_grad_norm_(part.parameters(), self.args.max_grad_norm)
             for part in self._learner.children()
+            if any(True for _ in part.parameters())
         ]
         require_finite(torch.stack(norms), f"{self._at(1)}: the gradient")
         return max(norms)
@@ -184,9 +151,9 @@ def held_out(learner: Learner, batches, device) -> dict[str, float]:
         counts += size.cpu()
     learner.train(was_training)
     means = {
-        name: float(sums[name] / counts[COUNTS.index(term.over)].clamp_min(1)) for name, term in learner.terms.items()
+        name: float(sums[name] / counts[COUNTS.index(mean.over)].clamp_min(1)) for name, mean in learner.means.items()
     }
-    counted = {name: term.weight for name, term in learner.terms.items() if not term.apart}
+    counted = {name: mean.weight for name, mean in learner.means.items() if not mean.auxiliary}
     return means | {"loss": sum(weight * means[name] for name, weight in counted.items())}
 
 
@@ -225,7 +192,7 @@ class _Sums(TrainerCallback):
         self.trainer.load_sums(self.checkpoint)
 
 
-class FirstStep(TrainerCallback):
+class _FirstStep(TrainerCallback):
     """Seconds from the start of the process to the first optimiser step: what a cached experiment waits for."""
 
     seconds: float | None = None
@@ -235,51 +202,23 @@ class FirstStep(TrainerCallback):
             self.seconds = seconds_since_start()
 
 
-def train(
-    what: str,
-    learner: Learner,
-    responses: Sequence,
-    validation: Sequence | None,
-    optimisation: Optimisation,
-    run: Path,
-    seed: int,
-    log_every: int,
-    evaluate_every: int | None = None,
-    save_every: int | None = None,
-    best: str | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-    report_to: Sequence[str] = (),
-    collator: Callable[[list], dict[str, Tensor]] = collate,
-    workers: int = 0,
-    loader: Callable | None = None,
-) -> list[dict]:
-    """Train in place and return the Trainer's log history.
-
-    collator makes a batch of what `responses` hold; `workers` processes do so. loader: `(responses, batch size, seed,
-    collator, workers, micro-batches)` to an iterable of batches, in place of the Trainer's own; see RowLoader.
-
-    run: folder of the checkpoints. The newest whole checkpoint that is already there is resumed from, so a killed run
-    goes on where it was; the caller removes the folder once what was trained is saved. With `best`, and save_every as
-    evaluate_every, the learner ends with the weights of the best held-out value of that term. report_to: trackers of
-    transformers, by name; what TensorBoard reads is written to `logs` beside the stages' folders of checkpoints.
-
-    A signal ends it after the step that runs, with a checkpoint of that step: then `Interrupted` is raised. Raises
-    UserError where loss, gradients or weights are no longer finite.
-    """
+def train(job: Job, training: Training, callbacks: Sequence[TrainerCallback] = ()) -> Trained:
+    """What `pipeline.learning.job.run` does."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("training runs in one process: start it without torchrun or accelerate launch")
-    _require_trackers(report_to)
-    checkpoint = whole_checkpoint(run)
+    _require_trackers(job.report_to)
+    checkpoint, learner, optimisation = whole_checkpoint(job.run), training.learner, job.optimisation
     if checkpoint:
-        console.say(f"{what}: resuming from {checkpoint}")
-        keeps_up_to(step_of(checkpoint), what)
+        console.say(f"{job.what}: resuming from {checkpoint}")
+        keeps_up_to(step_of(checkpoint), job.what)
         if (history := finished(learner, checkpoint, optimisation.steps)) is not None:
-            require_finite_weights(learner, what)
-            return history
-    if "tensorboard" in report_to:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.parents[1] / "logs" / run.name))
+            require_finite_weights(learner, job.what)
+            return Trained(learner, history)
+    if "tensorboard" in job.report_to:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(job.run.parents[1] / "logs" / job.run.name))
+    evaluate_every = job.evaluate_every if training.held_out else None
     arguments = TrainingArguments(
-        output_dir=str(run),
+        output_dir=str(job.run),
         max_steps=optimisation.steps,
         per_device_train_batch_size=optimisation.batch_size // optimisation.accumulation,
         gradient_accumulation_steps=optimisation.accumulation,
@@ -289,43 +228,44 @@ def train(
         weight_decay=0.0,
         max_grad_norm=1.0,
         optim="adamw_torch",
-        seed=seed,
-        data_seed=seed,
-        logging_steps=log_every,
+        seed=job.seed,
+        data_seed=job.seed,
+        logging_steps=job.log_every,
         logging_nan_inf_filter=False,  # such a loss is an error
         eval_strategy="steps" if evaluate_every else "no",
         eval_steps=evaluate_every,
-        save_strategy="steps" if save_every else "no",
-        save_steps=save_every or 500,
+        save_strategy="steps" if job.save_every else "no",
+        save_steps=job.save_every or 500,
         save_total_limit=2,
-        load_best_model_at_end=best is not None,
-        metric_for_best_model=f"eval_{best}" if best else None,
+        load_best_model_at_end=bool(job.best),
+        metric_for_best_model=f"eval_{job.best}" if job.best else None,
         greater_is_better=False,
         remove_unused_columns=False,
-        report_to=list(report_to),
+        report_to=job.report_to,
         disable_tqdm=True,
-        dataloader_num_workers=workers,
+        dataloader_num_workers=job.workers,
         use_cpu=not torch.cuda.is_available(),
         restore_callback_states_from_checkpoint=True,  # the patience of early stopping
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible GPUs would multiply the batch
+    first_step, patience = _FirstStep(), [EarlyStoppingCallback(job.patience)] if job.patience else []
     trainer = TermTrainer(
-        what,
+        job.what,
         learner,
         args=arguments,
-        train_dataset=responses,
-        eval_dataset=validation or None,
-        data_collator=collator,
-        callbacks=[_LogEvery(), *callbacks],
-        loader=loader,
+        train_dataset=training.rows,
+        eval_dataset=training.held_out or None,
+        data_collator=training.collate,
+        callbacks=[_LogEvery(), first_step, *patience, *callbacks],
+        loader=training.loader,
     )
     trainer.remove_callback(PrinterCallback)
     if checkpoint:
         trainer.add_callback(_Sums(trainer, checkpoint))
-    trainer.add_callback(StopAtSignal(what))
-    stopping = f"{what}: interrupted; the step that is running is finished and kept in a checkpoint"
+    trainer.add_callback(StopAtSignal(job.what))
+    stopping = f"{job.what}: interrupted; the step that is running is finished and kept in a checkpoint"
     try:
-        with console.progress(what, optimisation.steps) as advance, interrupts.deferred(stopping):
+        with console.progress(job.what, optimisation.steps) as advance, interrupts.deferred(stopping):
             trainer.add_callback(_Bar(advance))
             trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as error:
@@ -333,8 +273,8 @@ def train(
             raise interrupts.interrupted() from error
         raise
     learner.to("cpu")
-    require_finite_weights(learner, what)
-    return trainer.state.log_history
+    require_finite_weights(learner, job.what)
+    return Trained(learner, trainer.state.log_history, first_step.seconds)
 
 
 def _require_trackers(names: Sequence[str]) -> None:

@@ -123,3 +123,9 @@ DIVERGENCES = {
     "skew_rkl": skew_reverse_kl,
     "tvd": total_variation,
 }
+MIXTURES = {"jsd": "beta", "skew_fkl": "alpha", "skew_rkl": "alpha"}  # what the weight of a mixture is called
+
+
+def label(name: str, weight: float) -> str:
+    """A divergence as tables call it: `fkl`, `jsd(0.5)`."""
+    return f"{name}({weight:g})" if name in MIXTURES else name

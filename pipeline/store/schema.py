@@ -72,6 +72,12 @@ class Row:
     def k(self) -> int:
         return self.topk_ids.shape[1]
 
+    @classmethod
+    def bare(cls, prompt_ids: np.ndarray, response_ids: np.ndarray, finish: str = "stop") -> "Row":
+        """Tokens that no teacher has seen."""
+        none = np.empty((len(response_ids), 0))
+        return cls("", "", "", 0, "", "", prompt_ids, response_ids, finish, None, none, none, None)
+
 
 def value_fault(row) -> str | None:
     """Which values of a row (or answer) are no numbers that a teacher can have said, or None.

@@ -7,10 +7,11 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError, in_one_line
+from pipeline.learning.consistency import GivenReward, JointReward, ScratchReward, ZeroReward
 from pipeline.learning.posterior import RewardPosterior, load_posterior, read_description, require_same_residual
 from pipeline.learning.residuals import Scaled
 from pipeline.models import load_lm
-from pipeline.params import Distill, Params
+from pipeline.params import Distill, Reward
 from pipeline.store.rows import TeacherRows
 from pipeline.store.selection import Selection
 
@@ -22,9 +23,23 @@ class RewardInputs:
     """What the X term needs to be told: rewards by name and key where they are given, the residuals' scale."""
 
     extras: dict[str, dict[str, np.ndarray]] | None = None
-    scale: float = 1.0
-    offset: float = 0.0
+    residuals: Scaled | None = None  # the student's, in units of the teacher's; None without the X term
     phi_kl: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        return self.residuals.scale if self.residuals else 1.0
+
+    def reward(self, settings: Distill, form: Reward, student: Path, fitted: Path | None) -> GivenReward:
+        """The reward that the student is kept consistent with: given, trained along (new or fitted), or none."""
+        if settings.reward == "zero":
+            return ZeroReward()
+        if settings.reward == "joint":
+            return JointReward(load_posterior(fitted / settings.td, student).train(), self.phi_kl)
+        if settings.reward == "scratch":
+            posterior = RewardPosterior(load_lm(student), form.head, form.encoder, form.sigma_min).train()
+            return ScratchReward(posterior, settings.kl_weight)
+        return GivenReward()
 
 
 def reward_inputs(
@@ -40,8 +55,7 @@ def reward_inputs(
     if settings.reward not in FITTED:
         # c is of the teacher's own samples, whatever is learned from, as it is in a fitted reward.
         spoken = selection.rows("train", topk=False) if "train" in selection.parts else rows["train"]
-        scaled = Scaled.of(spoken, settings.td, settings.residual)
-        return RewardInputs(None, scaled.scale, scaled.offset)
+        return RewardInputs(None, Scaled.of(spoken, settings.td, settings.residual))
     if reward_path is None:
         raise UserError(f"distill.reward: {settings.reward} needs the folder of a fitted reward: pass --reward")
     folder = reward_path / settings.td
@@ -52,13 +66,13 @@ def reward_inputs(
             f"the reward in {folder} explains teacher {description['teacher']}, the cache holds teacher "
             f"{selection.teacher['identity']}: run `xkd-pipeline reward` again"
         )
-    known = description["c"], description["offset"], description["phi_kl"]
+    scaled = Scaled(settings.td, settings.residual, description["c"], description["offset"])
     if settings.reward == "joint":
-        return RewardInputs(None, *known)
+        return RewardInputs(None, scaled, description["phi_kl"])
     extras = _read_rewards(folder, rows)
     if settings.reward == "shuffled":
         extras = shuffled(extras, rows, seed)
-    return RewardInputs(extras, *known)
+    return RewardInputs(extras, scaled)
 
 
 def _read_rewards(folder: Path, rows: dict[str, TeacherRows]) -> dict[str, dict[str, np.ndarray]]:
@@ -102,13 +116,3 @@ def shuffled(
                 values = by_key[samples.keys[other]]
                 found[name][samples.keys[own]] = np.resize(values, samples.response_tokens[own])
     return found
-
-
-def posterior_for(params: Params, student_path: Path, reward_path: Path | None) -> RewardPosterior | None:
-    """The reward that is trained along: a new one, or the fitted one to start from."""
-    settings, reward = params.distill, params.reward
-    if settings.reward == "joint":
-        return load_posterior(reward_path / settings.td, student_path).train()
-    if settings.reward == "scratch":
-        return RewardPosterior(load_lm(student_path), reward.head, reward.encoder, reward.sigma_min).train()
-    return None

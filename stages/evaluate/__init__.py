@@ -10,9 +10,8 @@ from pipeline import console
 from pipeline.engines.hf import HfEngine
 from pipeline.errors import UserError
 from pipeline.files import write_json_atomically
-from pipeline.headline import KL_NAMES, headline_kl, headline_metric
 from pipeline.learning.closeness import HeldOut, live_teacher
-from pipeline.learning.learner import require_plain_head
+from pipeline.learning.forward import require_plain_head
 from pipeline.models import (
     best_device,
     load_lm,
@@ -27,7 +26,8 @@ from pipeline.models import (
 from pipeline.outputs import begin_results, require_own_results
 from pipeline.params import Params
 from pipeline.prompts import Prompt, PromptFormat, read_prompts
-from pipeline.provenance import fingerprint, git_commit, seconds_since_start, versions
+from pipeline.provenance import fingerprint
+from pipeline.results import KL_NAMES, headline_kl, headline_metric, write_results
 from pipeline.store.kept_mass import KeptMass, kept_mass_warning, say_kept_mass
 from pipeline.store.selection import Selection
 from pipeline.tasks import get_task
@@ -78,18 +78,6 @@ def evaluate(
 
     candidate = list(models)[-1]
     metrics, differences = scores(task.metrics, outcomes, prompts, params.evaluate, params.seed, candidate)
-    provenance = {
-        "stage": "evaluate",
-        "task": {"name": task.name, "version": task.version},
-        "seed": params.seed,
-        "evaluate": params.evaluate.model_dump(),
-        "models": {name: outcome.identity for name, outcome in outcomes.items()},
-        "prompts": fingerprint(prompts_path),
-        "teacher": selection.teacher["identity"],
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_commit": git_commit(),
-        "versions": versions(),
-    }
     results = {
         "metrics": metrics,
         "differences": differences,
@@ -105,12 +93,21 @@ def evaluate(
         "signatures": {
             metric.name: metric.signature([prompt.references for prompt in prompts]) for metric in task.metrics
         },
-        "cost": {"seconds": seconds_since_start()},
-        "provenance": provenance,
     }
     begin_results(out, "evaluate")
     write_json_atomically(out / "metrics.json", _headline(results))
-    write_json_atomically(out / "results.json", results)
+    results = write_results(
+        out / "results.json",
+        "evaluate",
+        results,
+        task={"name": task.name, "version": task.version},
+        seed=params.seed,
+        evaluate=params.evaluate.model_dump(),
+        models={name: outcome.identity for name, outcome in outcomes.items()},
+        prompts=fingerprint(prompts_path),
+        teacher=selection.teacher["identity"],
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
     _write_quality(out / "quality.csv", metrics)
     _write_predictions(out / "predictions.parquet", outcomes, prompts, task.metrics[0])
     _report(results, out)

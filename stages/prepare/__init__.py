@@ -18,7 +18,7 @@ from pipeline.params import Params, Prepare
 from pipeline.prompts import SPLITS, Prompt, PromptFormat, is_prompt_file, prompt_id, write_prompts
 from pipeline.prompts.records import load_records
 from pipeline.prompts.warnings import warn_of_prompts
-from pipeline.provenance import write_results
+from pipeline.results import write_results
 from pipeline.tasks import Task, get_task
 from stages.prepare.data_sets import draw_records
 

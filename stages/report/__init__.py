@@ -6,9 +6,9 @@ from pathlib import Path
 from pipeline import console
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
-from pipeline.headline import KL_NAMES, headline_kl, headline_metric
 from pipeline.outputs import require_own_file
 from pipeline.params import Report
+from pipeline.results import KL_NAMES, headline_kl, headline_metric
 from stages.report import figures
 from stages.report.answered import answers
 from stages.report.curves import curve_of

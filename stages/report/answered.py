@@ -6,7 +6,7 @@ from random import Random
 import polars as pl
 
 from pipeline.errors import in_one_line
-from pipeline.headline import headline_metric
+from pipeline.results import headline_metric
 from stages.report.page import Answered, Sample, Section
 
 _COLUMNS = ["prompt_id", "prompt", "references", "model", "response", "score", "cut"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import parse_json, read_json, require_shape
-from pipeline.headline import headline_metric
+from pipeline.results import headline_metric
 from stages.report.results import read_evaluation
 
 _EVALUATION = "evaluation/results.json"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.headline import KL_NAMES, headline_kl, headline_metric
+from pipeline.results import KL_NAMES, headline_kl, headline_metric
 from pipeline.store.kept_mass import kept_mass_warning
 from pipeline.tasks.intervals import say_interval
 from stages.report import figures

@@ -9,11 +9,10 @@ import pyarrow.parquet as pq
 
 from pipeline import console
 from pipeline.errors import UserError
-from pipeline.files import digest, write_json_atomically
+from pipeline.files import digest
 from pipeline.learning.curves import write_csv
+from pipeline.learning.forward import per_row
 from pipeline.learning.posterior import RewardPosterior, save_posterior
-from pipeline.learning.rows import per_response
-from pipeline.models import Context, load_config, load_tokenizer, require_context, require_same_tokenizer
 from pipeline.outputs import (
     begin_results,
     replacing,
@@ -24,13 +23,13 @@ from pipeline.outputs import (
 )
 from pipeline.params import Params
 from pipeline.prompts import read_prompts
-from pipeline.provenance import code_fingerprint, fingerprint, git_commit, seconds_since_start, versions
+from pipeline.provenance import code_fingerprint, fingerprint
+from pipeline.results import write_results
 from pipeline.store.schema import Row
-from pipeline.store.selection import Selection
 from pipeline.tasks import get_task
 from pipeline.tasks.intervals import say_interval
 from stages.reward import rankings
-from stages.reward.fit import POSTERIORS, Fitted, Fitting
+from stages.reward.fit import POSTERIORS, Fitted, Fitting, Sources, read_rows
 
 _REWARD = "a reward"
 
@@ -57,37 +56,24 @@ def reward(
     require_own_folder(out, _REWARD)
     require_own_results(audit_out, "reward", "--audit")
     require_can_write(runs)
-    selection = Selection(selection_path, store)
-    selection.require_teacher("a reward")
-    require_same_tokenizer(selection.teacher["tokenizer"], load_tokenizer(student_path), student_path)
-    rows = {name: list(selection.rows(name, topk=False)) for name in ("train", "validation") if name in selection.parts}
-    for name in ("train", "validation"):
-        if not rows.get(name):
-            raise UserError(
-                f"{selection_path} has no {name} responses: the reward is fitted on train, chosen on validation"
-            )
-    config = load_config(student_path)
-    require_context(config, (_lengths(row) for part in rows.values() for row in part), f"the student {student_path}")
-    given = {"scored": list(selection.rows("scored", topk=False))} if "scored" in selection.parts else {}
-    scored = _opened_scored(selection, scored_path, student_path, store) if scored_path else None
-    given |= {name: list(scored.rows(name, topk=False)) for name in scored.parts} if scored else {}
-    rows |= _readable(given, Context.of(config))
-
+    sources = Sources(selection_path, student_path, scored_path, store)
+    rows, opened = read_rows(sources)
     paths = {"student": student_path, "prompts": prompts_path}
     origins = {name: fingerprint(path) for name, path in paths.items() if path is not None}
-    origins |= {"selection": selection.fingerprint} | ({"scored": scored.fingerprint} if scored else {})
+    origins |= {name: selection.fingerprint for name, selection in opened.items()}
     said = params.reward.model_dump(exclude={"bootstrap"})  # of the audit, which is made anew
-    run = runs / "reward" / digest([params.seed, said, origins, code_fingerprint()])[:16]
-    fitting = Fitting(params.reward, params.seed, student_path, rows["train"], rows["validation"], run)
+    run = runs / "reward" / digest([params.seed, said, origins, code_fingerprint("stages.reward.fit")])[:16]
+    negatives, teacher = rows.get("negatives", []), opened["selection"].teacher["identity"]
+    fitting = Fitting(params.reward, params.seed, sources, rows["train"], rows["validation"], negatives, run)
     prompts = read_prompts(prompts_path, ("validation",)) if prompts_path else []
     found = rankings.rankings(rows.get("scored", ()), rows.get("samples", ()), prompts, get_task(params.prepare.task))
     fits = {"sarsa": fitting.fit("sarsa")}
-    fits["soft"], judges, audited, choice = _soft(fitting, rows.get("negatives", ()), found)
+    fits["soft"], judges, audited, choice = _soft(fitting, found)
     metrics: dict = {td: fit.metrics for td, fit in fits.items()}
     begin_results(audit_out, "reward", "--audit")
     with replacing(out, _REWARD) as made:
         for td, fit in fits.items():
-            save_posterior(made / td, fit.posterior, fit.description | {"teacher": selection.teacher["identity"]})
+            save_posterior(made / td, fit.posterior, fit.description | {"teacher": teacher})
             read = [row for name, part in rows.items() if name not in ("negatives", "samples") for row in part]
             _write_rewards(made / td / "rewards.parquet", read, fit.posterior)
             write_csv(audit_out / f"{td}.csv", fit.curve)
@@ -106,55 +92,24 @@ def reward(
             "generate.corrupted above 0, or samples of the student scored by `xkd-pipeline score`"
         )
     metrics["negatives"] = choice
-    provenance = {
-        "stage": "reward",
-        "seed": params.seed,
-        "parameters": params.reward.model_dump(),
-        "teacher": selection.teacher["identity"],
-        **origins,
-        "git_commit": git_commit(),
-        "versions": versions(),
-    }
-    write_json_atomically(
-        audit_out / "results.json", metrics | {"cost": {"seconds": seconds_since_start()}, "provenance": provenance}
-    )
+    write_results(
+        audit_out / "results.json", "reward", metrics,
+        seed=params.seed, parameters=params.reward.model_dump(), teacher=teacher, **origins,
+    )  # fmt: skip
     shutil.rmtree(run, ignore_errors=True)
     _report(metrics, out, audit_out)
     return metrics
 
 
-def _opened_scored(selection: Selection, path: Path, student: Path, store: str | Path | None) -> Selection:
-    """What the stage `score` wrote. Raises UserError where it is of another teacher or student."""
-    scored = Selection(path, store)
-    scored.require_same_teacher(selection)
-    if scored.manifest.get("student") not in (None, fingerprint(student)):
-        raise UserError(f"{path} holds samples of another student than {student}: run `xkd-pipeline score` for it")
-    return scored
-
-
-def _readable(rows: dict[str, list[Row]], context: Context) -> dict[str, list[Row]]:
-    """The rows that the student can read: a reference may be longer than all that the teacher says."""
-    found = {name: [row for row in part if context.holds(*_lengths(row))] for name, part in rows.items()}
-    left_out = sum(len(rows[name]) - len(found[name]) for name in rows)
-    if left_out:
-        console.warn(
-            f"{left_out:,} scored rows are longer than the student reads ({context.tokens} tokens) and left out"
-        )
-    return found
-
-
-def _lengths(row: Row) -> tuple[int, int]:
-    return len(row.prompt_ids), len(row.response_ids)
-
-
 def _soft(
-    fitting: Fitting, negatives: Sequence[Row], found: dict[str, rankings.Ranking]
+    fitting: Fitting, found: dict[str, rankings.Ranking]
 ) -> tuple[Fitted, dict[str, rankings.Judge], dict[str, rankings.Ranking], dict]:
     """The soft posterior, its judges, the rankings it is to be reported on, and how negatives were decided.
 
     Where there is a choice it is made on every other prompt, and reported on the others.
     """
-    wanted, to_choose, to_report = fitting.settings.negatives, *rankings.halves(found)
+    wanted, negatives = fitting.settings.negatives, fitting.negatives
+    to_choose, to_report = rankings.halves(found)
     if wanted == "always" and not negatives:
         raise UserError("reward.negatives: always, and there are none: run `xkd-pipeline score`, or pass --scored")
     choosing = wanted == "choose" and bool(negatives) and fitting.settings.fit == "teacher"
@@ -162,10 +117,10 @@ def _soft(
         console.warn("too few held-out prompts can be ranked to choose negatives by: they are not used")
         choosing = False
     if not choosing:
-        used = negatives if wanted == "always" else ()
+        used = wanted == "always"
         fit = fitting.fit("soft", used)
-        return fit, _judges(found, {"reward": fit}), found, {"used": bool(used), "rows": len(used)}
-    fits = {"without": fitting.fit("soft"), "with": fitting.fit("soft", negatives)}
+        return fit, _judges(found, {"reward": fit}), found, {"used": used, "rows": len(negatives) if used else 0}
+    fits = {"without": fitting.fit("soft"), "with": fitting.fit("soft", negatives=True)}
     ranked = rankings.rows_of(to_choose)
     aucs = {
         name: rankings.mean_auc(to_choose, rankings.reward_judge(ranked, fit.posterior)) for name, fit in fits.items()
@@ -182,7 +137,8 @@ def _judges(found: dict[str, rankings.Ranking], fits: dict[str, Fitted]) -> dict
 
 def _write_rewards(path: Path, rows: Sequence[Row], posterior: RewardPosterior) -> None:
     """mu and log sigma of every cached token, once: distillation and the report read them, without the encoder."""
-    values = {row.key: found for row, found in per_response(rows, posterior, posterior.device)}
+    values = zip(rows, per_row(rows, posterior, posterior.device), strict=True)
+    values = {row.key: each for row, each in values}
     schema = pa.schema({"key": pa.string(), "mu": pa.list_(pa.float32()), "log_sigma": pa.list_(pa.float32())})
     columns = [list(values), [mu for mu, _ in values.values()], [log_sigma for _, log_sigma in values.values()]]
     pq.write_table(pa.table(columns, schema=schema), path, compression="zstd")

@@ -2,24 +2,39 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
-from transformers import EarlyStoppingCallback
 
-from pipeline.learning.batches import IGNORED, Response
+from pipeline import console
+from pipeline.errors import UserError
+from pipeline.learning.batches import IGNORED, collate
 from pipeline.learning.checkpoints import once
+from pipeline.learning.consistency import Consistency, JointReward
 from pipeline.learning.curves import split_history
 from pipeline.learning.dropout import set_dropout
-from pipeline.learning.learner import StudentLearner, score_tokens
+from pipeline.learning.forward import per_row, score_tokens
+from pipeline.learning.job import Job, Training, run
+from pipeline.learning.learner import Learner, StudentLearner
 from pipeline.learning.posterior import RewardPosterior
 from pipeline.learning.residuals import Scaled
-from pipeline.learning.rows import from_rows, per_response
-from pipeline.learning.trainer import Learner, Term, seed_everything, train
-from pipeline.models import best_device, load_lm
+from pipeline.learning.terms import Likelihood, Mean
+from pipeline.learning.trainer import seed_everything
+from pipeline.models import (
+    Context,
+    best_device,
+    load_config,
+    load_lm,
+    load_tokenizer,
+    require_context,
+    require_same_tokenizer,
+)
 from pipeline.objectives.avril import gaussian_nll, kept_steps, kl_to_prior
 from pipeline.params import Reward
+from pipeline.provenance import fingerprint
 from pipeline.store.schema import Row
+from pipeline.store.selection import Selection
 from stages.reward.audit import calibration
 
 POSTERIORS = ("sarsa", "soft")
@@ -31,7 +46,7 @@ class RewardLearner(Learner):
     def __init__(self, posterior: RewardPosterior, phi_kl: float, terminal: str):
         super().__init__()
         self.posterior, self.terminal = posterior, terminal
-        self.terms = {"reward_nll": Term(1.0, "steps"), "reward_kl": Term(phi_kl, "steps")}
+        self.means = {"reward_nll": Mean(1.0, "steps"), "reward_kl": Mean(phi_kl, "steps")}
 
     def forward(self, counts: Tensor, **batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         mask = batch["labels"] != IGNORED
@@ -39,7 +54,7 @@ class RewardLearner(Learner):
         kept = kept_steps(mask, batch["stop"], self.terminal)[mask]
         nll = gaussian_nll(batch["delta"][mask], mu, log_sigma)
         sums = {"reward_nll": nll[kept].sum(), "reward_kl": kl_to_prior(mu, log_sigma)[kept].sum()}
-        loss = sum(weight * sums[name] for name, weight in self.term_weights(counts).items())
+        loss = sum(weight * sums[name] for name, weight in self.weights(counts).items())
         return loss, {name: value.detach() for name, value in sums.items()}
 
 
@@ -54,78 +69,166 @@ class Fitted:
 
 
 @dataclass(frozen=True)
+class Sources:
+    """Where what rewards are fitted on lies."""
+
+    selection: Path
+    student: Path
+    scored: Path | None = None
+    store: str | Path | None = None
+
+
+@dataclass(frozen=True)
 class Fitting:
     """What every fit of one stage shares."""
 
     settings: Reward
     seed: int
-    student: Path
+    sources: Sources
     train: Sequence[Row]
     validation: Sequence[Row]
+    negatives: Sequence[Row]  # further responses that the teacher has scored
     run: Path  # folder of the checkpoints
 
-    def fit(self, td: str, negatives: Sequence[Row] = ()) -> Fitted:
+    def fit(self, td: str, negatives: bool = False) -> Fitted:
         """The fit with the best held-out likelihood among the candidates of phi_kl.
 
-        negatives: further responses that the teacher has scored; the scale c stays that of its own.
+        negatives: learn from them too; the scale c stays that of the teacher's own responses.
         """
-        settings = self.settings
-        scaled = Scaled.of(self.train, td, getattr(settings, td))
-        rows = [*self.train, *negatives]
-        known = {"delta": scaled.clipped([*rows, *self.validation])} if settings.fit == "teacher" else None
-        responses = from_rows(rows, False, known), from_rows(self.validation, False, known)
+        settings, used = self.settings, len(self.negatives) if negatives else 0
         best: tuple[float, float, Learner, list[dict]] | None = None
         for number, phi_kl in enumerate(settings.phi_kl):
-            seed_everything(self.seed)
-            learner = self._learner(phi_kl, scaled)
-            run = self.run / f"{td}-{len(negatives)}-{number}"
-            what = f"{td} reward{' with negatives' if negatives else ''}, phi_kl {phi_kl:g}"
-            history = once(run, learner, lambda: self._train(what, learner, *responses, run))  # noqa: B023
+            job, training = self._job(td, negatives, number), self.training(td, negatives, number)
+            history = once(job.run, training.learner, lambda: run(job, training).history)  # noqa: B023
             nll = min(entry["eval_reward_nll"] for entry in history if "eval_reward_nll" in entry)
             if best is None or nll < best[0]:
-                best = nll, phi_kl, learner.to(best_device()).eval(), history
+                best = nll, phi_kl, training.learner.to(best_device()).eval(), history
         nll, phi_kl, learner, history = best
-        policy, posterior = getattr(learner, "student", None), learner.posterior
+        policy, posterior, scaled = getattr(learner, "student", None), _posterior_of(learner), self._scaled(td)
         if policy is not None and posterior.own_encoder:
             posterior.encoder = policy.base_model  # the states that the head was trained on
         known = {"phi_kl": phi_kl, "heldout_nll": nll, "c": scaled.scale, "offset": scaled.offset}
-        description = {"td": td, "residual": scaled.residual.model_dump(), **known, "negatives": len(negatives)}
+        description = {"td": td, "residual": scaled.residual.model_dump(), **known, "negatives": used}
         description |= {name: getattr(settings, name) for name in ("fit", "head", "encoder", "sigma_min")}
         rows = self.validation if policy is None else _spoken_by(policy, self.validation)
-        values = {row.key: tuple(found) for row, found in per_response(rows, posterior, posterior.device)}
+        values = zip(rows, per_row(rows, posterior, posterior.device), strict=True)
+        values = {row.key: tuple(each) for row, each in values}
         calibrated = calibration(values, scaled.clipped(rows), posterior.head.floor, scaled.kept(rows))
         return Fitted(posterior, known | calibrated, description, split_history(history)[1])
 
+    def training(self, td: str, negatives: bool, number: int) -> Training:
+        """The learner of one candidate, by its number, and what it learns from."""
+        settings, scaled = self.settings, self._scaled(td)
+        rows = [*self.train, *(self.negatives if negatives else ())]
+        known = {"delta": scaled.clipped([*rows, *self.validation])} if settings.fit == "teacher" else None
+        seed_everything(self.seed)
+        learner = self._learner(settings.phi_kl[number], scaled)
+        return Training(learner, rows, self.validation, partial(collate, topk=False, extras=known))
+
+    def _scaled(self, td: str) -> Scaled:
+        return Scaled.of(self.train, td, getattr(self.settings, td))
+
     def _learner(self, phi_kl: float, scaled: Scaled) -> Learner:
-        settings, residual = self.settings, scaled.residual
-        posterior = RewardPosterior.from_student(self.student, settings.head, settings.encoder, settings.sigma_min)
+        settings, student = self.settings, self.sources.student
+        posterior = RewardPosterior.from_student(student, settings.head, settings.encoder, settings.sigma_min)
         if settings.fit == "teacher":
-            return RewardLearner(posterior, phi_kl, residual.terminal)
-        policy = load_lm(self.student).train()
+            return RewardLearner(posterior, phi_kl, scaled.residual.terminal)
+        policy = load_lm(student).train()
         set_dropout(policy, 0.0)
-        return StudentLearner(
-            policy, td=scaled.td, reward="joint", posterior=posterior, lam=settings.lam,
-            phi_kl=phi_kl, scale=scaled.scale, offset=scaled.offset, **residual.model_dump(),
+        return StudentLearner(policy, [Likelihood(), Consistency(JointReward(posterior, phi_kl), settings.lam)], scaled)
+
+    def _job(self, td: str, negatives: bool, number: int) -> Job:
+        settings, phi_kl = self.settings, self.settings.phi_kl[number]
+        paths = {name: path and str(path) for name, path in vars(self.sources).items()}
+        return Job(
+            what=f"{td} reward{' with negatives' if negatives and self.negatives else ''}, phi_kl {phi_kl:g}",
+            make="stages.reward.fit:training",
+            inputs={
+                "settings": settings.model_dump(), "seed": self.seed, "paths": paths, "td": td, "negatives": negatives,
+                "number": number,
+            },
+            optimisation=settings.optimisation,
+            seed=self.seed,
+            run=self.run / f"{td}-{len(self.negatives) if negatives else 0}-{number}",
+            log_every=settings.evaluate_every,
+            evaluate_every=settings.evaluate_every,
+            save_every=settings.evaluate_every,
+            best="reward_nll",
+            patience=settings.patience,
         )  # fmt: skip
 
-    def _train(
-        self, what: str, learner: Learner, train_on: Sequence[Response], held_out: Sequence[Response], run: Path
-    ) -> list[dict]:
-        every = self.settings.evaluate_every
-        return train(
-            what, learner, train_on, held_out, self.settings.optimisation, run, self.seed, log_every=every,
-            evaluate_every=every, save_every=every, best="reward_nll",
-            callbacks=[EarlyStoppingCallback(self.settings.patience)],
-        )  # fmt: skip
+
+def training(
+    settings: dict, seed: int, paths: dict[str, str | None], td: str, negatives: bool, number: int
+) -> Training:
+    """What a job of `Fitting` trains."""
+    sources = Sources(**{name: path and Path(path) for name, path in paths.items()})
+    rows, _ = read_rows(sources)
+    own = rows["train"], rows["validation"], rows.get("negatives", ())
+    return Fitting(Reward(**settings), seed, sources, *own, Path()).training(td, negatives, number)
+
+
+def read_rows(sources: Sources) -> tuple[dict[str, list[Row]], dict[str, Selection]]:
+    """The rows of every part that the student can read, and the selections that they are in.
+
+    Raises UserError where there is nothing to fit or to validate, or the selections are of different models.
+    """
+    selection = Selection(sources.selection, sources.store)
+    selection.require_teacher("a reward")
+    student = sources.student
+    require_same_tokenizer(selection.teacher["tokenizer"], load_tokenizer(student), student)
+    rows = {name: list(selection.rows(name, topk=False)) for name in ("train", "validation") if name in selection.parts}
+    for name in ("train", "validation"):
+        if not rows.get(name):
+            raise UserError(
+                f"{sources.selection} has no {name} responses: the reward is fitted on train, chosen on validation"
+            )
+    config = load_config(student)
+    require_context(config, (_lengths(row) for part in rows.values() for row in part), f"the student {student}")
+    given = {"scored": list(selection.rows("scored", topk=False))} if "scored" in selection.parts else {}
+    opened = {"selection": selection}
+    if sources.scored is not None:
+        opened["scored"] = scored = _opened_scored(selection, sources)
+        given |= {name: list(scored.rows(name, topk=False)) for name in scored.parts}
+    return rows | _readable(given, Context.of(config)), opened
+
+
+def _opened_scored(selection: Selection, sources: Sources) -> Selection:
+    """What the stage `score` wrote. Raises UserError where it is of another teacher or student."""
+    scored = Selection(sources.scored, sources.store)
+    scored.require_same_teacher(selection)
+    if scored.manifest.get("student") not in (None, fingerprint(sources.student)):
+        raise UserError(
+            f"{sources.scored} holds samples of another student than {sources.student}: run `xkd-pipeline score` for it"
+        )
+    return scored
+
+
+def _readable(rows: dict[str, list[Row]], context: Context) -> dict[str, list[Row]]:
+    """The rows that the student can read: a reference may be longer than all that the teacher says."""
+    readable = {name: [row for row in part if context.holds(*_lengths(row))] for name, part in rows.items()}
+    left_out = sum(len(rows[name]) - len(readable[name]) for name in rows)
+    if left_out:
+        console.warn(
+            f"{left_out:,} scored rows are longer than the student reads ({context.tokens} tokens) and left out"
+        )
+    return readable
+
+
+def _lengths(row: Row) -> tuple[int, int]:
+    return len(row.prompt_ids), len(row.response_ids)
+
+
+def _posterior_of(learner: Learner) -> RewardPosterior:
+    return next(module for module in learner.modules() if isinstance(module, RewardPosterior))
 
 
 def _spoken_by(policy, rows: Sequence[Row]) -> list[Row]:
     """The rows with the policy's log-probabilities and normalisers in place of the teacher's."""
 
     def scores(batch: dict[str, Tensor]) -> list[Tensor]:
-        found = score_tokens(policy, batch)
-        return [found.logprob, found.lse]
+        scores = score_tokens(policy, batch)
+        return [scores.logprob, scores.lse]
 
-    return [
-        replace(row, logprobs=logprob, lse=lse) for row, (logprob, lse) in per_response(rows, scores, policy.device)
-    ]
+    values = zip(rows, per_row(rows, scores, policy.device), strict=True)
+    return [replace(row, logprobs=logprob, lse=lse) for row, (logprob, lse) in values]

@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.learning.learner import score_tokens
+from pipeline.learning.forward import per_row, score_tokens
 from pipeline.learning.posterior import RewardPosterior
-from pipeline.learning.rows import per_response
 from pipeline.models import best_device, load_lm
 from pipeline.prompts import Prompt
 from pipeline.store.schema import Row
@@ -67,14 +66,14 @@ def rows_of(found: Mapping[str, Ranking]) -> list[Row]:
 
 def reward_judge(rows: Sequence[Row], posterior: RewardPosterior) -> Judge:
     """mu of every token."""
-    return {row.key: mu for row, (mu, _) in per_response(rows, posterior, posterior.device)}
+    return {row.key: mu for row, (mu, _) in zip(rows, per_row(rows, posterior, posterior.device), strict=True)}
 
 
 def student_judge(rows: Sequence[Row], student: Path) -> Judge:
     """Log-probabilities by the student's starting point."""
     model = load_lm(student).to(best_device())
-    found = per_response(rows, lambda batch: [score_tokens(model, batch).logprob], model.device)
-    return {row.key: values for row, (values,) in found}
+    scores = per_row(rows, lambda batch: [score_tokens(model, batch).logprob], model.device)
+    return {row.key: values for row, (values,) in zip(rows, scores, strict=True)}
 
 
 def teacher_judge(rows: Sequence[Row]) -> Judge:

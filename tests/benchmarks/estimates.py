@@ -19,7 +19,6 @@ from torch import Tensor
 
 from pipeline.learning.batches import collate
 from pipeline.learning.closeness import LogitSource
-from pipeline.learning.rows import from_rows
 from pipeline.models import load_lm
 from pipeline.objectives.divergences import forward_kl
 from pipeline.objectives.logprobs import TopK
@@ -39,7 +38,7 @@ def measured(teacher: LogitSource, model: LogitSource, rows: list[Row], draws: i
     estimates, cached = np.zeros(draws), 0.0
     divergence, generator = sparse_divergence("fkl", tail="sampled"), torch.Generator().manual_seed(seed)
     for start in range(0, len(rows), _BATCH):
-        batch = collate(from_rows(rows[start : start + _BATCH], topk=True))
+        batch = collate(rows[start : start + _BATCH])
         mask = batch["labels"] != -100
         labels = batch["labels"][mask]
         t, s = (torch.log_softmax(source.at(batch)(slice(None)).float(), -1) for source in (teacher, model))

@@ -15,11 +15,10 @@ from statistics import median
 
 import torch
 
-from pipeline.learning.learner import StudentLearner
-from pipeline.learning.rows import collate_rows
-from pipeline.learning.trainer import count
+from pipeline.learning.batches import collate
+from pipeline.learning.divergence import Divergence
+from pipeline.learning.learner import StudentLearner, count
 from pipeline.models import load_lm
-from pipeline.objectives.sparse import sparse_divergence
 from pipeline.store.rows import RowLoader, TeacherRows
 from pipeline.store.selection import Selection
 
@@ -29,8 +28,8 @@ BATCH, STEPS, EPOCH_SEED = 32, 200, 0
 def main(selection: Path, student: Path) -> dict:
     """Seconds a batch and a step, and their ratio; the first epoch's start-up is in the mean, not in the median."""
     rows = TeacherRows(Selection(selection), "train", text=False)
-    loader = RowLoader(rows, BATCH, EPOCH_SEED, partial(collate_rows, topk=True))
-    learner = StudentLearner(load_lm(student).train(), sparse_divergence("fkl"), nll_weight=0)
+    loader = RowLoader(rows, BATCH, EPOCH_SEED, partial(collate, topk=True))
+    learner = StudentLearner(load_lm(student).train(), [Divergence("fkl")])
     optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-3)
     reading, training = [], []
     while len(training) < STEPS:

@@ -28,18 +28,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pipeline.learning.batches import response_states
-from pipeline.learning.learner import StudentLearner, head_of
+from pipeline.learning.consistency import Consistency, GivenReward
+from pipeline.learning.divergence import Divergence
+from pipeline.learning.forward import head_of, per_row, response_states
+from pipeline.learning.learner import StudentLearner
 from pipeline.learning.residuals import Scaled, teacher_residual
-from pipeline.learning.rows import per_response
 from pipeline.models import load_lm
 from pipeline.objectives.divergences import DIVERGENCES, forward_kl, reverse_kl
-from pipeline.objectives.sparse import sparse_divergence
 from pipeline.objectives.supports import offsets, systematic, top_place
 from pipeline.params import Residual, Reward
 from pipeline.store.schema import Row
 from stages.distill.inputs import shuffled
-from stages.reward.fit import Fitting
+from stages.reward.fit import Fitting, Sources
 from tests.benchmarks.supports_data import MADE, SMOLLM2, TEXT, Part, Taught, optimise, prepare_smollm2, prepare_text
 
 BETA = 0.5  # of jsd
@@ -187,10 +187,10 @@ def loss_of(cell: Cell, student, taught: Taught, folder: Path) -> Callable[[np.n
         "tail": kept.tail,
         "own": taught.own,
     }
-    x, known = x_term(cell, taught, folder)
+    x, residuals, known = x_term(cell, taught, folder)
     given = {name: values for name, values in (given | known).items() if values is not None}
-    divergence = sparse_divergence(cell.objective, BETA, "sampled" if cell.support == "sampled" else "bucket")
-    learner = StudentLearner(student, divergence, nll_weight=0.0, **x)
+    divergence = Divergence(cell.objective, BETA, "sampled" if cell.support == "sampled" else "bucket")
+    learner = StudentLearner(student, [divergence, *x], residuals)
 
     def sparse(rows: np.ndarray) -> Tensor:
         batch, places = taught.batch(rows)
@@ -203,17 +203,16 @@ def loss_of(cell: Cell, student, taught: Taught, folder: Path) -> Callable[[np.n
     return sparse
 
 
-def x_term(cell: Cell, taught: Taught, folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """Settings of the X term on sarsa residuals, and the reward's mu and log sigma [N] that come with the batch.
+def x_term(cell: Cell, taught: Taught, folder: Path) -> tuple[list[Consistency], Scaled | None, dict[str, np.ndarray]]:
+    """The X term, sarsa residuals, and the reward's mu and log sigma [N] that come with the batch.
 
     `oracle`: the teacher's own residuals, the most that a reward can say; `zero` says nothing at the same sigma;
     `frozen`: fitted by the project on these rows. Shuffled ones say what is true of another response.
     """
     if cell.reward == "none":
-        return {}, {}
+        return [], None, {}
     rows = rows_of(taught)
     scaled = Scaled.of(rows, "sarsa", RESIDUAL)
-    x = {"td": "sarsa", "reward": "given", "lam": LAM, "scale": scaled.scale, "offset": scaled.offset}
     if cell.reward in ("frozen", "shuffled"):
         values = fitted(taught, folder)
     else:
@@ -224,7 +223,7 @@ def x_term(cell: Cell, taught: Taught, folder: Path) -> tuple[dict, dict[str, np
         by_key = {name: dict(zip(keys, np.split(v, taught.starts[1:-1]), strict=True)) for name, v in values.items()}
         wrong = shuffled(by_key, {"train": SimpleNamespace(keys=keys, response_tokens=steps)}, cell.seed)
         values = {name: np.concatenate([given[key] for key in keys]) for name, given in wrong.items()}
-    return x, values
+    return [Consistency(GivenReward(), LAM)], scaled, values
 
 
 def fitted(taught: Taught, folder: Path) -> dict[str, np.ndarray]:
@@ -233,8 +232,9 @@ def fitted(taught: Taught, folder: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         rows, settings = rows_of(taught), Reward(phi_kl=[0.1])
         held = len(rows) // 10
-        found = Fitting(settings, 0, folder / "student", rows[held:], rows[:held], folder / "runs").fit("sarsa")
-        values = [values for _, values in per_response(rows, found.posterior)]
+        sources = Sources(folder, folder / "student")
+        found = Fitting(settings, 0, sources, rows[held:], rows[:held], [], folder / "runs").fit("sarsa")
+        values = list(per_row(rows, found.posterior))
         mu, log_sigma = (np.concatenate(each) for each in zip(*values, strict=True))
         np.savez(path, mu=mu, log_sigma=log_sigma, metrics=json.dumps(found.metrics))
     with np.load(path) as known:
@@ -252,7 +252,7 @@ def rows_of(taught: Taught, kept: Drawn | None = None, texts: Callable[[np.ndarr
             key=f"{number:032x}", origin="teacher", prompt_id=f"{number:016x}", sample=0,
             prompt=texts(response.prompt_ids), response=texts(response.response_ids),
             prompt_ids=response.prompt_ids, response_ids=response.response_ids,
-            finish="stop" if response.stop else "length", logprobs=taught.own[first:end], lse=taught.lse[first:end],
+            finish=response.finish, logprobs=taught.own[first:end], lse=taught.lse[first:end],
             topk_ids=none if kept is None else kept.ids[first:end],
             topk_logprobs=none if kept is None else kept.logprobs[first:end],
             tau=None if kept is None or kept.tau is None else kept.tau[first:end],

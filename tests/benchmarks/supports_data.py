@@ -17,10 +17,12 @@ from torch import Tensor
 
 from pipeline.cli.fetch import fetch_smollm2
 from pipeline.files import write_json_atomically
-from pipeline.learning.batches import Response, collate
+from pipeline.learning.batches import collate
 from pipeline.learning.closeness import LogitSource
 from pipeline.learning.learner import StudentLearner
+from pipeline.learning.terms import Likelihood
 from pipeline.models import ModelSize, build_causal_lm, keep_layers, load_lm, load_tokenizer, save_model
+from pipeline.store.schema import Row
 
 OUTSIDE = (1, 8, 16, 32, 128)  # top k whose outside is reported
 _CARD = "Made by `python -m tests.benchmarks.supports`.\n"
@@ -66,13 +68,14 @@ class Taught:
         with np.load(path.with_suffix(".npz")) as found:
             self.starts, self.lse, self.own = found["starts"], found["lse"], found["own"]
             tokens = np.split(found["tokens"], self.starts[1:-1])
-            self.responses = list(map(Response, found["prompts"], tokens, found["stop"].tolist()))
+            finish = ["stop" if stop else "length" for stop in found["stop"]]
+            self.responses = list(map(Row.bare, found["prompts"], tokens, finish))
             self.tokens = torch.from_numpy(found["tokens"]).long()
         self.logprobs = np.memmap(path.with_suffix(".f16"), np.float16, "r").reshape(len(self.tokens), -1)
 
     def batch(self, rows: Sequence[int]) -> tuple[dict[str, Tensor], np.ndarray]:
         """Responses as a batch, and the places [B, R] of their tokens among the N; 0 where padded."""
-        batch = collate([self.responses[row] for row in rows])
+        batch = collate([self.responses[row] for row in rows], topk=False)
         starts, step = self.starts[:-1][rows], np.arange(batch["labels"].shape[1])
         return batch, np.where(batch["labels"] >= 0, starts[:, None] + step, 0)
 
@@ -86,14 +89,14 @@ class Taught:
 
 
 @torch.no_grad()
-def record(path: Path, model, responses: Sequence[Response], batch_size: int = 16) -> None:
+def record(path: Path, model, responses: Sequence[Row], batch_size: int = 16) -> None:
     """The distributions of `model` along responses: float16 log-probabilities, and float32 values of the tokens."""
     path.parent.mkdir(parents=True, exist_ok=True)
     source, lse, own = LogitSource(model.eval(), "the teacher"), [], []
     with open(path.with_suffix(".f16"), "wb") as file:
         for first in range(0, len(responses), batch_size):
             part = responses[first : first + batch_size]
-            logits = source.at(collate(part))(slice(None))
+            logits = source.at(collate(part, topk=False))(slice(None))
             labels = torch.from_numpy(np.concatenate([each.response_ids for each in part])).long()
             lse.append(logits.logsumexp(-1))
             logprobs = logits - lse[-1][:, None]
@@ -104,7 +107,7 @@ def record(path: Path, model, responses: Sequence[Response], batch_size: int = 1
         prompts=np.stack([each.prompt_ids for each in responses]),
         tokens=np.concatenate([each.response_ids for each in responses]),
         starts=np.cumsum([0, *(len(each.response_ids) for each in responses)]),
-        stop=np.array([each.stop for each in responses]),
+        stop=np.array([each.finish == "stop" for each in responses]),
         lse=torch.cat(lse).numpy(),
         own=torch.cat(own).numpy(),
     )
@@ -141,12 +144,12 @@ def optimise(
         optimiser.step()
 
 
-def learn_likelihood(model, responses: Sequence[Response], steps: int, learning_rate: float, seed: int) -> float:
+def learn_likelihood(model, responses: Sequence[Row], steps: int, learning_rate: float, seed: int) -> float:
     """Train a language model on tokens alone; returns the last batches' mean, in nats per token."""
-    learner, losses = StudentLearner(model), []
+    learner, losses = StudentLearner(model, [Likelihood()]), []
 
     def loss(rows: np.ndarray) -> Tensor:
-        batch = collate([responses[row] for row in rows])
+        batch = collate([responses[row] for row in rows], topk=False)
         counts = torch.tensor([(batch["labels"] >= 0).sum(), 1])
         value, _ = learner(counts, **batch)
         losses.append(float(value.detach()))
@@ -185,7 +188,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int):
 
 
 @torch.no_grad()
-def sample(model, prompts: np.ndarray, most: int, end: int, seed: int) -> list[Response]:
+def sample(model, prompts: np.ndarray, most: int, end: int, seed: int) -> list[Row]:
     """One response at temperature 1 to each prompt [N, P]."""
     torch.manual_seed(seed)
     found = []
@@ -198,7 +201,8 @@ def sample(model, prompts: np.ndarray, most: int, end: int, seed: int) -> list[R
         for prompt, tokens in zip(part, said, strict=True):
             ends = np.flatnonzero(tokens == end)
             length = int(ends[0]) + 1 if len(ends) else len(tokens)
-            found.append(Response(prompt, tokens[:length].astype(np.int32), bool(len(ends))))
+            finish = "stop" if len(ends) else "length"
+            found.append(Row.bare(prompt, tokens[:length].astype(np.int32), finish))
     return found
 
 
@@ -214,7 +218,7 @@ def prepare_text(out: Path, data: Path, part: Part, made: Made) -> None:
     end, cut = tokenizer.eos_token_id, part.prompt + part.response
     start = np.array([end], np.int32)
     encoded = [[*ids, end] for ids in tokenizer(texts).input_ids]
-    known = [Response(start, np.array(ids[:cut], np.int32), len(ids) <= cut) for ids in encoded]
+    known = [Row.bare(start, np.array(ids[:cut], np.int32), "stop" if len(ids) <= cut else "length") for ids in encoded]
     losses = {}
     for role, seed in (("teacher", 0), ("student", 1)):
         model = build_causal_lm(getattr(made, role), tokenizer, context, seed)
@@ -243,14 +247,14 @@ def prepare_smollm2(out: Path, data: Path, part: Part, layers: int = 6) -> None:
         lines = (data / "scitldr" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
         encoded = (tokenizer(" ".join(json.loads(line)["source"])).input_ids for line in lines)
         whole = (np.array(ids[:size], np.int32) for ids in encoded if len(ids) >= size)
-        texts += [Response(ids[: part.prompt], ids[part.prompt :], False) for ids, _ in zip(whole, range(count))]  # noqa: B905
+        texts += [Row.bare(ids[: part.prompt], ids[part.prompt :], "length") for ids, _ in zip(whole, range(count))]  # noqa: B905
     student = keep_layers(load_lm(source), layers)
     save_model(folder / "student", student, tokenizer, _CARD)
     parameters = {"teacher": teacher.num_parameters(), "student": student.num_parameters()}
     _record(folder, teacher, texts, part, {"parameters": parameters})
 
 
-def _record(folder: Path, teacher, responses: list[Response], part: Part, more: dict) -> None:
+def _record(folder: Path, teacher, responses: list[Row], part: Part, more: dict) -> None:
     splits = {"train": responses[: part.train], "held_out": responses[part.train :]}
     if [len(each) for each in splits.values()] != [part.train, part.held_out]:
         raise ValueError(f"{len(responses)} texts are long enough, {part.train + part.held_out} are needed")

@@ -6,26 +6,25 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.learning.batches import Response, collate
+from pipeline.learning.batches import collate
 from pipeline.learning.closeness import HeldOut, LogitSource, both_kls
-from pipeline.learning.rows import per_token
+from pipeline.learning.forward import per_row
 from pipeline.models import load_lm
 from pipeline.objectives.supports import systematic
 from pipeline.store.schema import Row
 from tests.conftest import make_seq2seq_model
 
 
-def responses(count: int = 7, seed: int = 0) -> list[Response]:
+def responses(count: int = 7, seed: int = 0) -> list[Row]:
     """Of different lengths, one of them empty."""
     rng = np.random.default_rng(seed)
     sizes = [(rng.integers(1, 6), 0 if i == 3 else rng.integers(1, 9)) for i in range(count)]
     return [
-        Response(rng.integers(4, 40, p).astype(np.int32), rng.integers(4, 40, r).astype(np.int32), True)
-        for p, r in sizes
+        Row.bare(rng.integers(4, 40, p).astype(np.int32), rng.integers(4, 40, r).astype(np.int32)) for p, r in sizes
     ]
 
 
-def plain(teacher, model, response: Response, shared: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def plain(teacher, model, response: Row, shared: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The textbook formula, from transformers' own forward pass of one response, in float64."""
     ids = torch.tensor(np.concatenate([response.prompt_ids, response.response_ids]))[None].long()
     steps, found = len(response.response_ids), []
@@ -43,7 +42,7 @@ def plain(teacher, model, response: Response, shared: int | None = None) -> tupl
 
 def measured(teacher, model, given, chunk: int = 0, size: int = 128) -> list[list[np.ndarray]]:
     sources = LogitSource(teacher, "t"), LogitSource(model, "s")
-    return list(per_token(given, lambda batch: both_kls(*sources, batch, chunk), "cpu", size))
+    return list(per_row(given, lambda batch: both_kls(*sources, batch, chunk), batch_size=size))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +135,7 @@ def test_no_more_than_a_chunk_of_logits_exists_at_once(teacher, student, monkeyp
     assert sum(shape[0] for shape in seen) == 2 * count and max(shape[0] for shape in seen) == 3
 
 
-def sampled_rows(teacher, given: list[Response], k: int, seed: int) -> list[Row]:
+def sampled_rows(teacher, given: list[Row], k: int, seed: int) -> list[Row]:
     """The responses with supports of the teacher's distribution, whose offsets are drawn by `seed`."""
     generator, rows = torch.Generator().manual_seed(seed), []
     for number, response in enumerate(given):

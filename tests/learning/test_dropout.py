@@ -8,17 +8,17 @@ import transformers
 from transformers import AutoConfig
 
 from pipeline.learning.batches import collate
+from pipeline.learning.consistency import Consistency
+from pipeline.learning.divergence import Divergence
 from pipeline.learning.dropout import set_dropout
-from pipeline.learning.learner import StudentLearner
+from pipeline.learning.learner import StudentLearner, count
 from pipeline.learning.residuals import Scaled
-from pipeline.learning.rows import from_rows
-from pipeline.learning.trainer import count
+from pipeline.learning.terms import Likelihood
 from pipeline.models import load_lm, load_tokenizer, save_model
-from pipeline.objectives.sparse import sparse_divergence
 from pipeline.store.selection import Selection
 from stages.distill import distill
-from stages.distill.inputs import posterior_for
-from stages.reward.fit import Fitting
+from stages.distill.inputs import RewardInputs
+from stages.reward.fit import Fitting, Sources
 from stages.teach import teach
 from tests.conftest import make_params, make_prompts
 
@@ -89,7 +89,7 @@ def dropping(tmp_path, student):
 
 
 def losses(learner, rows, n: int = 4) -> set[float]:
-    batch = collate(from_rows(rows, True, {"delta": {row.key: row.logprobs for row in rows}}))
+    batch = collate(rows, True, {"delta": {row.key: row.logprobs for row in rows}})
     return {learner.train()(count(batch, learner.terminal), **batch)[0].item() for _ in range(n)}
 
 
@@ -140,8 +140,8 @@ def test_teach_trains_without_dropout_unless_it_is_set(dropping, student, tmp_pa
 def test_a_reward_is_fitted_and_read_without_dropout(cache, dropping, tmp_path, fit, encoder):
     rows = list(Selection(cache / "selection").rows("train"))[:8]
     settings = make_params("unused", f"reward.fit={fit}", f"reward.encoder={encoder}").reward
-    fitting = Fitting(settings, 0, dropping, rows, rows, tmp_path)
-    learner = fitting._learner(0.1, Scaled.of(rows, "sarsa", settings.sarsa))
+    fitting = Fitting(settings, 0, Sources(tmp_path, dropping), rows, rows, [], tmp_path)
+    learner = fitting.training("sarsa", False, 0).learner
     assert len(losses(learner, rows)) == 1
 
 
@@ -149,7 +149,9 @@ def test_a_reward_is_fitted_and_read_without_dropout(cache, dropping, tmp_path, 
 def test_a_reward_that_is_trained_along_has_no_dropout(cache, fitted, dropping, kind):
     rows = list(Selection(cache / "selection").rows("train"))[:8]
     params = make_params("unused", f"distill.reward={kind}")
-    posterior, student = posterior_for(params, dropping, fitted), load_lm(dropping)
+    scaled = Scaled.of(rows, "sarsa", params.distill.residual)
+    reward = RewardInputs(None, scaled, 0.1).reward(params.distill, params.reward, dropping, fitted)
+    student = load_lm(dropping)
     set_dropout(student, 0.0)
-    learner = StudentLearner(student, sparse_divergence("fkl"), td="sarsa", reward=kind, posterior=posterior, lam=0.1)
+    learner = StudentLearner(student, [Likelihood(), Divergence("fkl"), Consistency(reward, 0.1)], scaled)
     assert len(losses(learner, rows)) == 1

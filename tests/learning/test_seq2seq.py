@@ -13,8 +13,7 @@ from pipeline.engines import Ask, choose_engine
 from pipeline.engines.hf import HfEngine
 from pipeline.errors import UserError
 from pipeline.learning.batches import collate
-from pipeline.learning.learner import require_plain_head, score_tokens
-from pipeline.learning.rows import from_rows
+from pipeline.learning.forward import require_plain_head, score_tokens
 from pipeline.models import describe_model, load_lm, require_context, save_model, word_tokenizer
 from pipeline.store.identity import Sampling, sample_seed
 from pipeline.store.selection import Selection
@@ -91,7 +90,7 @@ def test_the_losses_see_the_model_s_own_logits(t5, tmp_path):
     selection = Selection(tmp_path / "selection")
     rows = list(selection.rows("train"))
     assert describe_model(t5, "auto")["identity"] == selection.teacher["identity"]
-    found = score_tokens(model, collate(from_rows(rows, topk=False)))
+    found = score_tokens(model, collate(rows, topk=False))
     for row, logprob in zip(rows, found.logprob.split([len(row.response_ids) for row in rows]), strict=True):
         logits = logits_of(model, row.prompt_ids, row.response_ids).log_softmax(-1)
         expected = logits.gather(-1, torch.tensor(row.response_ids).long()[:, None])[:, 0]

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from pipeline import interrupts
 from pipeline.errors import Interrupted
 from pipeline.learning.curves import split_history
-from pipeline.learning.trainer import seed_everything, train
-from pipeline.params import Optimisation
+from pipeline.learning.job import run as train
+from pipeline.learning.trainer import seed_everything
 from tests.conftest import ROOT
-from tests.learning.test_training import make_learner, make_responses
+from tests.learning.test_training import make_job, make_learner, make_training
 from tests.processes import Run, run, start, whole_checkpoints
 
 pytestmark = pytest.mark.slow
@@ -52,16 +52,13 @@ def training(student: Path, folder: Path, form: str, event: str | None, step: in
     learner = make_learner(student)
     for layer in learner.student.model.layers:
         layer.self_attn.attention_dropout = 0.3
-    rate = 3.0 if form == "out of patience" else 0.02
-    best = None if form == "last" else "loss"
-    callbacks = [SignalAt(event, step), *([EarlyStoppingCallback(2)] if form == "out of patience" else [])]
-    optimisation = Optimisation(steps=STEPS, batch_size=8, learning_rate=rate, accumulation=2)
-    responses = make_responses(26)
+    early = form == "out of patience"
+    job = make_job(
+        folder / "run", STEPS, 3.0 if early else 0.02, 8, 2, what="it", log_every=3, evaluate_every=2, save_every=4,
+        best="" if form == "last" else "loss", patience=2 if early else 0,
+    )  # fmt: skip
     try:
-        history = train(
-            "it", learner, responses, responses[:6], optimisation, folder / "run", 0, log_every=3,
-            evaluate_every=2, save_every=4, best=best, callbacks=callbacks,
-        )  # fmt: skip
+        history = train(job, make_training(learner, 26, 6), [SignalAt(event, step)]).history
     except Interrupted as error:
         print(error.kept, flush=True)
         interrupts.end()

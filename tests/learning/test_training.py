@@ -1,6 +1,9 @@
 """What holds for training: exact global means, held-out values, and a killed run that ends as an undisturbed one."""
 
 import signal
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,34 +12,59 @@ import safetensors.torch
 import torch
 
 from pipeline.errors import UserError
-from pipeline.learning.batches import IGNORED, Response, collate, response_states
+from pipeline.learning.batches import IGNORED, collate
+from pipeline.learning.consistency import Consistency, GivenReward, ZeroReward
 from pipeline.learning.curves import split_history, write_csv
-from pipeline.learning.learner import StudentLearner, score_tokens
-from pipeline.learning.trainer import Learner, Term, count, held_out, train
+from pipeline.learning.divergence import Divergence
+from pipeline.learning.forward import response_states, score_tokens
+from pipeline.learning.job import Job, Training, run
+from pipeline.learning.learner import Learner, StudentLearner, count
+from pipeline.learning.residuals import Scaled
+from pipeline.learning.terms import Likelihood, Mean
+from pipeline.learning.trainer import held_out
 from pipeline.models import load_lm
-from pipeline.objectives.sparse import sparse_divergence
-from pipeline.params import Optimisation
+from pipeline.params import Optimisation, Residual
+from pipeline.store.schema import Row
+from tests import processes
 from tests.conftest import ROOT, make_params, make_prompts
-from tests.processes import run, start, whole_checkpoints
+from tests.processes import start, whole_checkpoints
 
 
-def make_responses(n: int, k: int = 4) -> list[Response]:
-    """Responses of different lengths with a random sparse teacher."""
+def make_rows(n: int, k: int = 4) -> list[Row]:
+    """Responses of different lengths with a random sparse teacher; `EXTRAS` has a reward for each."""
     rng = np.random.default_rng(0)
-    responses = []
+    rows = []
     for number in range(n):
         steps = int(rng.integers(1, 7))
         ids = np.stack([rng.permutation(44)[:k] for _ in range(steps)]).astype(np.int32)
         logprobs = np.log(rng.dirichlet(np.ones(k + 1), steps)[:, :k]).astype(np.float16)
         prompt, response = rng.integers(4, 44, 1 + number % 5), rng.integers(4, 44, steps)
-        extras = {name: rng.standard_normal(steps).astype(np.float32) for name in ("mu", "log_sigma")}
-        responses.append(Response(prompt, response, bool(number % 3), ids, logprobs, extras))
-    return responses
+        row = Row.bare(prompt, response, "stop" if number % 3 else "length")
+        rows.append(replace(row, key=str(number), topk_ids=ids, topk_logprobs=logprobs))
+    return rows
+
+
+_random = np.random.default_rng(1)
+EXTRAS = {
+    name: {row.key: _random.standard_normal(len(row.response_ids)).astype(np.float32) for row in make_rows(32)}
+    for name in ("mu", "log_sigma")
+}
+batch_of = partial(collate, extras=EXTRAS)
+
+
+def make_job(run: Path, steps: int = 4, rate: float = 0.1, batch_size: int = 4, accumulation: int = 1, **more) -> Job:
+    optimisation = Optimisation(steps=steps, batch_size=batch_size, learning_rate=rate, accumulation=accumulation)
+    more = {"what": "t", "log_every": 1} | more
+    return Job(make="", optimisation=optimisation, run=run, seed=0, **more)
+
+
+def make_training(learner: Learner, count: int, held_out: int = 0) -> Training:
+    return Training(learner, make_rows(count), make_rows(held_out), batch_of)
 
 
 def test_a_batch_says_where_each_response_token_is_predicted():
     batch = collate(
-        [Response(np.array([7, 8]), np.array([9, 2]), True), Response(np.array([5]), np.array([6, 7, 4]), False)]
+        [Row.bare(np.array([7, 8]), np.array([9, 2])), Row.bare(np.array([5]), np.array([6, 7, 4]), "length")]
     )
     assert batch["input_ids"].tolist() == [[7, 8, 9, 2], [5, 6, 7, 4]]
     assert batch["labels"].tolist() == [[9, 2, IGNORED], [6, 7, 4]]
@@ -52,7 +80,7 @@ def test_a_batch_says_where_each_response_token_is_predicted():
 
 
 def test_scores_are_those_of_the_whole_model_one_response_at_a_time(teacher):
-    model, responses = load_lm(teacher), make_responses(6)
+    model, responses = load_lm(teacher), make_rows(6)
     together = score_tokens(model, collate(responses)).logprob.split([len(r.response_ids) for r in responses])
     for response, found in zip(responses, together, strict=True):
         ids = torch.tensor(np.concatenate([response.prompt_ids, response.response_ids]))[None]
@@ -63,19 +91,19 @@ def test_scores_are_those_of_the_whole_model_one_response_at_a_time(teacher):
 
 
 def make_learner(student, reward: str = "given") -> StudentLearner:
-    divergence = sparse_divergence("jsd", 0.3)
-    return StudentLearner(
-        load_lm(student), divergence, nll_weight=0.5, td="sarsa", reward=reward, lam=0.1, scale=1.7, chunk=5
-    )
+    known = GivenReward() if reward == "given" else ZeroReward()
+    residuals = Scaled("sarsa", Residual(q_source="logits", gamma=1.0, terminal="drop"), 1.7, 0.0)
+    terms = [Likelihood(0.5), Divergence("jsd", 0.3), Consistency(known, 0.1)]
+    return StudentLearner(load_lm(student), terms, residuals, chunk=5)
 
 
 @pytest.mark.parametrize("reward", ["given", "zero"])
 def test_micro_batches_give_the_loss_and_gradient_of_one_batch(student, reward):
     """Every term is a global sum over its own global count (design, section 3)."""
-    responses, gradients = make_responses(10), []
+    responses, gradients = make_rows(10), []
     for size in (10, 3):
         learner = make_learner(student, reward)
-        batches = [collate(responses[start : start + size]) for start in range(0, 10, size)]
+        batches = [batch_of(responses[start : start + size]) for start in range(0, 10, size)]
         counts = sum(count(batch, learner.terminal) for batch in batches)
         assert counts.tolist() == [
             sum(len(r.response_ids) for r in responses),
@@ -92,12 +120,11 @@ def test_the_trainer_optimises_and_reports_exactly_that_loss(student, tmp_path):
     """One step of gradient accumulation over uneven micro-batches equals one step on the whole batch."""
     weights = []
     for accumulation in (1, 4):
-        run = tmp_path / f"run-{accumulation}"
+        folder = tmp_path / f"run-{accumulation}"
         learner = make_learner(student)
-        before = held_out(learner, [collate(make_responses(8))], "cpu")
-        step = Optimisation(steps=1, batch_size=8, learning_rate=0.01, accumulation=accumulation)
-        history = train("t", learner, make_responses(8), None, step, run, 0, log_every=1)
-        logged = split_history(history)[0][0]
+        before = held_out(learner, [batch_of(make_rows(8))], "cpu")
+        job = make_job(folder, steps=1, rate=0.01, batch_size=8, accumulation=accumulation)
+        logged = split_history(run(job, make_training(learner, 8)).history)[0][0]
         for name in ("nll", "kd", "td_nll", "precision", "loss"):
             assert logged[name] == pytest.approx(before[name], rel=1e-3), name
         weights.append(torch.cat([p.detach().flatten() for p in learner.student.parameters()]))
@@ -105,15 +132,13 @@ def test_the_trainer_optimises_and_reports_exactly_that_loss(student, tmp_path):
 
 
 def test_training_lowers_the_held_out_loss_and_the_best_weights_are_kept(student, tmp_path):
-    responses, learner = make_responses(32), make_learner(student)
-    before = held_out(learner, [collate(responses)], "cpu")["loss"]
-    optimisation = Optimisation(steps=30, batch_size=8, learning_rate=0.02)
-    history = train(
-        "t", learner, responses, responses, optimisation, tmp_path / "run", 0, log_every=5,
-        evaluate_every=5, save_every=5, best="loss",
-    )  # fmt: skip
+    rows, learner = make_rows(32), make_learner(student)
+    before = held_out(learner, [batch_of(rows)], "cpu")["loss"]
+    every = {"log_every": 5, "evaluate_every": 5, "save_every": 5}
+    job = make_job(tmp_path / "run", steps=30, rate=0.02, batch_size=8, best="loss", **every)
+    history = run(job, make_training(learner, 32, 32)).history
     values = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    after = held_out(learner, [collate(responses)], "cpu")["loss"]
+    after = held_out(learner, [batch_of(rows)], "cpu")["loss"]
     assert len(values) == 6 and after == pytest.approx(min(values), rel=1e-5) and after < 0.9 * before
 
 
@@ -129,24 +154,22 @@ def test_a_half_written_checkpoint_is_not_resumed_from(student, tmp_path):
     """A kill while the Trainer writes a checkpoint leaves one without its state, which it writes last."""
     from pipeline.learning.checkpoints import whole_checkpoint
 
-    run = tmp_path / "run"
-    train("t", make_learner(student), make_responses(8), None, Optimisation(steps=4, batch_size=4, learning_rate=0.01),
-          run, 0, log_every=2, save_every=2)  # fmt: skip
-    assert whole_checkpoint(run).endswith("checkpoint-4")
+    folder = tmp_path / "run"
+    run(make_job(folder, rate=0.01, log_every=2, save_every=2), make_training(make_learner(student), 8))
+    assert whole_checkpoint(folder).endswith("checkpoint-4")
     for number, state in ((6, None), (10, "{")):
-        (run / f"checkpoint-{number}").mkdir()
-        (run / f"checkpoint-{number}" / "model.safetensors").write_bytes(b"half")
+        (folder / f"checkpoint-{number}").mkdir()
+        (folder / f"checkpoint-{number}" / "model.safetensors").write_bytes(b"half")
         if state:
-            (run / f"checkpoint-{number}" / "trainer_state.json").write_text(state)
-    assert whole_checkpoint(run).endswith("checkpoint-4")
-    assert not (run / "checkpoint-6").exists() and not (run / "checkpoint-10").exists()
+            (folder / f"checkpoint-{number}" / "trainer_state.json").write_text(state)
+    assert whole_checkpoint(folder).endswith("checkpoint-4")
+    assert not (folder / "checkpoint-6").exists() and not (folder / "checkpoint-10").exists()
 
 
 def test_several_processes_are_refused(student, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="one process"):
-        step = Optimisation(steps=1, batch_size=4, learning_rate=0.1)
-        train("t", make_learner(student), make_responses(4), None, step, tmp_path, 0, log_every=1)
+        run(make_job(tmp_path, steps=1), make_training(make_learner(student), 4))
 
 
 # Numbers that are not finite
@@ -157,7 +180,7 @@ class Line(Learner):
 
     def __init__(self, infinite: str = "", start: float = 1.0):
         super().__init__()
-        self.terms = {"kd": Term(1.0, "tokens")}
+        self.means = {"kd": Mean(1.0, "tokens")}
         self.infinite, self.model = infinite, torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.constant_(self.model.weight, start)
 
@@ -171,21 +194,18 @@ class Line(Learner):
 
 @pytest.mark.parametrize("infinite", ["loss", "gradient", "held-out loss"])
 def test_a_training_whose_numbers_are_not_finite_ends_with_them_by_name(tmp_path, infinite):
-    step = Optimisation(steps=4, batch_size=4, learning_rate=0.1)
+    job = make_job(tmp_path / "run", what="fitting a line", evaluate_every=2, save_every=1)
     shown = r" \(kd inf\)" if "loss" in infinite else ""
     at = 2 if infinite == "held-out loss" else 1
     with pytest.raises(UserError, match=rf"fitting a line, step {at}: the {infinite} is not finite{shown}: .*no model"):
-        train("fitting a line", Line(infinite), make_responses(8), make_responses(4), step, tmp_path / "run", 0,
-              log_every=1, evaluate_every=2, save_every=1)  # fmt: skip
+        run(job, make_training(Line(infinite), 8, 4))
 
 
 def test_weights_that_became_infinite_in_the_last_step_are_not_taken_for_a_model_nor_by_the_next_run(tmp_path):
-    step, start = Optimisation(steps=1, batch_size=4, learning_rate=1e37), -3.4e38
+    job, start = make_job(tmp_path / "run", steps=1, rate=1e37, what="fitting a line", save_every=1), -3.4e38
     for _ in range(2):
         with pytest.raises(UserError, match=r"fitting a line: model\.weight is not finite"):
-            train(
-                "fitting a line", Line("", start), make_responses(8), None, step, tmp_path / "run", 0, 1, save_every=1
-            )
+            run(job, make_training(Line("", start), 8))
 
 
 @pytest.mark.slow
@@ -209,7 +229,7 @@ def test_a_killed_distillation_resumes_and_ends_as_an_undisturbed_one(teacher, s
             process.send(signal.SIGKILL)
             process.wait()
             assert not out.exists()
-        code, said = run(*command, log=log)
+        code, said = processes.run(*command, log=log)
         assert code == 0 and ("resuming from" in said) == kill and not list(runs.glob("distill/*")), said
         curve = (out.parent / "metrics" / "heldout.csv").read_text()
         results.append((safetensors.torch.load_file(out / "model.safetensors"), curve))

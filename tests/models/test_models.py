@@ -9,7 +9,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.files import digest
-from pipeline.learning.learner import require_plain_head
+from pipeline.learning.forward import require_plain_head
 from pipeline.models import (
     build_from_config,
     describe_model,

@@ -10,6 +10,7 @@ from dvc.utils.hydra import apply_overrides
 from pipeline.errors import UserError
 from pipeline.params import Params
 from pipeline.params.file import load_params, to_yaml
+from pipeline.params.page import page
 from tests.conftest import ROOT
 
 
@@ -104,9 +105,9 @@ def test_a_text_in_a_file_that_yaml_reads_as_a_mapping_is_named_with_the_way_to_
         load_params(tmp_path / "p.yaml")
 
 
-def test_what_the_readme_shows_for_dvc_exp_run_sets_texts_and_lists(tmp_path):
+def test_what_the_docs_show_for_dvc_exp_run_sets_texts_and_lists(tmp_path):
     """Hydra, which reads the values of -S, takes no text that begins with a brace without quotes of its own."""
-    shown = re.findall(r"`-S \"(.+?)\"`", (ROOT / "README.md").read_text())
+    shown = re.findall(r"`-S \"(.+?)\"`", (ROOT / "docs" / "experiments.md").read_text())
     shutil.copy(ROOT / "params.yaml", tmp_path)
     apply_overrides(tmp_path / "params.yaml", shown)
     found = load_params(tmp_path / "params.yaml").prepare.dataset
@@ -145,3 +146,9 @@ def test_the_smoke_parameters_are_valid():
 def test_engine_options_are_those_that_change_no_answer(name):
     with pytest.raises(UserError, match=rf"generate.engine_options.{name}.*'max_num_seqs'"):
         load_params(None, [f"generate.engine_options={{{name}: 1}}"])
+
+
+def test_the_page_of_parameters_is_current_and_has_every_parameter():
+    text = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
+    assert text == page()
+    assert len(re.findall(r"^\| `", text, re.M)) > 100

@@ -13,11 +13,16 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.learning.batches import collate
-from pipeline.learning.learner import StudentLearner, score_tokens
+from pipeline.learning.consistency import Consistency, JointReward, ScratchReward
+from pipeline.learning.divergence import Divergence
+from pipeline.learning.forward import score_tokens
+from pipeline.learning.learner import StudentLearner
 from pipeline.learning.posterior import load_posterior
-from pipeline.learning.rows import from_rows
+from pipeline.learning.residuals import Scaled
+from pipeline.learning.terms import Likelihood
 from pipeline.models import load_lm, load_tokenizer
 from pipeline.objectives.sparse import sparse_divergence
+from pipeline.params import Distill
 from pipeline.store.rows import TeacherRows
 from pipeline.store.selection import Selection
 from stages.distill import distill
@@ -80,7 +85,7 @@ def test_sft_learns_the_references(cache, teacher, student, tmp_path):
     metrics = run_distill(cache, teacher, student, tmp_path, *settings, scored_path=cache / "scored")
     assert metrics["samples"] == 40
     references = list(Selection(cache / "scored").rows("references"))
-    batch = collate(from_rows(references, False))
+    batch = collate(references, topk=False)
     before, after = (-score_tokens(load_lm(m), batch).logprob.mean() for m in (student, tmp_path / "student"))
     assert after < 0.5 * before
     with pytest.raises(UserError, match="pass --scored"):
@@ -111,15 +116,14 @@ def test_the_controls_of_sft_have_the_scale_of_what_they_control(cache, fitted, 
 def test_joint_keeps_student_and_reward_apart_and_scratch_does_not(cache, fitted, student):
     """The student sees phi detached and phi the student's residuals (design, section 5)."""
     rows = list(Selection(cache / "selection").rows("train"))[:8]
-    batch, counts = collate(from_rows(rows, True)), torch.tensor([40, 32])
+    batch, counts = collate(rows), torch.tensor([40, 32])
 
     def gradients(kind, lam, phi_kl=0.1, encoder="separate"):
         posterior = load_posterior(fitted / "sarsa", student)
         posterior.own_encoder = encoder == "own"
-        learner = StudentLearner(
-            load_lm(student), sparse_divergence("fkl"), nll_weight=0, td="sarsa", reward=kind, posterior=posterior,
-            lam=lam, kl_weight=1.0, phi_kl=phi_kl,
-        )  # fmt: skip
+        reward = JointReward(posterior, phi_kl) if kind == "joint" else ScratchReward(posterior, 1.0)
+        terms = [Likelihood(0), Divergence("fkl"), Consistency(reward, lam)]
+        learner = StudentLearner(load_lm(student), terms, Scaled("sarsa", Distill().residual, 1.0, 0.0))
         learner(counts, **batch)[0].backward()
         return learner.student.model.embed_tokens.weight.grad, posterior.head.actions.weight.grad
 
@@ -229,7 +233,7 @@ def test_a_selection_that_is_rewritten_meanwhile_is_another_training_and_results
 ):
     settings = ["distill.objective=sft", "distill.reward=none"]
     opened = {name: Selection(cache / name).fingerprint for name in ("selection", "scored")}
-    copies = rewritten("stages.distill.load_lm")
+    copies = rewritten("stages.distill.training.load_lm")
 
     def end(*_) -> None:
         raise KeyboardInterrupt
@@ -270,5 +274,5 @@ def test_a_shard_of_a_larger_vocabulary_trains_a_smaller_student(cache, student)
     highest = max(row.topk_ids.max() for row in rows)
     padded = [replace(row, topk_ids=np.where(row.topk_ids == highest, 60, row.topk_ids)) for row in rows]
     assert any((row.topk_ids == 60).any() for row in padded)
-    kl = score_tokens(load_lm(student), collate(from_rows(padded, True)), sparse_divergence("fkl")).divergence
+    kl = score_tokens(load_lm(student), collate(padded), sparse_divergence("fkl")).divergence
     assert kl.isfinite().all() and (kl >= -1e-6).all()

@@ -9,11 +9,11 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.learning.batches import collate
+from pipeline.learning.divergence import Divergence
 from pipeline.learning.learner import StudentLearner
-from pipeline.learning.rows import from_rows
+from pipeline.learning.terms import Likelihood
 from pipeline.learning.trainer import held_out
 from pipeline.models import load_lm
-from pipeline.objectives.sparse import sparse_divergence
 from pipeline.params import OBSERVING
 from pipeline.store.selection import Selection
 from stages.distill import distill
@@ -47,8 +47,8 @@ def test_the_best_student_is_kept_and_training_stops_when_it_no_longer_improves(
     assert metrics["heldout_kd"] == pytest.approx(curve["kd"].min())
     assert metrics["best_step"] == curve["step"][curve["kd"].arg_min()] == curve["step"].max() - 3
     rows = list(Selection(cache / "selection").rows("validation"))
-    learner = StudentLearner(model, sparse_divergence("fkl", tail="sampled"), nll_weight=0)
-    found = held_out(learner, [collate(from_rows(rows, topk=True))], "cpu")
+    learner = StudentLearner(model, [Likelihood(0), Divergence("fkl", tail="sampled")])
+    found = held_out(learner, [collate(rows)], "cpu")
     assert found["kd"] == pytest.approx(metrics["heldout_kd"], abs=1e-5)
 
 
@@ -60,8 +60,8 @@ def test_checkpoints_need_not_fit_the_steps(cache, student, tmp_path, every, bes
     curve = pl.read_csv(tmp_path / "metrics" / "heldout.csv")
     assert curve["step"].to_list() == ([4, 8, 10] if every == 4 else [10])
     rows = list(Selection(cache / "selection").rows("validation"))
-    learner = StudentLearner(model, sparse_divergence("fkl", tail="sampled"), nll_weight=0)
-    found = held_out(learner, [collate(from_rows(rows, topk=True))], "cpu")
+    learner = StudentLearner(model, [Likelihood(0), Divergence("fkl", tail="sampled")])
+    found = held_out(learner, [collate(rows)], "cpu")
     assert found["kd"] == pytest.approx(metrics["heldout_kd"], abs=1e-5)
 
 

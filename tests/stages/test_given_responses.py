@@ -11,8 +11,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.files import write_json_atomically
 from pipeline.learning.batches import collate
-from pipeline.learning.learner import score_tokens
-from pipeline.learning.rows import from_rows
+from pipeline.learning.forward import score_tokens
 from pipeline.models import load_lm, load_tokenizer
 from pipeline.prompts import Prompt, encode_response, read_prompts, write_prompts
 from pipeline.store.manifest import sealed
@@ -81,7 +80,7 @@ def test_a_teacher_scores_the_responses_of_another_tool(given, teacher, tmp_path
     rows = [row for part in ("train", "validation") for row in selection.rows(part)]
     assert len(rows) == 14 and {row.k for row in rows} == {8} and "scored" in selection.parts
     model = load_lm(teacher)
-    expected = score_tokens(model, collate(from_rows(rows, topk=False))).logprob.detach().numpy()
+    expected = score_tokens(model, collate(rows, topk=False)).logprob.detach().numpy()
     np.testing.assert_allclose(np.concatenate([row.logprobs for row in rows]), expected, atol=1e-4)
 
 

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.learning.batches import States
 from pipeline.learning.checkpoints import once
+from pipeline.learning.forward import States, per_row
 from pipeline.learning.posterior import ActionHead, RewardPosterior, StateHead, load_posterior
 from pipeline.learning.residuals import Scaled, teacher_residual
-from pipeline.learning.rows import per_response
 from pipeline.models import load_lm
 from pipeline.params import Residual
 from pipeline.prompts import Prompt
@@ -138,7 +137,7 @@ def test_a_reward_is_fitted_for_both_forms_with_its_scale_and_the_rewards_of_all
     posterior = load_posterior(fitted / "sarsa", student)
     row = next(iter(rows.values()))
     frame = pl.read_parquet(fitted / "sarsa" / "rewards.parquet").filter(pl.col("key") == row.key)
-    ((_, (mu, _)),) = per_response([row], posterior)
+    ((mu, _),) = per_row([row], posterior)
     np.testing.assert_allclose(mu, frame["mu"][0], atol=1e-5)
 
 
@@ -167,7 +166,7 @@ def run_reward(cache, teacher, student, out, *overrides):
 def test_results_name_the_selections_that_were_read_although_they_were_rewritten_meanwhile(
     cache, rewritten, teacher, student, tmp_path
 ):
-    copies = rewritten("stages.reward._readable")
+    copies = rewritten("stages.reward.fit._readable")
     paths = copies / "selection", student, tmp_path / "reward", tmp_path / "audit", tmp_path / "runs"
     reward(make_params(teacher), *paths, scored_path=copies / "scored", prompts_path=cache / "prompts.parquet")
     provenance = json.loads((tmp_path / "audit" / "results.json").read_text())["provenance"]
@@ -207,7 +206,7 @@ def test_every_head_and_encoder_is_fitted_to_the_teacher_and_jointly_with_a_poli
     assert same == (encoder == "own" and fit == "teacher")
     frame = pl.read_parquet(tmp_path / "reward" / "soft" / "rewards.parquet").head(1)
     (row,) = [row for row in Selection(cache / "selection").rows("train") if row.key == frame["key"][0]]
-    ((_, (mu, _)),) = per_response([row], posterior)
+    ((mu, _),) = per_row([row], posterior)
     np.testing.assert_allclose(mu, frame["mu"][0], atol=1e-5)
 
 

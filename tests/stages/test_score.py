@@ -6,8 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pipeline.learning.learner import score_tokens
-from pipeline.learning.rows import per_response
+from pipeline.learning.forward import per_row, score_tokens
 from pipeline.models import load_lm, load_tokenizer
 from pipeline.prompts import encode_response, read_prompts
 from pipeline.store.identity import score_key
@@ -32,7 +31,8 @@ def test_every_part_holds_what_it_should_with_the_teachers_view(cache, teacher):
             row.response_ids, encode_response(tokenizer, prompts[row.prompt_id].references[0])
         )
     model = load_lm(teacher)
-    for row, (logprob,) in per_response(rows, lambda batch: [score_tokens(model, batch).logprob]):
+    scores = per_row(rows, lambda batch: [score_tokens(model, batch).logprob])
+    for row, (logprob,) in zip(rows, scores, strict=True):
         np.testing.assert_allclose(row.logprobs, logprob, atol=1e-4)
         assert row.key == score_key(row.prompt_ids, row.response_ids)
 
@@ -42,7 +42,7 @@ def test_samples_are_the_students_own(cache, student):
     model = load_lm(student)
 
     def mean(rows):
-        return np.mean([v.mean() for _, (v,) in per_response(rows, lambda b: [score_tokens(model, b).logprob])])
+        return np.mean([v.mean() for (v,) in per_row(rows, lambda b: [score_tokens(model, b).logprob])])
 
     rows = list(Selection(cache / "scored").rows("negatives"))
     assert mean([r for r in rows if r.origin == "student"]) > mean([r for r in rows if r.origin == "corrupted"])

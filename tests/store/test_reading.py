@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.learning.rows import collate_rows
+from pipeline.learning.batches import collate
 from pipeline.store.opened import OpenFiles
 from pipeline.store.requests import RequestFolder
 from pipeline.store.rows import BucketedBatches, RowLoader, TeacherRows
@@ -152,13 +152,11 @@ def test_a_group_is_decoded_about_once_an_epoch(tmp_path, monkeypatch):
 LIMITED = """
 import resource, sys
 import torch, numpy
-from functools import partial
 from itertools import islice
+from pipeline.learning.batches import collate
 from pipeline.store.rows import RowLoader, TeacherRows
 from pipeline.store.selection import Selection
-from pipeline.learning.rows import collate_rows
 
-collate = partial(collate_rows, topk=True)
 dataset = TeacherRows(Selection(sys.argv[1]), "train")
 next(iter(RowLoader(dataset, 8, 0, collate)))  # what the libraries need at all
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -213,11 +211,11 @@ def test_a_selection_larger_than_the_memory_is_read_to_its_end(tmp_path):
 def test_a_batch_of_rows_is_the_batch_of_their_responses(selection):
     rows = list(selection.rows("train"))[:4]
     extras = {"mu": {row.key: np.full(len(row.response_ids), 2.0) for row in rows}}
-    batch = collate_rows(rows, topk=True, extras=extras)
+    batch = collate(rows, topk=True, extras=extras)
     assert batch["topk_ids"].shape == (4, 4, 3) and float(batch["mu"].sum()) == 2 * sum(
         len(r.response_ids) for r in rows
     )
-    loader = RowLoader(TeacherRows(selection, "train"), 4, 0, partial(collate_rows, topk=True))
+    loader = RowLoader(TeacherRows(selection, "train"), 4, 0, partial(collate, topk=True))
     assert {len(batch["input_ids"]) for batch in loader} == {4, 3}
 
 

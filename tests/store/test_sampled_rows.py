@@ -1,6 +1,7 @@
 """What holds for rows of sampled tokens on their way into training: batches, the learner, the stage's settings."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,9 +11,14 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.learning.batches import IGNORED, collate
-from pipeline.learning.learner import StudentLearner, score_tokens, teacher_of
-from pipeline.learning.rows import collate_rows, from_rows
-from pipeline.learning.trainer import held_out, train
+from pipeline.learning.consistency import Consistency, GivenReward, ZeroReward
+from pipeline.learning.divergence import Divergence
+from pipeline.learning.forward import score_tokens, teacher_of
+from pipeline.learning.job import Job, Training, run
+from pipeline.learning.learner import StudentLearner
+from pipeline.learning.residuals import Scaled
+from pipeline.learning.terms import Likelihood
+from pipeline.learning.trainer import held_out
 from pipeline.models import load_lm
 from pipeline.objectives.divergences import DIVERGENCES
 from pipeline.objectives.sparse import sparse_divergence
@@ -21,7 +27,7 @@ from pipeline.params import Optimisation
 from pipeline.params.student import Distill
 from pipeline.store.rows import Rows
 from pipeline.store.schema import SCHEMA, Columns, to_table
-from stages.distill import name_of, require_tokens
+from stages.distill.training import name_of, require_tokens
 from tests.store.test_shards import make_row
 
 VOCABULARY, K = 44, 8
@@ -70,7 +76,7 @@ def decoded(rows) -> Rows:
 
 
 def test_a_batch_holds_what_the_rows_say_beside_their_tokens(rows):
-    batch = collate(from_rows(rows, topk=True), pad=0)
+    batch = collate(rows)
     said, teacher = batch["labels"] != IGNORED, teacher_of(batch)
     columns = {name: [getattr(row, name) for row in rows] for name in ("tau", "tail", "logprobs")}
     sampled = rows[0].tau is not None
@@ -89,14 +95,14 @@ def test_rows_are_batched_alike_however_they_come(rows):
     empty |= {"topk_logprobs": rows[0].topk_logprobs[:0]}
     empty |= {name: None if getattr(rows[0], name) is None else np.empty(0, np.float32) for name in ("tau", "tail")}
     for some in (rows, [*rows, replace(rows[0], **empty)]):
-        batches = [collate(from_rows(some, True)), collate_rows(some, True), collate_rows(decoded(some), True)]
+        batches = [collate(some), collate(some, True), collate(decoded(some), True)]
         for batch in batches[1:]:
             assert batch.keys() == batches[0].keys()
             assert all(torch.equal(batch[name], batches[0][name]) for name in batch)
     nothing = [replace(rows[0], **empty)]
-    names = [set(collate_rows(some, True)) for some in (rows, nothing, decoded(nothing))]
+    names = [set(collate(some, True)) for some in (rows, nothing, decoded(nothing))]
     assert names[0] == names[1] == names[2]
-    plain = collate_rows(rows, topk=False)
+    plain = collate(rows, topk=False)
     assert not plain.keys() & {"topk_ids", "topk_logprobs", "tau", "tail", "own"}
 
 
@@ -104,17 +110,17 @@ def test_a_tail_that_a_file_does_not_tell_is_taken_from_its_values(model):
     """Version 1 has none; a batch may have rows of both versions."""
     rows = answered(model, 6, "topk")
     old = [replace(row, tail=None) for row in rows]
-    assert "tail" not in collate_rows(old, True)
-    assert "tail" not in collate_rows(Rows([Columns(to_table(old, _without(SCHEMA)))] * 6, range(6)), True)
+    assert "tail" not in collate(old, True)
+    assert "tail" not in collate(Rows([Columns(to_table(old, _without(SCHEMA)))] * 6, range(6)), True)
     for some in ([*rows[:3], *old[3:]], decoded([*rows[:3], *old[3:]])):
-        batch = collate_rows(some, True)
+        batch = collate(some, True)
         said = batch["labels"] != IGNORED
         known = np.concatenate([row.tail for row in rows])
         torch.testing.assert_close(batch["tail"][said], torch.from_numpy(known), atol=2e-3, rtol=0)
         first = said[:3].sum()
         assert torch.equal(batch["tail"][said][:first], torch.from_numpy(known)[:first])
     above = replace(old[0], topk_logprobs=np.full_like(old[0].topk_logprobs, np.log(1 / K) + 0.01))
-    assert (collate_rows([rows[0], above], True)["tail"][1] > 0).all()  # although its values sum to more than 1
+    assert (collate([rows[0], above], True)["tail"][1] > 0).all()  # although its values sum to more than 1
 
 
 def _without(schema):
@@ -126,7 +132,7 @@ def test_rows_that_keep_no_tokens_make_batches_without_a_teacher(model):
         replace(row, topk_ids=row.topk_ids[:, :0], topk_logprobs=row.topk_logprobs[:, :0], tail=np.ones_like(row.tail))
         for row in answered(model, 4, "topk")
     ]
-    for batch in (collate_rows(rows, True), collate(from_rows(rows, True)), collate_rows(decoded(rows), True)):
+    for batch in (collate(rows, True), collate(rows), collate(decoded(rows), True)):
         assert "topk_ids" not in batch and teacher_of(batch) is None
         assert score_tokens(model, batch).logprob.isfinite().all()
 
@@ -146,7 +152,7 @@ def dense_divergence(name, model, pupil, rows) -> torch.Tensor:
 def test_scores_of_cached_rows_are_those_of_the_model_s_whole_logits(name, model, student):
     """On average over all positions, as close to the dense value as the draw of the tokens allows."""
     rows, pupil = answered(model, 200, "sampled"), load_lm(student).eval()
-    batch = collate_rows(rows, True)
+    batch = collate(rows, True)
     found = score_tokens(pupil, batch, sparse_divergence(name, 0.3, "sampled")).divergence
     error = found - dense_divergence(name, model, pupil, rows)
     if name == "rkl":
@@ -163,15 +169,17 @@ def test_x_distillation_learns_from_sampled_tokens(objective, model, student, tm
     """
     rows, other = answered(model, 400, "sampled"), answered(model, 200, "sampled", seed=1)
     residuals = {row.key: np.zeros(len(row.response_ids), np.float32) for row in rows}
-    responses = from_rows(rows, True, {"mu": residuals, "log_sigma": residuals})
-    divergence = sparse_divergence(objective, tail="sampled")
-    learner = StudentLearner(load_lm(student), divergence, nll_weight=0, td="sarsa", reward="given", lam=0.01)
+    reward = partial(collate, extras={"mu": residuals, "log_sigma": residuals})
+    scaled, x = Scaled("sarsa", Distill().residual, 1.0, 0.0), Consistency(GivenReward(), 0.01)
+    terms = [Likelihood(0), Divergence(objective, tail="sampled")]
+    learner = StudentLearner(load_lm(student), [*terms, x], scaled)
     before = dense_divergence(objective, model, learner.student.eval(), other).mean().item()
     optimisation = Optimisation(steps=75, batch_size=16, learning_rate=0.01)
-    train("t", learner, responses, None, optimisation, tmp_path / "run", 0, log_every=20)
+    job = Job(what="t", make="", optimisation=optimisation, run=tmp_path / "run", seed=0, log_every=20)
+    run(job, Training(learner, rows, collate=reward))
     after = dense_divergence(objective, model, learner.student.eval(), other).mean().item()
-    learner.reward = "zero"
-    found = held_out(learner, [collate_rows(other, True)], "cpu")
+    learner = StudentLearner(learner.student, [*terms, Consistency(ZeroReward(), 0.01)], scaled)
+    found = held_out(learner, [collate(other, True)], "cpu")
     assert after < 0.8 * before and found["td_nll"] > 0
     assert 0 < found["kd"] < after if objective == "rkl" else found["kd"] == pytest.approx(after, abs=0.1)
 

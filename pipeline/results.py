@@ -1,6 +1,13 @@
-"""What a model is quoted with: its task's first metric, and the exact KL or what cached rows say of it."""
+"""What stages found: the one writer of results, and which of them a model is quoted with.
+
+A headline is the first metric of the task, and the exact KL or what cached rows say of it.
+"""
 
 from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.files import write_json_atomically
+from pipeline.provenance import git_commit, seconds_since_start, versions
 
 KL_NAMES = {
     "kl": "KL(T‖S)",
@@ -10,6 +17,15 @@ KL_NAMES = {
     "cross_entropy": "cross-entropy",
 }
 FORWARD_KLS = ("kl", "kl_estimate", "kl_bound")  # of KL(T‖S), the first that there is: exact, unbiased, too small
+
+
+def write_results(path: Path, stage: str, found: Mapping, cost: Mapping | None = None, **origins) -> dict:
+    """Write a results.json, and return it: what a stage found, what it cost, and where that came from."""
+    told = {"stage": stage, **origins, "git_commit": git_commit(), "versions": versions()}
+    costs = {"seconds": seconds_since_start(), **(cost or {})}
+    results = {**found, "cost": costs, "provenance": told}
+    write_json_atomically(path, results)
+    return results
 
 
 def headline_metric(evaluation: Mapping) -> str:
