@@ -139,7 +139,7 @@ def plot(cells, sizes: Mapping, path: Path) -> None:
             axis.set_major_formatter(StrMethodFormatter(form))
             axis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
-        axes.legend(framealpha=1, frameon=False, fontsize=8)
+        axes.legend(framealpha=1, edgecolor="none", fontsize=8)
     with matplotlib.rc_context({"svg.hashsalt": "xkd", "svg.fonttype": "none"}):
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
