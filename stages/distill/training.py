@@ -1,7 +1,7 @@
 """What a distillation is made of: the cached rows that it learns, the student, and the terms of its loss."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class Distillation:
     reward_path: Path | None
     rows: dict[str, TeacherRows]  # train, and validation where there are held-out responses
     inputs: RewardInputs
+    adapted: object = field(default=None, init=False)  # the PEFT model around the student, where it gets adapters
 
     @classmethod
     def open(
