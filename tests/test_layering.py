@@ -2,12 +2,12 @@
 
 import ast
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pipeline.provenance import code_of, imports, says_nothing
 from tests.conftest import ROOT
 
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -26,54 +26,6 @@ ROOMS = (
     ("pipeline/params/",),
     ("pipeline/",),
 )
-# What every stage runs and no result depends on: changing it reruns nothing.
-EVERYWHERE = {
-    f"pipeline/{name}.py"
-    for name in ("__init__", "console", "errors", "interrupts", "outputs", "provenance", "streams")
-}
-
-
-def module_file(name: str) -> str | None:
-    path = Path(*name.split("."))
-    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
-        if (ROOT / candidate).is_file():
-            return candidate.as_posix()
-    return None
-
-
-def packages(file: str) -> set[str]:
-    """The `__init__` of every package that a file lies in: whoever imports the file runs them first."""
-    return {f"{folder.as_posix()}/__init__.py" for folder in Path(file).parents if folder.name}
-
-
-@cache
-def imported(file: str) -> frozenset[str]:
-    """Files of ours that a file imports, also inside functions, with the packages they lie in."""
-    found = set()
-    for node in ast.walk(ast.parse((ROOT / file).read_text())):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        found |= {module_file(name) for name in names if name.split(".")[0] in ("pipeline", "stages")}
-    found.discard(None)
-    return frozenset(found.union(*map(packages, found)))
-
-
-@cache
-def says_nothing(file: str) -> bool:
-    """A docstring and no code: no result depends on it."""
-    return all(isinstance(node, ast.Expr) for node in ast.parse((ROOT / file).read_text()).body)
-
-
-def closure(file: str) -> set[str]:
-    seen, waiting = set(), [file]
-    while waiting:
-        if (current := waiting.pop()) not in seen:
-            seen.add(current)
-            waiting += imported(current)
-    return seen
 
 
 def files(*folders: str) -> list[str]:
@@ -102,7 +54,7 @@ def test_stages_holds_the_stages_of_dvc_and_nothing_else():
 
 def test_imports_run_downwards_and_no_stage_imports_another():
     for file in files("pipeline", "stages"):
-        for other in imported(file):
+        for other in imports(file):
             assert room(other) >= room(file) or says_nothing(other), f"{file} imports {other}"
             if room(file) == room(other) == ROOMS.index(("stages/",)) and not says_nothing(other):
                 assert Path(file).parts[1].removesuffix(".py") == Path(other).parts[1].removesuffix(".py")
@@ -121,9 +73,7 @@ def test_the_objectives_import_torch_alone():
 @pytest.mark.parametrize("name", DVC)
 def test_dvc_lists_the_code_that_a_stage_runs_and_no_other(name):
     """A folder stands for all of its files; so it is listed only where all of them are run."""
-    entry = module_file(f"stages.{module_of(name)}")
-    needed = {file for file in closure(entry) - EVERYWHERE if not says_nothing(file)}
-    needed = {file for file in needed if not file.startswith("pipeline/params/")}  # dvc.yaml lists their values
+    needed = code_of(f"stages.{module_of(name)}")
     listed = [dep for dep in definition(name)["deps"] if not dep.startswith("data/")]
     covered = [file for dep in listed for file in ([dep] if dep.endswith(".py") else files(dep))]
     covered = [file for file in covered if not says_nothing(file)]
