@@ -19,9 +19,9 @@ from pathlib import Path
 from pipeline import interrupts
 from pipeline.errors import UserError
 from pipeline.files import is_in_the_way, locked, read_text, write_json_atomically, writing_to
+from pipeline.layout import RESULTS
 
 MARK = ".xkd-pipeline"
-RESULTS = "results.json"
 _MADE_BY, _EARLIER = "xkd-pipeline", "-earlier"
 _OF_DVC = {".gitignore"}  # DVC writes it beside files that are its outputs
 

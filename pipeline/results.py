@@ -1,4 +1,4 @@
-"""What stages found: the one writer of results, and which of them a model is quoted with.
+"""What stages found: the one writer of results.json and metrics.json, and what a model is quoted with.
 
 A headline is the first metric of the task, and the exact KL or what cached rows say of it.
 """
@@ -26,6 +26,17 @@ def write_results(path: Path, stage: str, found: Mapping, cost: Mapping | None =
     results = {**found, "cost": costs, "provenance": told}
     write_json_atomically(path, results)
     return results
+
+
+def write_metrics(path: Path, evaluation: Mapping) -> None:
+    """Write the few numbers that `dvc metrics` shows on one screen; all are in results.json, with intervals."""
+    headline, shown = headline_metric(evaluation), {}
+    for name, modes in evaluation["metrics"].items():
+        shown[name] = {headline: round(modes["greedy"][headline]["value"], 2)}
+        measure, kl = headline_kl(modes)
+        if kl and name != "teacher":
+            shown[name][measure] = round(kl["value"], 4)
+    write_json_atomically(path, shown)
 
 
 def headline_metric(evaluation: Mapping) -> str:

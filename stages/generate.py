@@ -12,18 +12,27 @@ from pipeline.params import Params
 from pipeline.prompts import Prompt, PromptFormat, encode_response, read_prompts, read_responses
 from pipeline.prompts.warnings import warn_of_prompts
 from pipeline.results import write_results
-from pipeline.store.identity import sample_key
 from pipeline.store.kept_mass import KeptMass, kept_mass_warning, say_kept_mass
 from pipeline.store.replaceable import require_own_selection
 from pipeline.store.requests import open_store
-from pipeline.store.selection import write_selection
-from pipeline.store.storage import Storage
-from pipeline.tasks import get_task
-from pipeline.teacher import session as asking
-from pipeline.teacher.orders import Order, Wanted
-from pipeline.teacher.session import Asked, Summary, Teacher
+from pipeline.store.selection import Part, write_selection
+from pipeline.tasks import Task, get_task
+from pipeline.teacher.items import (
+    Item,
+    ReadPrompt,
+    corrupted,
+    of_split,
+    read_as_models_do,
+    references,
+    to_draw,
+    to_score,
+)
+from pipeline.teacher.orders import Order, Plan
+from pipeline.teacher.session import Session
+from pipeline.teacher.summary import Summary, cost_of, parts_of, report
+from pipeline.teacher.teacher import Teacher, sampling_request, scoring_request
 
-ANSWER_K = 0  # tokens a position of answers to test prompts: they are read as text
+ANSWER_K = 0  # tokens per position of answers to test prompts: they are read as text
 CUT_WARNING = 0.05  # share of responses that may be cut at max_tokens without a word
 
 
@@ -54,42 +63,49 @@ def generate(
     teacher = Teacher.of(settings)
     task = get_task(params.prepare.task)
     form = PromptFormat.of(params)
-    asked, overlapping = asking.rendered(prompts, form, teacher.tokenizer)
-    warn_of_prompts(form, teacher.tokenizer, [prompt for prompt, _, _ in asked], [ids for _, _, ids in asked])
-    orders = orders_of(params, asked, teacher, storage)
-    answering = [] if answers is None else answers_of(params, asked, teacher, storage)
-    cached, _ = asking.look_up([*orders, *answering], retry_skipped)
-    selections = {out: orders} | ({answers: answering} if answering else {})
-    summary, took = asking.fulfil(selections, teacher, settings, cached, engine)
-    rejected = sum(order.reject("train", task.accepts) for order in orders if settings.accept == "correct")
-    if rejected:
-        console.say(f"{rejected:,} training responses are wrong by the task's checker and were not selected")
-    parts = {name: part for order in orders for name, part in order.parts().items()}
-    if not parts:
-        reason = "no training response was accepted" if rejected else "see the warnings above"
-        raise UserError(f"nothing could be made of any prompt: {reason}")
-    manifest = teacher.select(out, parts, summary.skipped, settings.materialize)
+    prompts, overlapping = read_as_models_do(prompts, form, teacher.tokenizer)
+    warn_of_prompts(form, teacher.tokenizer, [each.prompt for each in prompts], [each.ids for each in prompts])
+    orders = orders_of(params, prompts, teacher, out)
+    answering = [] if answers is None else answers_of(params, prompts, teacher, answers)
+    with Session(teacher, storage, engine) as session:
+        answered = session.answer([*orders, *answering], retry_skipped)
+    plans, of_answers = answered.plans[: len(orders)], answered.plans[len(orders) :]
+    parts = _accepted(plans, task, settings.accept)
+    of_manifest = (teacher.description, teacher.k, answered.left_out, settings.materialize)
+    manifest = write_selection(out, parts, *of_manifest, support=teacher.support)
     if answers is not None:
-        _write_answers(answers, answering, teacher)
-    for folder, each in selections.items():
-        asking.leave_word(each, folder, complete=True)
-    cost = asking.cost_of(summary, manifest, [*orders, *answering], took) | {"prompts_overlapping": overlapping}
+        _write_answers(answers, of_answers, teacher)
+    session.record_use([*orders, *answering])
+    cost = cost_of(answered, manifest) | {"prompts_overlapping": overlapping}
     spoken = [parts[name].counted for name in ("train", "validation") if name in parts]
     kept = sum((counted.kept for counted in spoken), KeptMass()).describe(teacher.k, teacher.support)
     cut = sum(counted.cut for counted in spoken) / max(sum(counted.rows for counted in spoken), 1)
     if results is not None:
-        found = {"kept_mass": kept, "cut": cut}
         origins = {"engine": teacher.engine, "teacher": teacher.description, "k": teacher.k}
-        write_results(results, "generate", found, cost, **origins)
+        write_results(results, "generate", {"kept_mass": kept, "cut": cut}, cost, **origins)
     more = [("kept mass", say_kept_mass(kept))] if kept else []
     more += [("cut at max_tokens", f"{cut:.1%} of the responses")]
     more += [("test answers", answers)] if answering else []
-    asking.report("teacher cached", summary, parts, orders, out, cost, more)
+    report("teacher cached", answered, parts, out, cost, more)
     if word := kept_mass_warning(kept):
         console.warn(word)
     if cut > CUT_WARNING:
         console.warn(f"{cut:.0%} of the teacher's responses were cut at max_tokens ({params.max_tokens}): raise it")
-    return summary
+    return Summary.of(answered)
+
+
+def _accepted(plans: Sequence[Plan], task: Task, accept: str) -> dict[str, Part]:
+    """The parts to select, without the training responses that are wrong where only correct ones are accepted."""
+    wrong: set[str] = set()
+    if accept == "correct":
+        wrong = {key for plan in plans for key in plan.rejected("train", task.accepts)}
+    if wrong:
+        console.say(f"{len(wrong):,} training responses are wrong by the task's checker and were not selected")
+    parts = parts_of(plans, wrong)
+    if not parts:
+        reason = "no training response was accepted" if wrong else "see the warnings above"
+        raise UserError(f"nothing could be made of any prompt: {reason}")
+    return parts
 
 
 def prompts_to_ask(params: Params, path: Path) -> list[Prompt]:
@@ -106,69 +122,63 @@ def prompts_to_ask(params: Params, path: Path) -> list[Prompt]:
     return prompts
 
 
-def orders_of(params: Params, asked: Asked, teacher: Teacher, storage: Storage) -> tuple[Order, Order]:
-    """What is to be drawn from the teacher, and what is to be scored by it. asked: as `asking.rendered` makes it."""
-    asked = [each for each in asked if each[0].split != "test"]
+def orders_of(
+    params: Params, prompts: Sequence[ReadPrompt], teacher: Teacher, out: Path | None = None
+) -> tuple[Order, Order]:
+    """What is to be drawn from the teacher, and what is to be scored by it, for the selection `out`."""
+    asked = [each for each in prompts if each.prompt.split != "test"]
     settings, tokenizer = params.generate, teacher.tokenizer
-    drawn = asking.sampling_request(params, teacher, settings.temperature, settings.top_p)
-    given = asking.scoring_request(params, teacher)
+    drawn = sampling_request(params, teacher, settings.temperature, settings.top_p)
     counts = {"train": settings.samples, "validation": settings.validation_samples}
     if settings.responses:
         counts = dict.fromkeys(counts, 0)
-    to_draw = [
-        Wanted(prompt.split, prompt, text, ids, sample, sample_key(drawn, ids, sample))
-        for prompt, text, ids in asked
-        for sample in range(counts[prompt.split])
-    ]
-    held_out = [each for each in asked if each[0].split == "validation"]
-    to_score: list[Wanted] = []
-    if teacher.engine != "text":
-        to_score += asking.references("scored", held_out, tokenizer)
-        to_score += asking.corrupted("scored", held_out, tokenizer, settings.corrupted, params.seed)
+    draws = [item for each in asked for item in to_draw(each.prompt.split, [each], drawn, counts[each.prompt.split])]
+    scores: list[Item] = []
     if settings.responses:
-        to_score = [*_given(asked, Path(settings.responses), tokenizer), *to_score]
-    return teacher.order(drawn, to_draw, storage), teacher.order(given, to_score, storage)
+        scores += _made_elsewhere(asked, Path(settings.responses), tokenizer)
+    if teacher.engine != "text":
+        held_out = of_split(asked, "validation")
+        scores += references("scored", held_out, tokenizer)
+        scores += corrupted("scored", held_out, tokenizer, settings.corrupted, params.seed)
+    return (
+        Order(drawn, draws, teacher.k, teacher.support, out),
+        Order(scoring_request(params, teacher), scores, teacher.k, teacher.support, out),
+    )
 
 
-def answers_of(params: Params, asked: Asked, teacher: Teacher, storage: Storage) -> list[Order]:
+def answers_of(params: Params, prompts: Sequence[ReadPrompt], teacher: Teacher, out: Path | None = None) -> list[Order]:
     """The teacher's answers to the test prompts that have references, greedy and sampled as `evaluate` wants them."""
     if teacher.engine == "text":
         return []
     settings = params.evaluate
-    tests = [each for each in asked if each[0].split == "test" and each[0].references]
+    tests = [each for each in of_split(prompts, "test") if each.prompt.references]
     orders = []
-    for part, temperature, prompts, count in (
+    for part, temperature, some, count in (
         ("greedy", 0.0, tests, 1),
         ("sampled", settings.temperature, tests[: settings.sampled_prompts], settings.samples),
     ):
-        request = asking.sampling_request(params, teacher, temperature, top_p=1.0)
-        wanted = [
-            Wanted(part, prompt, text, ids, sample, sample_key(request, ids, sample))
-            for prompt, text, ids in prompts
-            for sample in range(count)
-        ]
-        orders.append(teacher.order(request, wanted, storage, ANSWER_K, "topk"))
+        request = sampling_request(params, teacher, temperature)
+        orders.append(Order(request, list(to_draw(part, some, request, count)), ANSWER_K, "topk", out))
     return orders
 
 
-def _write_answers(folder: Path, orders: Sequence[Order], teacher: Teacher) -> None:
+def _write_answers(folder: Path, plans: Sequence[Plan], teacher: Teacher) -> None:
     """The selection of the teacher's answers; without any part where no teacher is run."""
-    parts = {name: part for order in orders for name, part in order.parts().items()}
-    lost = sum(len(order.skipped) for order in orders)
+    left_out = sum(len(plan.skipped) for plan in plans)
     support = None if teacher.support is None else "topk"
-    write_selection(folder, parts, teacher.description, ANSWER_K, lost, materialize=True, support=support)
+    write_selection(folder, parts_of(plans), teacher.description, ANSWER_K, left_out, materialize=True, support=support)
 
 
-def _given(asked: Asked, path: Path, tokenizer) -> Iterator[Wanted]:
+def _made_elsewhere(prompts: Sequence[ReadPrompt], path: Path, tokenizer) -> Iterator[Item]:
     """The responses that another tool gave to these prompts."""
-    given = read_responses(path)
-    unasked = len(given.keys() - {prompt.prompt for prompt, _, _ in asked})
-    unanswered = sum(prompt.prompt not in given for prompt, _, _ in asked)
+    responses = read_responses(path)
+    unasked = len(responses.keys() - {each.prompt.prompt for each in prompts})
+    unanswered = sum(each.prompt.prompt not in responses for each in prompts)
     if unasked or unanswered:
         console.warn(
             f"{path}: {unasked:,} of its prompts are not in the prompt file; {unanswered:,} prompts have no response"
         )
-    for prompt, text, ids in asked:
-        for number, each in enumerate(given.get(prompt.prompt, ())):
-            response = encode_response(tokenizer, each.response, each.ends)
-            yield asking.to_score(prompt.split, prompt, text, ids, number, "teacher", response)
+    for each in prompts:
+        for number, said in enumerate(responses.get(each.prompt.prompt, ())):
+            ids = encode_response(tokenizer, said.response, said.ends)
+            yield to_score(each.prompt.split, each, number, "teacher", ids)

@@ -8,26 +8,31 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from pipeline import console
-from pipeline.engines import Ask, Engine
-from pipeline.engines.base import needed
-from pipeline.engines.hf import HfEngine
-from pipeline.errors import UserError
-from pipeline.files import digest
-from pipeline.models import best_device, load_lm, load_tokenizer, require_same_tokenizer
-from pipeline.outputs import is_results, require_own_file
+from pipeline.engines import Engine
+from pipeline.outputs import is_results, require_apart, require_own_file
 from pipeline.params import Params
 from pipeline.prompts import PromptFormat, read_prompts
 from pipeline.provenance import fingerprint
 from pipeline.results import write_results
-from pipeline.store.identity import Sampling, sample_seed
 from pipeline.store.replaceable import require_own_selection
 from pipeline.store.requests import open_store
-from pipeline.teacher import session as asking
-from pipeline.teacher.orders import Wanted
-from pipeline.teacher.session import Asked, Summary, Teacher
+from pipeline.store.selection import write_selection
+from pipeline.store.storage import Storage
+from pipeline.teacher.items import (
+    Item,
+    ReadPrompt,
+    corrupted,
+    of_split,
+    read_as_models_do,
+    references,
+    to_draw,
+    to_score,
+)
+from pipeline.teacher.orders import Order
+from pipeline.teacher.session import Answered, Session
+from pipeline.teacher.summary import Summary, cost_of, parts_of, report
+from pipeline.teacher.teacher import Teacher, sampling_request, scoring_request
 
 
 def score(
@@ -39,79 +44,89 @@ def score(
     retry_skipped: bool = False,
     engine: Engine | None = None,
     results: Path | None = None,
+    samples: Path | None = None,
 ) -> Summary:
     """Write the selection `out` with the parts `references`, `negatives` (training prompts) and `samples` (held out).
 
-    Where no teacher is run (generate.engine: text) only references are kept, as text. `engine` replaces the one that
-    the parameters name. Raises UserError on bad input; what was stored stays.
+    The student's samples are kept in the store like a teacher's, under the student's own identity, and drawn once.
+    samples: folder of a selection of them, by which `cache gc` knows that they are in use. Where no teacher is run
+    (generate.engine: text) only references are kept, as text. `engine` replaces the one that the parameters name.
+    Raises UserError on bad input; what was stored stays.
     """
+    require_apart({"--results": results}, {"--out": out, "--samples": samples})
     require_own_selection(out)
+    if samples is not None:
+        require_own_selection(samples, "--samples")
     if results is not None:
         require_own_file(results, partial(is_results, stage="score"))
     settings, storage = params.generate, open_store(store)
     prompts = read_prompts(prompts_path, ("train", "validation", "test"))
     teacher = Teacher.of(settings)
-    asked, overlapping = asking.rendered(prompts, PromptFormat.of(params), teacher.tokenizer)
-    training = [each for each in asked if each[0].split == "train"]
-    held_out = [each for each in asked if each[0].split == "validation"]
+    prompts, overlapping = read_as_models_do(prompts, PromptFormat.of(params), teacher.tokenizer)
+    training = of_split(prompts, "train")
 
-    wanted = list(asking.references("references", training, teacher.tokenizer))
+    items = list(references("references", training, teacher.tokenizer))
+    drawn = None
     if teacher.engine != "text":
-        some = training[: params.score.prompts or None]
-        wanted += asking.corrupted("negatives", some, teacher.tokenizer, params.score.corrupted, params.seed)
-        drawn = [("negatives", some, params.score.samples), ("samples", held_out, params.score.validation_samples)]
-        wanted += _student_samples(drawn, params, student_path, teacher)
-    fitting = [each for each in wanted if teacher.reads(each)]
-    if len(fitting) < len(wanted):
-        console.warn(f"{len(wanted) - len(fitting):,} responses exceed the teacher's context and are left out")
-    orders = [teacher.order(asking.scoring_request(params, teacher), fitting, storage)]
-    cached, _ = asking.look_up(orders, retry_skipped)
-    summary, took = asking.fulfil({out: orders}, teacher, settings, cached, engine)
-    parts = orders[0].parts()
+        some, held_out = training[: params.score.prompts or None], of_split(prompts, "validation")
+        items += corrupted("negatives", some, teacher.tokenizer, params.score.corrupted, params.seed)
+        counts = [("negatives", some, params.score.samples), ("samples", held_out, params.score.validation_samples)]
+        if any(len(asked) * count for _, asked, count in counts):
+            student = teacher.student(student_path, params.score.batch_size)
+            drawn = _drawn(student, storage, params, counts, samples, retry_skipped)
+            items += _to_score(drawn)
+    within = [item for item in items if teacher.context.holds(len(item.prompt_ids), len(item.response_ids))]
+    if len(within) < len(items):
+        console.warn(f"{len(items) - len(within):,} responses exceed the teacher's context and are left out")
+    order = Order(scoring_request(params, teacher), within, teacher.k, teacher.support, out)
+    with Session(teacher, storage, engine) as session:
+        answered = session.answer([order], retry_skipped)
+    parts = parts_of(answered.plans)
     spoke = any("student" in origins for part in parts.values() for origins in part.origins.values())
-    student = fingerprint(student_path) if spoke else None
-    manifest = teacher.select(out, parts, summary.skipped, settings.materialize, student)
-    asking.leave_word(orders, out, complete=True)
-    cost = asking.cost_of(summary, manifest, orders, took) | {"prompts_overlapping": overlapping}
+    student_id = fingerprint(student_path) if spoke else None
+    of_manifest = (teacher.description, teacher.k, answered.left_out, settings.materialize, student_id)
+    manifest = write_selection(out, parts, *of_manifest, support=teacher.support)
+    session.record_use([order])
+    cost = cost_of(answered, manifest) | {"prompts_overlapping": overlapping}
+    more = []
+    if drawn is not None:
+        cost |= {"samples_found": drawn.found, "samples_drawn": drawn.made}
+        more = [("samples of the student", f"{drawn.found:,} found in the store, {drawn.made:,} drawn now")]
     if results is not None:
-        write_results(results, "score", {}, cost, parameters=params.score.model_dump(), student=student)
-    asking.report("scored by the teacher", summary, parts, orders, out, cost)
-    return summary
+        write_results(results, "score", {}, cost, parameters=params.score.model_dump(), student=student_id)
+    report("scored by the teacher", answered, parts, out, cost, more)
+    return Summary.of(answered)
 
 
-def _student_samples(
-    drawn: Sequence[tuple[str, Asked, int]], params: Params, student_path: Path, teacher: Teacher
-) -> Iterator[Wanted]:
-    """Samples of the student for each (part, prompts, how many); none of prompts that it cannot read."""
-    places = {
-        f"{part}/{each[0].id}/{number}": (part, each, number)
-        for part, asked, count in drawn
-        for each in asked
-        for number in range(count)
-    }
-    if not places:
-        return
-    require_same_tokenizer(teacher.description["tokenizer"], load_tokenizer(student_path), student_path)
-    engine = HfEngine(load_lm(student_path).to(best_device()), params.score.batch_size)
-    asks = [
-        Ask(key, ids, sample_seed(digest([params.seed, part, prompt.id, number])))
-        for key, (part, (prompt, _, ids), number) in places.items()
-    ]
-    reasons = {ask.key: reason for ask in asks if (reason := engine.unreadable(ask, params.max_tokens))}
-    if reasons:
-        prompts = {places[key][1][0].id: reason for key, reason in reasons.items()}
-        first, reason = next(iter(prompts.items()))
-        what = f"the student {student_path} cannot read {len(prompts):,} prompts; the first, '{first}': {reason}"
-        if len(reasons) == len(asks):
-            raise UserError(f"{what}. There are no others")
-        console.warn(f"{what}. It gives no samples of them")
-    asks = [ask for ask in asks if ask.key not in reasons]
-    sampling = Sampling(params.score.temperature, 1.0, params.max_tokens, teacher.stops)
-    answers: dict[str, np.ndarray] = {}
-    with console.progress("samples of the student", len(asks)) as advance:
-        for answer in needed(engine.sample(asks, sampling, k=1), f"the student {student_path}"):
-            answers[answer.key] = answer.response_ids
-            advance()
-    for key, (part, (prompt, text, ids), number) in places.items():
-        if key in answers:
-            yield asking.to_score(part, prompt, text, ids, number, "student", answers[key])
+def _drawn(
+    student: Teacher,
+    storage: Storage,
+    params: Params,
+    counts: Sequence[tuple[str, Sequence[ReadPrompt], int]],
+    out: Path | None,
+    retry_skipped: bool,
+) -> Answered:
+    """The student's samples for each (part, prompts, how many), out of the store or drawn; none of what it cannot read.
+
+    With `out` they are selected there.
+    """
+    request = sampling_request(params, student, params.score.temperature)
+    items = [item for part, prompts, count in counts for item in to_draw(part, prompts, request, count)]
+    order = Order(request, items, student.k, student.support, out)
+    with Session(student, storage) as session:
+        drawn = session.answer([order], retry_skipped)
+    if out is not None:
+        parts = parts_of(drawn.plans)
+        write_selection(out, parts, student.description, student.k, drawn.left_out, True, support=student.support)
+        session.record_use([order])
+    return drawn
+
+
+def _to_score(drawn: Answered) -> Iterator[Item]:
+    """The samples as given responses, in the order in which they were wanted."""
+    (plan,) = drawn.plans
+    items = [item for item in plan.order.items if item.key in plan.locations]
+    rows = plan.folder.read_each(plan.locations[item.key] for item in items)
+    for item, row in zip(items, rows, strict=True):
+        read = ReadPrompt(item.prompt, item.text, item.prompt_ids)
+        yield to_score(item.part, read, item.sample, "student", row.response_ids)

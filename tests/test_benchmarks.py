@@ -11,7 +11,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.params import Generate
-from pipeline.teacher.session import Teacher
+from pipeline.teacher.teacher import Teacher
 from tests.benchmarks import bytes_a_token, capture, fidelity, growth, intervals, layouts, loader
 from tests.benchmarks.texts import arguments, read_texts, start, to_draw
 from tests.conftest import ROOT, WORDS
@@ -47,12 +47,12 @@ def test_texts_are_the_first_of_a_file_and_a_missing_column_is_named(texts):
 
 def test_capture_compares_runs_that_draw_the_same_tokens(given, texts):
     teacher = Teacher.of(Generate(teacher=given.model, engine="hf", k=8))
-    request, wanted = to_draw(given, teacher)
-    engine, asks = start(teacher, request, wanted), [each.ask() for each in wanted]
+    order = to_draw(given, teacher)
+    engine, asks, request = start(teacher, order), [item.ask() for item in order.items], order.request
     runs = {
         "sampled": lambda: capture.draw_answers(engine, asks, request.sampling, 8, "sampled"),
         "topk": lambda: capture.draw_answers(engine, asks, request.sampling, 8, "topk"),
-        "shards": lambda: capture.write_shards(engine, teacher, request, wanted),
+        "shards": lambda: capture.write_shards(engine, teacher, order),
     }
     rates = capture.take_turns(runs, 2)
     assert {name: len(found) for name, found in rates.items()} == {"sampled": 2, "topk": 2, "shards": 2}

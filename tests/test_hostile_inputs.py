@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.cli.comparison import compare
 from pipeline.errors import UserError
+from pipeline.layout import Layout
 from pipeline.learning.posterior import read_description
 from pipeline.models import load_tokenizer
 from pipeline.params import DataSet, Params, Section
@@ -319,7 +320,7 @@ def test_a_comparison_of_broken_results_names_the_file(tmp_path):
     for content in (*BROKEN, whole[:100], *shapes(path)):
         spoil(path, content)
         try:
-            compare([str(folder)], Path("data"))
+            compare([str(folder)], Layout())
         except UserError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             refusals += 1
@@ -327,7 +328,7 @@ def test_a_comparison_of_broken_results_names_the_file(tmp_path):
     path.write_bytes(whole)
     for content in ("{", DEEP, "[]", "null"):
         spoil(folder / "distill" / "results.json", content)
-        assert str(folder / "distill" / "results.json") in message(compare, [str(folder)], Path("data"))
+        assert str(folder / "distill" / "results.json") in message(compare, [str(folder)], Layout())
 
 
 def test_a_report_of_broken_results_names_the_file(tmp_path):
@@ -337,12 +338,12 @@ def test_a_report_of_broken_results_names_the_file(tmp_path):
     results = json.loads(evaluation.read_text())
     evaluation.write_text(json.dumps(results | {"differences": {"teacher": results["metrics"]["teacher"]}}))
     (folder / "distill" / "results.json").unlink()
-    report(Params().report, folder, tmp_path / "page.html")
+    report(Params().report, Layout(data=folder), tmp_path / "page.html")
     whole, refusals = evaluation.read_bytes(), 0
     for content in (*BROKEN, whole[:100], *shapes(evaluation)):
         spoil(evaluation, content)
         try:
-            report(Params().report, folder, tmp_path / "page.html")
+            report(Params().report, Layout(data=folder), tmp_path / "page.html")
         except UserError as error:
             assert str(evaluation) in str(error) and "\n" not in str(error)
             refusals += 1
@@ -355,7 +356,9 @@ def test_a_report_of_broken_results_names_the_file(tmp_path):
             (folder / name).parent.mkdir(exist_ok=True)
             spoil(folder / name, content)
             if (name, content) != ("prompts/counts.json", '{"metrics": {}}'):  # which says that a split has no prompts
-                assert str(folder / name) in message(report, Params().report, folder, tmp_path / "page.html")
+                assert str(folder / name) in message(
+                    report, Params().report, Layout(data=folder), tmp_path / "page.html"
+                )
         (folder / name).unlink()
 
 

@@ -13,24 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cli.app import app
-from pipeline.cli.options import (
-    AUDIT,
-    CURVES,
-    EVALUATION,
-    PROMPTS,
-    REWARD,
-    SCORED,
-    SELECTION,
-    START,
-    STUDENT,
-    TOKENIZER,
-)
 from pipeline.errors import UserError
 from pipeline.files import write_json_atomically
+from pipeline.layout import RESULTS, Layout
 from pipeline.models import describe_model, link_model, load_lm, load_tokenizer, require_own_model, weights_digest
 from pipeline.outputs import (
     MARK,
-    RESULTS,
     begin_results,
     is_results,
     replacing,
@@ -54,6 +42,8 @@ from tests.conftest import ROOT, at_once, make_params
 from tests.processes import run
 from tests.teacher.test_faults import needs_mount, small_disk
 from tests.test_interrupts import ENDING, python
+
+HERE = Layout()
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -181,7 +171,7 @@ def made(cache, fitted, teacher, student, tmp_path):
             params, cache / "selection", student, None, data / "student", data / "distill", tmp_path / "runs"
         ),
         "evaluate": lambda: evaluate(params, prompts, models, cache / "selection", data / "evaluation"),
-        "report": lambda: report(params.report, data, data / "report.html"),
+        "report": lambda: report(params.report, Layout(data=data), data / "report.html"),
     }  # fmt: skip
 
     def run_stages(*names: str) -> Path:
@@ -375,19 +365,19 @@ def test_a_base_does_not_become_a_link_to_itself(teacher, tmp_path):
 
 
 DEFAULTS = [
-    (("prepare", "--set", "seed=3"), PROMPTS, "--out"),
-    (("prepare", "--params", "/dev/null"), TOKENIZER, "--tokenizer"),
-    (("teach", "student", "--set", "teach.student.pairs=20"), START, "--out"),
-    (("teach", "student", "--tokenizer", "absent"), START, "--out"),
-    (("generate", "--responses", "answers.jsonl"), SELECTION, "--out"),
-    (("generate", "--k", "4"), SELECTION, "--out"),
+    (("prepare", "--set", "seed=3"), HERE.prompts, "--out"),
+    (("prepare", "--params", "/dev/null"), HERE.tokenizer, "--tokenizer"),
+    (("teach", "student", "--set", "teach.student.pairs=20"), HERE.start, "--out"),
+    (("teach", "student", "--tokenizer", "absent"), HERE.start, "--out"),
+    (("generate", "--responses", "answers.jsonl"), HERE.selection, "--out"),
+    (("generate", "--k", "4"), HERE.selection, "--out"),
     (("generate", "--teacher", "absent"), Path("data/generate/results.json"), "--out"),
-    (("score", "--student", "absent"), SCORED, "--out"),
-    (("reward", "--selection", "absent"), REWARD, "--out"),
-    (("reward", "--set", "reward.sigma_min=0.5"), AUDIT, "--out"),
-    (("distill", "--set", "distill.objective=jsd", "--set", "seed=3"), STUDENT, "--out"),
-    (("distill", "--params", "/dev/null"), CURVES, "--out"),
-    (("evaluate", "--model", "m=absent"), EVALUATION, "--out"),
+    (("score", "--student", "absent"), HERE.scored, "--out"),
+    (("reward", "--selection", "absent"), HERE.reward, "--out"),
+    (("reward", "--set", "reward.sigma_min=0.5"), HERE.audit, "--out"),
+    (("distill", "--set", "distill.objective=jsd", "--set", "seed=3"), HERE.student, "--out"),
+    (("distill", "--params", "/dev/null"), HERE.distillation, "--out"),
+    (("evaluate", "--model", "m=absent"), HERE.evaluation, "--out"),
     (("report", "--data", "absent"), Path("data/report.html"), "--out"),
 ]
 

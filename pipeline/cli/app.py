@@ -14,20 +14,7 @@ from pipeline import __version__, console, interrupts
 from pipeline.cli.cache import cache
 from pipeline.cli.listing import Form
 from pipeline.cli.options import (
-    ANSWERS,
-    AUDIT,
-    CURVES,
-    DATA,
-    EVALUATION,
-    PLAIN,
-    PROMPTS,
-    REWARD,
-    RUNS,
-    SCORED,
-    SELECTION,
-    START,
-    STUDENT,
-    TOKENIZER,
+    HERE,
     CsvOption,
     GpuMemoryOption,
     GpusOption,
@@ -36,6 +23,7 @@ from pipeline.cli.options import (
     PromptsOption,
     RateOption,
     RetryOption,
+    RootOption,
     RunsOption,
     ScoredOption,
     SelectionOption,
@@ -46,10 +34,12 @@ from pipeline.cli.options import (
     example,
     keep_default,
     load,
+    placed,
     require_unicode,
-)  # fmt: skip
+)
 from pipeline.cli.tools import COMMANDS
 from pipeline.errors import Interrupted, UserError, reason_of
+from pipeline.layout import Layout, sibling
 from pipeline.params import Role
 from pipeline.streams import STDOUT
 
@@ -89,12 +79,13 @@ def prepare(
     ctx: typer.Context,
     params: ParamsOption = None,
     set: SetOption = None,
-    out: Annotated[Path, typer.Option("--out", help="Prompt file to write.")] = PROMPTS,
-    tokenizer_out: Annotated[Path, typer.Option("--tokenizer", help="Tokenizer folder to write.")] = TOKENIZER,
+    out: Annotated[Path | None, placed("prompts", "--out", "Prompt file to write.")] = None,
+    tokenizer_out: Annotated[Path | None, placed("tokenizer", "--tokenizer", "Tokenizer folder to write.")] = None,
+    root: RootOption = HERE,
 ) -> None:
     """Draw prompts with references in disjoint splits, from a built-in task or a data set, and their tokenizer."""
-    loaded = load(params, set)
-    results = DATA / "prepare" / "results.json" if out == PROMPTS else None
+    loaded, layout = load(params, set, root), Layout(root)
+    results = layout.results("prepare") if out == layout.prompts else None
     keep_default(ctx, "out", out, results)
     keep_default(ctx, "tokenizer_out", tokenizer_out)
     from stages.prepare import prepare as run
@@ -110,16 +101,18 @@ def teach(
     role: Annotated[Role, typer.Argument(help="Which model to make.")],
     params: ParamsOption = None,
     set: SetOption = None,
-    prompts: PromptsOption = PROMPTS,
-    tokenizer: Annotated[Path, typer.Option("--tokenizer", help="Tokenizer folder.")] = TOKENIZER,
+    prompts: PromptsOption = None,
+    tokenizer: Annotated[Path | None, placed("tokenizer", "--tokenizer", "Tokenizer folder.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Model folder.  [dim]default: data/models/ROLE[/dim]")
     ] = None,
-    runs: RunsOption = RUNS,
+    runs: RunsOption = None,
+    root: RootOption = HERE,
 ) -> None:
     """Make the teacher, or the student's starting point: new, or from a base, cut to fewer layers, fine-tuned."""
-    loaded, results = load(params, set), None if out else DATA / "teach" / role / "results.json"
-    out = out or DATA / "models" / role
+    loaded, layout = load(params, set, root), Layout(root)
+    results = None if out else layout.results("teach", role)
+    out = out or layout.model(role)
     keep_default(ctx, "out", out, results)
     from stages.teach import teach as run
 
@@ -141,8 +134,8 @@ def generate(
     params: ParamsOption = None,
     set: SetOption = None,
     teacher: Annotated[str | None, typer.Option("--teacher", metavar="PATH_OR_HUB_NAME", help="The teacher.")] = None,
-    prompts: PromptsOption = PROMPTS,
-    out: Annotated[Path, typer.Option("--out", help="Folder for this experiment's selection.")] = SELECTION,
+    prompts: PromptsOption = None,
+    out: Annotated[Path | None, placed("selection", "--out", "Folder for this experiment's selection.")] = None,
     results: Annotated[
         Path | None,
         typer.Option(
@@ -186,6 +179,7 @@ def generate(
     as_json: JsonOption = False,
     as_csv: CsvOption = False,
     retry_skipped: RetryOption = False,
+    root: RootOption = HERE,
 ) -> None:
     """Run the teacher on what the store does not hold yet, and select this experiment's rows.
 
@@ -199,7 +193,7 @@ def generate(
     }  # fmt: skip
     quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in given.items() if value is not None}
     overrides = [*(set or []), *(f"{key}={value}" for key, value in quoted.items())]
-    loaded = load(params, overrides)
+    loaded, layout = load(params, overrides, root), Layout(root)
     assumed = {"tokens": tokens, "rate": rate, "gpus": gpus, "memory": gpu_memory}
     assumed = {name: value for name, value in assumed.items() if value is not None}
     if assumed and not dry_run:
@@ -207,17 +201,18 @@ def generate(
     form = Form.of(as_json, as_csv)
     if form is not Form.TEXT and not dry_run:
         raise UserError("--json and --csv are for what a dry run finds: add --dry-run")
-    default = DATA / "generate" / "results.json" if results is None and out == SELECTION else None
-    default_answers = ANSWERS if answers is None and out == SELECTION else None
+    own = out == layout.selection
+    default = layout.results("generate") if results is None and own else None
+    default_answers = layout.answers if answers is None and own else None
     answers = answers or default_answers
     if not dry_run:
         keep_default(ctx, "out", out, default, default_answers)
     _limit_threads(loaded.generate.teacher)
     if dry_run:
-        from pipeline.cli.dry_run import Plan
+        from pipeline.cli.dry_run import Assumptions
         from pipeline.cli.dry_run import dry_run as run_dry
 
-        summary = run_dry(loaded, prompts, store, retry_skipped, Plan(**assumed), form, answers is not None)
+        summary = run_dry(loaded, prompts, store, retry_skipped, Assumptions(**assumed), form, answers is not None)
         return _require_few_skipped(summary.skipped, loaded.generate.max_skipped)
     from stages.generate import generate as run
 
@@ -230,23 +225,34 @@ def score(
     ctx: typer.Context,
     params: ParamsOption = None,
     set: SetOption = None,
-    prompts: PromptsOption = PROMPTS,
-    student: StudentOption = START,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the scored responses.")] = SCORED,
+    prompts: PromptsOption = None,
+    student: StudentOption = None,
+    out: Annotated[Path | None, placed("scored", "--out", "Folder for the scored responses.")] = None,
+    samples_out: Annotated[
+        Path | None,
+        typer.Option(
+            "--samples",
+            help="Folder for the student's samples as it drew them, which keeps them in the store.  "
+            "[dim]default: data/samples with the default --out, else none[/dim]",
+        ),
+    ] = None,
     store: StoreOption = None,
     retry_skipped: RetryOption = False,
+    root: RootOption = HERE,
 ) -> None:
     """Have the teacher score references, corrupted references and the student's samples, into the same store.
 
     References are what the objective sft learns, the others are negatives for the reward's fit and for its audit.
     """
-    loaded = load(params, set)
-    results = DATA / "score" / "results.json" if out == SCORED else None
-    keep_default(ctx, "out", out, results)
+    loaded, layout = load(params, set, root), Layout(root)
+    own = out == layout.scored
+    results, default_samples = (layout.results("score"), layout.samples) if own else (None, None)
+    keep_default(ctx, "out", out, results, None if samples_out else default_samples)
     _limit_threads(loaded.generate.teacher)
     from stages.score import score as run
 
-    summary = run(loaded, prompts, student, out, store, retry_skipped, results=results)
+    samples_out = samples_out or default_samples
+    summary = run(loaded, prompts, student, out, store, retry_skipped, results=results, samples=samples_out)
     _require_few_skipped(summary.skipped, loaded.generate.max_skipped)
 
 
@@ -262,10 +268,16 @@ def _require_few_skipped(skipped: int, most: int) -> None:
         )
 
 
-def _scored(option: Path | None, selection: Path, student: Path) -> Path | None:
+def _scored(option: Path | None, selection: Path, student: Path, layout: Layout) -> Path | None:
     """`--scored`, else the pipeline's own where it is there and belongs to what else is read."""
-    own = (selection, student) == (SELECTION, START) and (SCORED / "manifest.json").is_file()
-    return SCORED if option is None and own else option
+    own = (selection, student) == (layout.selection, layout.start) and _is_there(layout.scored)
+    return layout.scored if option is None and own else option
+
+
+def _is_there(selection: Path) -> bool:
+    from pipeline.store.manifest import MANIFEST
+
+    return (selection / MANIFEST).is_file()
 
 
 def _limit_threads(teacher: str) -> None:
@@ -286,26 +298,27 @@ def reward(
     ctx: typer.Context,
     params: ParamsOption = None,
     set: SetOption = None,
-    selection: SelectionOption = SELECTION,
-    student: StudentOption = START,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the fitted reward.")] = REWARD,
+    selection: SelectionOption = None,
+    student: StudentOption = None,
+    out: Annotated[Path | None, placed("reward", "--out", "Folder for the fitted reward.")] = None,
     audit: Annotated[
         Path | None,
         typer.Option("--audit", help="Folder for its audit.  [dim]default: data/audit, else OUT-audit[/dim]"),
     ] = None,
     store: StoreOption = None,
-    runs: RunsOption = RUNS,
+    runs: RunsOption = None,
     scored: ScoredOption = None,
-    prompts: PromptsOption = PROMPTS,
+    prompts: PromptsOption = None,
+    root: RootOption = HERE,
 ) -> None:
     """Fit the reward that explains the cached teacher, and audit it on held-out prompts."""
-    loaded = load(params, set)
+    loaded, layout = load(params, set, root), Layout(root)
     # a reward of its own does not write over the pipeline's audit
-    default = AUDIT if out == REWARD else out.with_name(f"{out.name}-audit")
+    default = layout.audit if out == layout.reward else sibling(out, "audit")
     keep_default(ctx, "out", out, None if audit else default)
     from stages.reward import reward as run
 
-    scored = _scored(scored, selection, student)
+    scored = _scored(scored, selection, student, layout)
     run(loaded, selection, student, out, audit or default, runs, store, scored, prompts if scored else None)
 
 
@@ -319,11 +332,11 @@ def distill(
     ctx: typer.Context,
     params: ParamsOption = None,
     set: SetOption = None,
-    selection: SelectionOption = SELECTION,
-    student: StudentOption = START,
+    selection: SelectionOption = None,
+    student: StudentOption = None,
     reward: Annotated[
-        Path, typer.Option("--reward", help="Fitted reward, for distill.reward frozen, joint and shuffled.")
-    ] = REWARD,
+        Path | None, placed("reward", "--reward", "Fitted reward, for distill.reward frozen, joint and shuffled.")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Folder for the student.  [dim]default: data/student, or data/plain[/dim]"),
@@ -339,21 +352,22 @@ def distill(
         ),
     ] = None,
     store: StoreOption = None,
-    runs: RunsOption = RUNS,
+    runs: RunsOption = None,
     scored: ScoredOption = None,
+    root: RootOption = HERE,
 ) -> None:
     """Train the student on the cached teacher. Killed and started again, it goes on from its last checkpoint."""
-    loaded = load(params, [*(set or []), "distill.reward=none"] if plain else set)
-    out = out or (PLAIN if plain else STUDENT)
+    loaded, layout = load(params, [*(set or []), "distill.reward=none"] if plain else set, root), Layout(root)
+    out = out or (layout.plain if plain else layout.student)
     # a student of its own does not write over the pipeline's metrics
-    default = CURVES if out == STUDENT else out.with_name(f"{out.name}-metrics")
+    default = layout.distillation if out == layout.student else sibling(out, "metrics")
     keep_default(ctx, "out", out, None if metrics else default)
     from stages.distill import distill as run
     from stages.distill import leave_out
 
     if plain and not loaded.distill.plain:
         return leave_out(out, metrics or default)
-    scored = _scored(scored, selection, student)
+    scored = _scored(scored, selection, student, layout)
     run(loaded, selection, student, reward, out, metrics or default, runs, store, scored)
 
 
@@ -367,8 +381,8 @@ def evaluate(
     ctx: typer.Context,
     params: ParamsOption = None,
     set: SetOption = None,
-    prompts: PromptsOption = PROMPTS,
-    selection: SelectionOption = SELECTION,
+    prompts: PromptsOption = None,
+    selection: SelectionOption = None,
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -377,7 +391,7 @@ def evaluate(
             "[dim]default: teacher, undistilled, plain and distilled student[/dim]",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder for metrics and answers.")] = EVALUATION,
+    out: Annotated[Path | None, placed("evaluation", "--out", "Folder for metrics and answers.")] = None,
     answers: Annotated[
         Path | None,
         typer.Option(
@@ -387,12 +401,13 @@ def evaluate(
         ),
     ] = None,
     store: StoreOption = None,
+    root: RootOption = HERE,
 ) -> None:  # fmt: skip
     """Score models side by side on the test prompts, with intervals paired over the prompts."""
-    loaded = load(params, set)
-    models: dict[str, str | Path] = {"teacher": loaded.generate.teacher, "undistilled": START}
-    models |= {"plain": PLAIN} if (PLAIN / "config.json").is_file() else {}
-    models |= {"distilled": STUDENT}
+    loaded, layout = load(params, set, root), Layout(root)
+    models: dict[str, str | Path] = {"teacher": loaded.generate.teacher, "undistilled": layout.start}
+    models |= {"plain": layout.plain} if (layout.plain / "config.json").is_file() else {}
+    models |= {"distilled": layout.student}
     if model:
         models = {}
         for entry in model:
@@ -403,8 +418,8 @@ def evaluate(
     keep_default(ctx, "out", out)
     from stages.evaluate import evaluate as run
 
-    if answers is None and selection == SELECTION and (ANSWERS / "manifest.json").is_file():
-        answers = ANSWERS
+    if answers is None and selection == layout.selection and _is_there(layout.answers):
+        answers = layout.answers
     run(loaded, prompts, models, selection, out, store, answers)
 
 
@@ -419,8 +434,8 @@ def report(
     ctx: typer.Context,
     params: ParamsOption = None,
     set: SetOption = None,
-    data: Annotated[Path, typer.Option("--data", help="Folder that the stages filled.")] = DATA,
-    out: Annotated[Path, typer.Option("--out", help="Page to write.")] = DATA / "report.html",
+    data: Annotated[Path | None, placed("data", "--data", "Folder that the stages filled.")] = None,
+    out: Annotated[Path | None, placed("report", "--out", "Page to write.")] = None,
     also: Annotated[
         list[str] | None,
         typer.Option(
@@ -430,13 +445,14 @@ def report(
         ),
     ] = None,
     store: StoreOption = None,
+    root: RootOption = HERE,
 ) -> None:
     """Write one self-contained HTML page about an experiment: tables, curves, rewarded tokens, samples, costs."""
-    loaded = load(params, set)
+    loaded = load(params, set, root)
     keep_default(ctx, "out", out)
     from stages.report import report as run
 
-    run(loaded.report, data, out, store, also or ())
+    run(loaded.report, Layout(root, data), out, store, also or ())
 
 
 _STAGES = {command.callback.__name__ for command in app.registered_commands if command.callback}

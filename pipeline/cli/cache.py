@@ -15,7 +15,8 @@ from pipeline.cli.cache_listings import (
     say_user,
 )
 from pipeline.cli.listing import Form, Listing, shown
-from pipeline.cli.options import ANSWERS, SCORED, SELECTION, CsvOption, JsonOption, StoreOption, example
+from pipeline.cli.options import HERE, CsvOption, JsonOption, RootOption, StoreOption, example, placed
+from pipeline.layout import Layout
 
 cache = typer.Typer(
     name="cache",
@@ -36,6 +37,7 @@ RequestArgument = Annotated[
 def ls(
     request: RequestArgument = "",
     store: StoreOption = None,
+    root: RootOption = HERE,
     as_json: JsonOption = False,
     as_csv: CsvOption = False,
 ) -> None:
@@ -60,6 +62,7 @@ def ls(
 def show(
     request: Annotated[str, typer.Argument(help="The beginning of a request's name, or of its identity.")],
     store: StoreOption = None,
+    root: RootOption = HERE,
     as_json: JsonOption = False,
     as_csv: CsvOption = False,
 ) -> None:
@@ -116,10 +119,11 @@ def verify(
         typer.Option(
             "--selection",
             help="Selection to verify beside the store, repeatable.  "
-            "[dim]default: data/teacher, data/scored and data/answers if they exist[/dim]",
+            f"[dim]default: {', '.join(map(str, Layout().selections))}, those that exist[/dim]",
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is wrong; move nothing.")] = False,
+    root: RootOption = HERE,
 ) -> None:
     """Read every byte and every row, and set aside what is damaged: `generate` then makes exactly that again.
 
@@ -133,7 +137,7 @@ def verify(
     total = sum(map(len, files_by_request(storage, request).values()))
     with console.progress("verifying", total) as advance:
         found = list(verify_store(storage, request, not dry_run, advance))
-    selections = selection or [folder for folder in (SELECTION, SCORED, ANSWERS) if folder.is_dir()]
+    selections = selection or [folder for folder in Layout(root).selections if folder.is_dir()]
     for folder in selections:
         found += verify_selection(folder, store, not dry_run)
     looked = f"{total:,} files of {storage.name}" + "".join(f", {folder}" for folder in selections)
@@ -172,6 +176,7 @@ def gc(
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
+    root: RootOption = HERE,
 ) -> None:
     """Show what no selection refers to, and remove it once you agree.
 
@@ -179,12 +184,13 @@ def gc(
     a selection on another machine or one that is not at its place (deleted, moved, on a disk that is not there) refers
     to, and what is being written. `--forget` gives a selection up.
     """
+    from pipeline.store.manifest import MANIFEST
     from pipeline.store.requests import open_store
     from pipeline.store.users import named, references
     from pipeline.upkeep.collect import garbage, in_use
 
     storage = open_store(store)
-    own = [folder for folder in (SELECTION, SCORED, ANSWERS) if (folder / "manifest.json").is_file()]
+    own = [folder for folder in Layout(root).selections if (folder / MANIFEST).is_file()]
     given = [*own, *(keep or [])]
     forgotten = named(references(storage)[0], forget or [])
     absent = [reference for reference in forgotten if reference.absent]
@@ -222,11 +228,12 @@ def gc(
 )
 def export(
     out: Annotated[Path, typer.Argument(help="New folder to write.")],
-    selection: Annotated[Path, typer.Option("--selection", help="Selection to export.")] = SELECTION,
+    selection: Annotated[Path | None, placed("selection", "--selection", "Selection to export.")] = None,
     request: Annotated[
         str, typer.Option("--request", help="In place of a selection: all rows of this request in the store.")
     ] = "",
     store: StoreOption = None,
+    root: RootOption = HERE,
 ) -> None:
     """Write a plain folder that `datasets.load_dataset` reads, with a card, ready for a hub."""
     from pipeline.store.requests import open_store

@@ -2,20 +2,20 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pipeline import console
 from pipeline.cli.listing import Column, Form, Listing
+from pipeline.layout import Layout
 from pipeline.results import FORWARD_KLS, KL_NAMES
 from pipeline.store.kept_mass import kept_mass_warning
 from pipeline.tasks.intervals import say_interval
 from stages.report.experiments import Scored, differ, models_of, read_experiments
 
 
-def compare(names: list[str], data: Path, form: Form = Form.TEXT) -> Listing:
+def compare(names: list[str], layout: Layout, form: Form = Form.TEXT) -> Listing:
     """Print one row for each result and model, and return them; names as for `read_experiments`."""
-    experiments = read_experiments(names, data)
+    experiments = read_experiments(names, layout)
     if differ(experiments):
         console.warn("these results are of different prompts, tasks or teachers: their numbers do not compare")
     for experiment in experiments:

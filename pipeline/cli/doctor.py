@@ -33,8 +33,8 @@ class Finding:
     advice: str = ""
 
 
-def examine(store: str | Path | None = None) -> Iterator[Finding]:
-    """All findings; `bad` ones stop the pipeline, `look` ones cost time or quality."""
+def examine(store: str | Path | None = None, folder: Path = Path()) -> Iterator[Finding]:
+    """All findings; `bad` ones stop the pipeline, `look` ones cost time or quality. folder: of the experiment."""
     yield _engine()
     yield _accelerator()
     yield _threads()
@@ -44,7 +44,7 @@ def examine(store: str | Path | None = None) -> Iterator[Finding]:
         yield _reachable(storage)
     yield _writable("mirror of the store" if storage.remote else "store", storage.path)
     yield _disk("disk of the store", storage.path)
-    yield _disk("disk of this folder", Path.cwd())
+    yield _disk("disk of this folder", folder.absolute())
     yield _versioning()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipeline import console
 from pipeline.cli.listing import Column, Form, Listing
+from pipeline.engines import Loading
 from pipeline.errors import UserError
 from pipeline.models import (
     Context,
@@ -24,10 +25,12 @@ from pipeline.models import (
 from pipeline.params import Generate, Params
 from pipeline.prompts import PromptFormat
 from pipeline.store.requests import open_store
-from pipeline.teacher import session as asking
 from pipeline.teacher.cost import SEQUENCES, Held, ModelMemory, Need, bytes_per_token
-from pipeline.teacher.orders import Order, Wanted
-from pipeline.teacher.session import Summary, Teacher
+from pipeline.teacher.items import Item, read_as_models_do
+from pipeline.teacher.orders import Order, Plan
+from pipeline.teacher.session import Session
+from pipeline.teacher.summary import Summary
+from pipeline.teacher.teacher import Teacher
 from stages.generate import answers_of, orders_of, prompts_to_ask
 
 CHARACTERS = 4  # a token of English text, where there is no tokenizer
@@ -36,8 +39,8 @@ _UNKNOWN = "unknown"  # identity of a teacher without weights
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is assumed."""
+class Assumptions:
+    """What is assumed where the store and the prompts do not say."""
 
     tokens: float | None = None  # response tokens to plan for, in place of a file of prompts, which is then not read
     rate: float | None = None  # response tokens a second and GPU
@@ -49,7 +52,7 @@ class Plan:
 class Estimate:
     """What is missing of one request takes, with responses as long as they may be, and as long as they are expected."""
 
-    order: Order
+    plan: Plan
     held: Held
     most: Need
     expected: Need
@@ -70,7 +73,7 @@ def dry_run(
     prompts_path: Path,
     store: str | Path | None = None,
     retry_skipped: bool = False,
-    plan: Plan = Plan(),
+    assumed: Assumptions = Assumptions(),
     form: Form = Form.TEXT,
     answers: bool = False,
 ) -> Summary:
@@ -78,57 +81,55 @@ def dry_run(
 
     answers: with the teacher's answers to the test prompts.
     """
-    if plan.tokens and params.generate.responses:
+    if assumed.tokens and params.generate.responses:
         raise UserError("--tokens plans what a teacher is to say, and generate.responses gives it: leave one out")
-    prompts = [] if plan.tokens else prompts_to_ask(params, prompts_path)
+    prompts = [] if assumed.tokens else prompts_to_ask(params, prompts_path)
     teacher = _teacher(params.generate)
-    asked, _ = asking.rendered(prompts, PromptFormat.of(params), teacher.tokenizer)
-    storage = open_store(store)
-    orders = [
-        *orders_of(params, asked, teacher, storage),
-        *(answers_of(params, asked, teacher, storage) if answers else ()),
-    ]
-    cached, missing = asking.look_up(orders, retry_skipped, set_aside=False)
-    takes = bool(missing or plan.tokens)
-    estimates = _estimates(params, orders, plan) if takes or form is not Form.TEXT else []
-    gpus = _gpus(params, teacher, orders, plan) if takes and teacher.engine != "text" else None
+    read, _ = read_as_models_do(prompts, PromptFormat.of(params), teacher.tokenizer)
+    orders = [*orders_of(params, read, teacher), *(answers_of(params, read, teacher) if answers else ())]
+    plans = Session(teacher, open_store(store)).plan(orders, retry_skipped, set_aside=False)
+    missing = sum(len(plan.to_make) for plan in plans)
+    takes = bool(missing or assumed.tokens)
+    estimates = _estimates(params, plans, assumed) if takes or form is not Form.TEXT else []
+    gpus = _gpus(params, teacher, plans, assumed) if takes and teacher.engine != "text" else None
     if form is Form.TEXT:
-        if not plan.tokens:
-            Listing(_REQUEST_COLUMNS, orders).show("dry run: nothing was generated")
+        if not assumed.tokens:
+            Listing(_REQUEST_COLUMNS, plans).show("dry run: nothing was generated")
         if takes:
-            _show_cost(params, teacher, estimates, gpus, plan)
-        _show_store(teacher, orders)
+            _show_cost(params, teacher, estimates, gpus, assumed)
+        _show_store(teacher, plans)
     else:
-        columns = [*_of_orders(_REQUEST_COLUMNS, counted=not plan.tokens), *_cost_columns(gpus, plan)]
-        Listing(columns, estimates).write(form, "requests", _described(params, teacher, estimates, gpus, plan))
-    return Summary(cached, 0, sum(len(order.skipped) for order in orders), missing)
+        columns = [*_of_plans(_REQUEST_COLUMNS, counted=not assumed.tokens), *_cost_columns(gpus, assumed)]
+        Listing(columns, estimates).write(form, "requests", _described(params, teacher, estimates, gpus, assumed))
+    cached, skipped = (sum(map(len, each)) for each in ((p.cached for p in plans), (p.skipped for p in plans)))
+    return Summary(cached, 0, skipped, missing)
 
 
 _REQUEST_COLUMNS = [
-    Column("request", lambda order: order.request.kind),
-    Column("cached", lambda order: len(order.cached)),
-    Column("missing", lambda order: len(order.missing)),
-    Column("to_rescore", lambda order: len(order.widen), "to rescore"),
-    Column("left_out", lambda order: len(order.skipped)),
+    Column("request", lambda plan: plan.order.request.kind),
+    Column("cached", lambda plan: len(plan.cached)),
+    Column("missing", lambda plan: len(plan.missing)),
+    Column("to_rescore", lambda plan: len(plan.rescore), "to rescore"),
+    Column("left_out", lambda plan: len(plan.skipped)),
 ]
 
 
-def _of_orders(columns: Sequence[Column], counted: bool) -> Iterator[Column]:
+def _of_plans(columns: Sequence[Column], counted: bool) -> Iterator[Column]:
     """The columns, of estimates. counted: without prompts nothing but the request's name is known."""
     for number, column in enumerate(columns):
         known = counted or number == 0
-        yield replace(column, read=lambda row, read=column.read, known=known: read(row.order) if known else None)
+        yield replace(column, read=lambda row, read=column.read, known=known: read(row.plan) if known else None)
 
 
-def _cost_columns(gpus: Gpus | None, plan: Plan) -> Iterator[Column]:
+def _cost_columns(gpus: Gpus | None, assumed: Assumptions) -> Iterator[Column]:
     """What programs get: every quantity at `max_tokens` and as expected."""
     quantities: dict[str, Callable[[Need], float | None]] = {
         "responses": lambda need: need.responses,
-        "prompt_tokens": lambda need: None if plan.tokens else need.prompt_tokens,
+        "prompt_tokens": lambda need: None if assumed.tokens else need.prompt_tokens,
         "response_tokens": lambda need: need.response_tokens,
         "bytes": lambda need: need.store,
-        "gpu_hours": lambda need: need.gpu_hours(plan.rate) if gpus and plan.rate else None,
-        "hours": lambda need: need.gpu_hours(plan.rate) / gpus.used if gpus and plan.rate else None,
+        "gpu_hours": lambda need: need.gpu_hours(assumed.rate) if gpus and assumed.rate else None,
+        "hours": lambda need: need.gpu_hours(assumed.rate) / gpus.used if gpus and assumed.rate else None,
     }
     for name, quantity in quantities.items():
         for length, key in (("most", "at_max_tokens"), ("expected", "expected")):
@@ -136,7 +137,7 @@ def _cost_columns(gpus: Gpus | None, plan: Plan) -> Iterator[Column]:
 
 
 def _described(
-    params: Params, teacher: Teacher, estimates: Sequence[Estimate], gpus: Gpus | None, plan: Plan
+    params: Params, teacher: Teacher, estimates: Sequence[Estimate], gpus: Gpus | None, assumed: Assumptions
 ) -> dict[str, object]:
     """What programs get beside the requests."""
     identity, mean = teacher.description["identity"], estimates[0].held.mean
@@ -151,8 +152,8 @@ def _described(
         },
         "expected_length": mean or params.max_tokens,
         "stored_responses": len(estimates[0].held.lengths),
-        "rate": plan.rate,
-        "gpu_memory_gib": plan.memory,
+        "rate": assumed.rate,
+        "gpu_memory_gib": assumed.memory,
         "gpus_per_copy": gpus and gpus.copy,
         "gpus": gpus and gpus.used,
     }
@@ -185,29 +186,31 @@ def _teacher(settings: Generate) -> Teacher:
         found = settings.teacher if Path(settings.teacher).is_dir() else str(folder)
         return Teacher.of(settings.model_copy(update={"teacher": found}))
     config = load_config(folder)
+    dtype = number_type(config, settings.dtype)
     has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
     tokenizer = load_tokenizer(folder) if has_tokenizer else _Characters()
     return Teacher(
         folder,
         settings.engine,
-        settings.engine,
         tokenizer,
-        {"identity": _UNKNOWN, "dtype": number_type(config, settings.dtype)},
+        {"identity": _UNKNOWN, "dtype": dtype},
         min(settings.k, config.get_text_config().vocab_size),
         stop_token_ids(folder, tokenizer),
         Context.of(config),
         settings.support,
+        Loading(dtype, 0),
     )
 
 
-def _need(order: Order, held: Held, length: float) -> Need:
-    """What is missing of an order, where every response that is to be drawn has `length` tokens."""
+def _need(plan: Plan, held: Held, length: float) -> Need:
+    """What is missing of a plan, where every response that is to be drawn has `length` tokens."""
 
-    def tokens(wanted: Wanted) -> float:
-        return held.lengths.get(wanted.key, length) if wanted.response_ids is None else len(wanted.response_ids)
+    def tokens(item: Item) -> float:
+        return held.lengths.get(item.key, length) if item.response_ids is None else len(item.response_ids)
 
-    asked = [*order.missing, *order.widen]
-    return _stored_as(order, held, len(asked), sum(len(wanted.prompt_ids) for wanted in asked), sum(map(tokens, asked)))
+    items = plan.to_make
+    prompt_tokens = sum(len(item.prompt_ids) for item in items)
+    return _stored_as(plan.order, held, len(items), prompt_tokens, sum(map(tokens, items)))
 
 
 def _stored_as(order: Order, held: Held, responses: float, prompt_tokens: float, tokens: float) -> Need:
@@ -215,37 +218,40 @@ def _stored_as(order: Order, held: Held, responses: float, prompt_tokens: float,
     return Need(responses, prompt_tokens, tokens, tokens * each)
 
 
-def _estimates(params: Params, orders: Sequence[Order], plan: Plan) -> list[Estimate]:
+def _estimates(params: Params, plans: Sequence[Plan], assumed: Assumptions) -> list[Estimate]:
     """Of every request; tokens to plan for are the first one's."""
-    held = [Held.of(order.index, order.k, order.support) for order in orders]
+    held = [Held.of(plan.index, plan.order.k, plan.order.support) for plan in plans]
     lengths = params.max_tokens, held[0].mean or params.max_tokens
-    if not plan.tokens:
-        return [Estimate(o, h, *(_need(o, h, length) for length in lengths)) for o, h in zip(orders, held, strict=True)]
-    needs = (_stored_as(orders[0], held[0], plan.tokens / length, 0, plan.tokens) for length in lengths)
-    return [Estimate(orders[0], held[0], *needs)]
+    if not assumed.tokens:
+        return [Estimate(p, h, *(_need(p, h, length) for length in lengths)) for p, h in zip(plans, held, strict=True)]
+    first = plans[0]
+    needs = (_stored_as(first.order, held[0], assumed.tokens / length, 0, assumed.tokens) for length in lengths)
+    return [Estimate(first, held[0], *needs)]
 
 
-def _gpus(params: Params, teacher: Teacher, orders: Sequence[Order], plan: Plan) -> Gpus:
+def _gpus(params: Params, teacher: Teacher, plans: Sequence[Plan], assumed: Assumptions) -> Gpus:
     """Raises UserError where one copy of the teacher does not fit."""
-    asked = [(order, wanted) for order in orders for wanted in [*order.missing, *order.widen]]
-    longest = max((order.length(wanted) for order, wanted in asked), default=2 * params.max_tokens)
+    lengths = (plan.order.length(item) for plan in plans for item in plan.to_make)
+    longest = max(lengths, default=2 * params.max_tokens)
     settings = params.generate
     model = ModelMemory.of(load_config(teacher.source), teacher.description["dtype"])
-    copy = max(model.fewest_gpus(longest, plan.memory), settings.tensor_parallel * settings.pipeline_parallel)
-    gpus = Gpus(model, longest, copy, (plan.gpus or copy) // copy * copy)
+    copy = max(model.fewest_gpus(longest, assumed.memory), settings.tensor_parallel * settings.pipeline_parallel)
+    gpus = Gpus(model, longest, copy, (assumed.gpus or copy) // copy * copy)
     if not gpus.used:
         raise UserError(
-            f"--gpus {plan.gpus}: one copy of the teacher has {_takes(gpus)}, which needs {copy} GPUs of "
-            f"{plan.memory:g} GiB. Give more of them, or say with --gpu-memory that they are larger"
+            f"--gpus {assumed.gpus}: one copy of the teacher has {_takes(gpus)}, which needs {copy} GPUs of "
+            f"{assumed.memory:g} GiB. Give more of them, or say with --gpu-memory that they are larger"
         )
     return gpus
 
 
-def _show_cost(params: Params, teacher: Teacher, estimates: Sequence[Estimate], gpus: Gpus | None, plan: Plan) -> None:
+def _show_cost(
+    params: Params, teacher: Teacher, estimates: Sequence[Estimate], gpus: Gpus | None, assumed: Assumptions
+) -> None:
     nothing = Need(0, 0, 0, 0)
     needs = [sum((each.most for each in estimates), nothing), sum((each.expected for each in estimates), nothing)]
     rows = [("responses", *(f"{need.responses:,.0f}" for need in needs))]
-    if not plan.tokens:  # else there are no prompts to count
+    if not assumed.tokens:  # else there are no prompts to count
         rows.append(("prompt tokens", *(f"{need.prompt_tokens:,.0f}" for need in needs)))
     rows.append(("response tokens", *(f"{need.response_tokens:,.0f}" for need in needs)))
     rows.append(("bytes in the store", *(console.size(need.store) for need in needs)))
@@ -257,27 +263,27 @@ def _show_cost(params: Params, teacher: Teacher, estimates: Sequence[Estimate], 
          else f"max_tokens ({params.max_tokens:,}): the store has no response to this request"),
         ("bytes a token", f"{needs[1].store / needs[1].response_tokens:,.0f}, from {by}"),
     ]  # fmt: skip
-    if isinstance(teacher.tokenizer, _Characters) and not plan.tokens:
+    if isinstance(teacher.tokenizer, _Characters) and not assumed.tokens:
         facts.append(("prompt tokens", f"{CHARACTERS} characters each: {teacher.source} has no tokenizer"))
     if gpus:
-        if plan.rate is not None:
-            hours = [need.gpu_hours(plan.rate) for need in needs]
+        if assumed.rate is not None:
+            hours = [need.gpu_hours(assumed.rate) for need in needs]
             rows.append(("GPU-hours", *map(_hours, hours)))
             rows.append((f"hours on {_count(gpus.used)}", *(_hours(each / gpus.used) for each in hours)))
-        facts += _of_gpus(params.generate, teacher.description["dtype"], gpus, plan)
+        facts += _of_gpus(params.generate, teacher.description["dtype"], gpus, assumed)
     console.table("what is missing takes", ("", "at max_tokens", "expected"), rows)
     console.facts("where the numbers come from", facts)
 
 
-def _of_gpus(settings: Generate, dtype: str, gpus: Gpus, plan: Plan) -> Iterator[tuple[str, str]]:
+def _of_gpus(settings: Generate, dtype: str, gpus: Gpus, assumed: Assumptions) -> Iterator[tuple[str, str]]:
     model = gpus.model
     yield "teacher", f"{model.parameters:,} parameters in {dtype}, {console.size(model.cache)} of cache a token"
     sequences = f"{SEQUENCES} sequences of {gpus.longest:,} tokens"
-    yield "one copy", f"{_count(gpus.copy)} of {plan.memory:g} GiB: {_takes(gpus)} ({sequences})"
+    yield "one copy", f"{_count(gpus.copy)} of {assumed.memory:g} GiB: {_takes(gpus)} ({sequences})"
     if settings.quantization:
         yield "weights", f"counted in {dtype}: {settings.quantization} takes less, and may need fewer GPUs"
     without = "not given: with --rate TOKENS_A_SECOND_AND_GPU, which a run on a few prompts prints, there are hours"
-    yield "rate", without if plan.rate is None else f"{plan.rate:,g} response tokens a second and GPU, as given"
+    yield "rate", without if assumed.rate is None else f"{assumed.rate:,g} response tokens a second and GPU, as given"
 
 
 def _takes(gpus: Gpus) -> str:
@@ -293,10 +299,10 @@ def _count(gpus: int) -> str:
     return f"{gpus} GPU" + "s" * (gpus > 1)
 
 
-def _show_store(teacher: Teacher, orders: Sequence[Order]) -> None:
+def _show_store(teacher: Teacher, plans: Sequence[Plan]) -> None:
     identity = teacher.description["identity"]
     if identity == _UNKNOWN:
         why = f"not looked up: {teacher.source} has no weights, which say what teacher it is; everything is missing"
         console.facts("store", [("teacher", why)])
     else:
-        console.facts("store", [("teacher", identity), *((order.request.kind, order.folder) for order in orders)])
+        console.facts("store", [("teacher", identity), *((plan.order.request.kind, plan.folder) for plan in plans)])

@@ -1,4 +1,4 @@
-"""Where the pipeline keeps its files, and the options that several commands share."""
+"""The options that several commands share, and the folder of an experiment that their defaults lie in."""
 
 import math
 import os
@@ -10,19 +10,13 @@ import typer
 from rich.markup import escape
 
 from pipeline.errors import UserError, is_printable, shown
+from pipeline.layout import Layout
 from pipeline.params import Params
 from pipeline.params.file import load_params
 
-PARAMS_FILE = Path("params.yaml")
-DATA, RUNS = Path("data"), Path("runs")
-PROMPTS, TOKENIZER = DATA / "prompts" / "prompts.parquet", DATA / "tokenizer"
-START, STUDENT, PLAIN = DATA / "models" / "student", DATA / "student", DATA / "plain"
-SELECTION, SCORED, ANSWERS = DATA / "teacher", DATA / "scored", DATA / "answers"
-REWARD, AUDIT = DATA / "reward", DATA / "audit"
-CURVES, EVALUATION = DATA / "distill", DATA / "evaluation"
-
 # Options that change nothing of what is made at their output, or say where it goes.
 _NO_INPUTS = {
+    "root",
     "plain",
     "store",
     "runs",
@@ -33,6 +27,7 @@ _NO_INPUTS = {
     "audit",
     "results",
     "answers",
+    "samples_out",
 }
 
 
@@ -42,6 +37,25 @@ def _finite(value: float | None) -> float | None:
     return value
 
 
+def placed(name: str, option: str, help: str) -> typer.models.OptionInfo:
+    """An option whose default is the path `name` of the layout in `--root`."""
+    return typer.Option(
+        option,
+        help=f"{help}  [dim]default: {getattr(Layout(), name)}[/dim]",
+        callback=lambda ctx, value: value or getattr(Layout(ctx.params["root"]), name),
+    )
+
+
+RootOption = Annotated[
+    Path,
+    typer.Option(
+        "--root",
+        is_eager=True,  # read before the others, whose defaults lie in it
+        help="Folder of the experiment, with its data/, runs/ and params.yaml.",
+        show_default="the current folder",
+    ),
+]
+HERE = Path()
 ParamsOption = Annotated[
     Path | None,
     typer.Option("--params", help="Parameter file, may be partial.  [dim]default: params.yaml if it exists[/dim]"),
@@ -58,11 +72,11 @@ StoreOption = Annotated[
     ),
 ]
 PromptsOption = Annotated[
-    Path,
-    typer.Option("--prompts", help="Prompt file (.parquet or .jsonl): prompt, and optionally id, references, split."),
+    Path | None,
+    placed("prompts", "--prompts", "Prompt file (.parquet or .jsonl): prompt, and optionally id, references, split."),
 ]
-RunsOption = Annotated[Path, typer.Option("--runs", help="Checkpoints of unfinished training.")]
-SelectionOption = Annotated[Path, typer.Option("--selection", help="Cached teacher (out of generate).")]
+RunsOption = Annotated[Path | None, placed("runs", "--runs", "Checkpoints of unfinished training.")]
+SelectionOption = Annotated[Path | None, placed("selection", "--selection", "Cached teacher (out of generate).")]
 ScoredOption = Annotated[
     Path | None,
     typer.Option(
@@ -71,7 +85,7 @@ ScoredOption = Annotated[
         "[dim]default: data/scored if it exists, with the default selection and student[/dim]",
     ),
 ]
-StudentOption = Annotated[Path, typer.Option("--student", help="The student's starting point.")]
+StudentOption = Annotated[Path | None, placed("start", "--student", "The student's starting point.")]
 RetryOption = Annotated[bool, typer.Option("--retry-skipped", help="Try rows again that were left out before.")]
 TokensOption = Annotated[
     float | None,
@@ -109,14 +123,18 @@ def require_unicode(arguments: Iterable[str]) -> None:
         raise UserError(f"{shown(bad)} is not valid UTF-8: give it another name, or write it in UTF-8")
 
 
-def load(params: Path | None, overrides: list[str] | None) -> Params:
-    """The parameters of a command: its file, else the current folder's, and what `--set` changes."""
-    return load_params(file_of(params), overrides or [])
+def load(params: Path | None, overrides: list[str] | None, root: Path) -> Params:
+    """The parameters of a command: its file, else the root's, and what `--set` changes; the teacher is in the root."""
+    loaded = load_params(file_of(params, root), overrides or [])
+    if loaded.generate.teacher == str(Layout().teacher):
+        loaded.generate.teacher = str(Layout(root).teacher)
+    return loaded
 
 
-def file_of(params: Path | None) -> Path | None:
-    """The parameter file of a command, if there is one: the option's, else the current folder's."""
-    return PARAMS_FILE if params is None and PARAMS_FILE.exists() else params
+def file_of(params: Path | None, root: Path) -> Path | None:
+    """The parameter file of a command, if there is one: the option's, else the root's."""
+    own = Layout(root).params
+    return own if params is None and own.exists() else params
 
 
 def keep_default(ctx: typer.Context, output: str, path: Path, *beside: Path | None) -> None:

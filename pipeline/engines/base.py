@@ -29,8 +29,9 @@ class Loading:
     replicas: int = 1  # copies of the engine, with ray
     replica_engine: str = ""  # what each copy is, with ray
     engine_options: dict[str, bool | int | float | str] = field(default_factory=dict)  # vLLM's own, over ours
-    rows: int = 1024  # most rows that a copy is given at a time, with ray
+    rows: int = 1024  # that become a shard; with ray also the most that a copy is given at a time
     vocabulary: int | None = None  # ids that the tokenizer has; from there on they only pad the embedding
+    batch_size: int = 64  # rows that hf runs together
 
     @property
     def devices(self) -> int:
@@ -92,6 +93,9 @@ class Engine(Protocol):
     def score(
         self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk"
     ) -> Iterator[Answer | Failure]: ...
+
+    def close(self) -> None:
+        """Free the memory; nothing is asked afterwards."""
 
 
 def needed(answers: Iterable[Answer | Failure], what: str) -> Iterator[Answer]:

@@ -29,3 +29,6 @@ class TextEngine:
             empty = np.empty((len(ask.response_ids), 0))
             finish = finish_of(ask.response_ids, stop_token_ids)
             yield Answer(ask.key, ask.response_ids, finish, None, empty.astype(np.int32), empty, None)
+
+    def close(self) -> None:
+        """It holds nothing."""

@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from pipeline import interrupts
-from pipeline.engines.base import Answer, Ask, EngineDead, Failure, too_long, unknown_token
+from pipeline.engines.base import Answer, Ask, EngineDead, Failure, Loading, too_long, unknown_token
 from pipeline.engines.kept import Kept, kept, kept_of_each
 from pipeline.errors import reason_of
 from pipeline.models import Context, best_device, load_lm
@@ -41,8 +41,13 @@ class HfEngine:
         self.description = {"engine": "hf", "transformers": transformers.__version__, "torch": torch.__version__}
 
     @classmethod
-    def load(cls, folder: Path, dtype: str, vocabulary: int | None) -> "HfEngine":
-        return cls(load_lm(folder, dtype).to(best_device()), vocabulary=vocabulary)
+    def load(cls, folder: Path, loading: Loading) -> "HfEngine":
+        return cls(load_lm(folder, loading.dtype).to(best_device()), loading.batch_size, loading.vocabulary)
+
+    def close(self) -> None:
+        self.model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def sample(
         self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk"

@@ -82,6 +82,9 @@ class RayEngine:
     ) -> Iterator[Answer | Failure]:
         return self._run(asks, Job(k, None, tuple(stop_token_ids), support), lambda ask: len(ask.response_ids))
 
+    def close(self) -> None:
+        """Replicas end with every call."""
+
     def _run(self, asks: Iterable[Ask], job: Job, response) -> Iterator[Answer | Failure]:
         """`response(ask)`: the most tokens that its response can have."""
         waiting = {ask.key: ask for ask in asks}

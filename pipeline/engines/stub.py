@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from pipeline import interrupts
-from pipeline.engines.base import Answer, Ask, Failure
+from pipeline.engines.base import Answer, Ask, Failure, Loading
 from pipeline.engines.kept import kept
+from pipeline.models import load_config
 from pipeline.store.identity import Sampling
 from pipeline.store.schema import finish_of
 
@@ -24,10 +25,11 @@ class StubEngine:
         self.description = {"engine": "stub", "version": "1"}
 
     @classmethod
-    def load(cls, folder: Path, vocabulary: int | None) -> "StubEngine":
-        from pipeline.models import load_config
+    def load(cls, folder: Path, loading: Loading) -> "StubEngine":
+        return cls(load_config(folder).get_text_config().vocab_size, loading.vocabulary)
 
-        return cls(load_config(folder).get_text_config().vocab_size, vocabulary)
+    def close(self) -> None:
+        """It holds nothing."""
 
     def sample(
         self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk"

@@ -171,6 +171,15 @@ class VllmEngine:
         (output,) = found
         return output.prompt_logprobs, output.outputs[0].logprobs
 
+    def close(self) -> None:
+        """End vLLM's engine and leave its process groups, so that this process can open another one."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        with console.muted(), suppress(Exception):  # of an engine that died there may be nothing left to end
+            self.llm.llm_engine.engine_core.shutdown()
+            self.llm = None
+            cleanup_dist_env_and_memory()
+
     @property
     def extra(self) -> int:
         """Columns of vLLM's rows behind the tokens."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pipeline.layout import Layout
 from pipeline.params.base import Count, Float, Integer, Positive, Section, Temperature, TemperatureOrGreedy
 
 # Arguments of vLLM's `LLM` that say how it runs and not what it answers.
@@ -33,7 +34,7 @@ def _option(name: str, value: bool | int | float | str) -> bool | int | float | 
 
 
 class Generate(Section):
-    teacher: str = "data/models/teacher"
+    teacher: str = str(Layout().teacher)
     """Folder or hub name of the teacher."""
     engine: Literal["auto", "vllm", "hf", "ray", "stub", "text"] = "auto"
     """What runs the teacher: auto (vllm if installed, else hf), ray (copies of one), text (none; keeps `responses`)."""

@@ -9,7 +9,6 @@ import polars as pl
 from pipeline import console
 from pipeline.engines.hf import HfEngine
 from pipeline.errors import UserError
-from pipeline.files import write_json_atomically
 from pipeline.learning.closeness import HeldOut, live_teacher
 from pipeline.learning.forward import require_plain_head
 from pipeline.models import (
@@ -27,7 +26,7 @@ from pipeline.outputs import begin_results, require_own_results
 from pipeline.params import Params
 from pipeline.prompts import Prompt, PromptFormat, read_prompts
 from pipeline.provenance import fingerprint
-from pipeline.results import KL_NAMES, headline_kl, headline_metric, write_results
+from pipeline.results import KL_NAMES, headline_kl, headline_metric, write_metrics, write_results
 from pipeline.store.kept_mass import KeptMass, kept_mass_warning, say_kept_mass
 from pipeline.store.selection import Selection
 from pipeline.tasks import get_task
@@ -95,7 +94,7 @@ def evaluate(
         },
     }
     begin_results(out, "evaluate")
-    write_json_atomically(out / "metrics.json", _headline(results))
+    write_metrics(out / "metrics.json", results)
     results = write_results(
         out / "results.json",
         "evaluate",
@@ -149,17 +148,6 @@ def _of(
     measures = held_out.of(model, path) if held_out.rows else {}
     on_own = held_out.of_own_samples(model, path, asking.samples(own, name)) if own else {}
     return Outcome(said, measures, on_own, model.num_parameters(), fingerprint(local_folder(path)))
-
-
-def _headline(results: dict) -> dict[str, dict[str, float]]:
-    """The few numbers that `dvc metrics` shows on one screen; all are in results.json, with intervals."""
-    headline, shown = headline_metric(results), {}
-    for name, modes in results["metrics"].items():
-        shown[name] = {headline: round(modes["greedy"][headline]["value"], 2)}
-        measure, kl = headline_kl(modes)
-        if kl and name != "teacher":
-            shown[name][measure] = round(kl["value"], 4)
-    return shown
 
 
 def _write_quality(path: Path, metrics: dict) -> None:

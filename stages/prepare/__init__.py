@@ -12,6 +12,7 @@ from random import Random
 from pipeline import console
 from pipeline.errors import UserError
 from pipeline.files import write_json_atomically
+from pipeline.layout import counts_of
 from pipeline.models import load_tokenizer, word_tokenizer
 from pipeline.outputs import is_results, replacing, require_apart, require_own_file, require_own_folder
 from pipeline.params import Params, Prepare
@@ -74,7 +75,7 @@ def prepare(params: Params, prompts_path: Path, tokenizer_path: Path, results: P
     """
     require_apart({"--out": prompts_path, "--tokenizer": tokenizer_path})
     require_own_file(prompts_path, is_prompt_file)
-    require_own_file(counts_path := _counts_of(prompts_path), _are_counts)
+    require_own_file(counts_path := counts_of(prompts_path), _are_counts)
     require_own_folder(tokenizer_path, _TOKENIZER, "--tokenizer")
     if results is not None:
         require_own_file(results, partial(is_results, stage="prepare"))
@@ -108,12 +109,6 @@ def prepare(params: Params, prompts_path: Path, tokenizer_path: Path, results: P
             ("tokenizer", tokenizer_path),
         ],
     )
-
-
-def _counts_of(prompts_path: Path) -> Path:
-    """Where the counts of a prompt file go: beside it, apart from those of the pipeline's own `prompts.parquet`."""
-    own = prompts_path.name == "prompts.parquet"
-    return prompts_path.with_name("counts.json" if own else f"{prompts_path.stem}-counts.json")
 
 
 def _are_counts(path: Path) -> bool:

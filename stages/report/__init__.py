@@ -6,6 +6,7 @@ from pathlib import Path
 from pipeline import console
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
+from pipeline.layout import RESULTS, Layout, sibling
 from pipeline.outputs import require_own_file
 from pipeline.params import Report
 from pipeline.results import KL_NAMES, headline_kl, headline_metric
@@ -19,7 +20,7 @@ from stages.report.results import Asking, Audit, Distill, Prepared, Taught, read
 from stages.report.reward import reward_section
 from stages.report.setting import costs, glossary, provenance, setting
 
-# What is read beside the evaluation: the results of each folder, and the stage that writes them.
+# What is read beside the evaluation: its name on the page, and the stage that writes it.
 _KINDS = {
     "distill": (Distill, "distill"), "plain-metrics": (Distill, "distill"), "audit": (Audit, "reward"),
     "generate": (Asking, "generate"), "score": (Asking, "score"), "prepare": (Prepared, "prepare"),
@@ -27,21 +28,30 @@ _KINDS = {
 }  # fmt: skip
 
 
-def report(settings: Report, data: Path, out: Path, store: str | Path | None = None, also: Sequence[str] = ()) -> None:
-    """Write the page `out` from the folder `data` that the stages filled.
+def _results_of(name: str, stage: str, layout: Layout) -> Path:
+    """Where the results of a kind are."""
+    if name == "plain-metrics":
+        return sibling(layout.plain, "metrics") / RESULTS
+    return layout.results(stage, name.partition("/")[2])
+
+
+def report(
+    settings: Report, layout: Layout, out: Path, store: str | Path | None = None, also: Sequence[str] = ()
+) -> None:
+    """Write the page `out` from what the stages left in a layout.
 
     also: further experiments, whose students are shown beside this one's; names as for `read_experiments`. What a
     stage has not written is left out and named. Raises UserError where not even an evaluation is there.
     """
     require_own_file(out, _is_report)
-    if not (data / "evaluation" / "results.json").is_file():
-        raise UserError(f"no evaluation at {data / 'evaluation'}: run `xkd-pipeline evaluate` (or `dvc repro`) first")
-    found = {"evaluation": read_evaluation(data / "evaluation" / "results.json")}
+    if not (evaluated := layout.results("evaluate")).is_file():
+        raise UserError(f"no evaluation at {evaluated.parent}: run `xkd-pipeline evaluate` (or `dvc repro`) first")
+    found = {"evaluation": read_evaluation(evaluated)}
     for name, (kind, stage) in _KINDS.items():
-        path = data / name / "results.json"
+        path = _results_of(name, stage, layout)
         found[name] = read_results(path, kind, stage) if path.is_file() else {}
     objective = found["distill"].get("objective", "student")
-    experiments = [Experiment("this one", found["evaluation"], objective), *read_experiments(also, data)]
+    experiments = [Experiment("this one", found["evaluation"], objective), *read_experiments(also, layout)]
     if differ(experiments):
         console.warn("the results beside this one are of other prompts, tasks or teachers: they do not compare")
     sections = [
@@ -50,16 +60,16 @@ def report(settings: Report, data: Path, out: Path, store: str | Path | None = N
         beside(experiments),
         closeness(found["evaluation"]),
         diversity(found["evaluation"]),
-        _training(found["distill"], data / "distill"),
-        reward_section(found["audit"], data, store, settings.rewarded_prompts),
-        answers(data / "evaluation" / "predictions.parquet", found["evaluation"], settings.samples),
+        _training(found["distill"], layout.distillation),
+        reward_section(found["audit"], layout, store, settings.rewarded_prompts),
+        answers(layout.predictions, found["evaluation"], settings.samples),
         costs(found),
         glossary(),
-        provenance(found, data),
+        provenance(found, layout.prompts),
     ]
     absent = [name for name, results in found.items() if not results and name != "plain-metrics"]
     if absent:
-        console.warn(f"left out of the report, no results in {data}: {', '.join(absent)}")
+        console.warn(f"left out of the report, no results in {layout.data}: {', '.join(absent)}")
     task = found["evaluation"]["provenance"]["task"]["name"]
     page = render_page(
         f"{task}: {objective}",

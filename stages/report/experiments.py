@@ -8,11 +8,9 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import parse_json, read_json, require_shape
+from pipeline.layout import RESULTS, Layout
 from pipeline.results import headline_metric
 from stages.report.results import read_evaluation
-
-_EVALUATION = "evaluation/results.json"
-_DISTILL = "distill/results.json"
 
 
 @dataclass(frozen=True)
@@ -76,43 +74,44 @@ def differ(experiments: Sequence[Experiment]) -> bool:
     return len({experiment.set for experiment in experiments}) > 1
 
 
-def read_experiments(names: Sequence[str], data: Path) -> list[Experiment]:
-    """Each once. A name is a results.json, the folder it is in, the folder above (as `data`), or a DVC experiment or
-    git revision, whose `data` is read. Raises UserError for a name that is none of these.
+def read_experiments(names: Sequence[str], layout: Layout) -> list[Experiment]:
+    """Each once. A name is a results.json, the folder it is in, the folder above (as `data`), an experiment's root,
+    or a DVC experiment or git revision, in which the layout's folders are read. Raises UserError for any other name.
     """
-    return [_read(name, data) for name in dict.fromkeys(names)]
+    return [_read(name, layout) for name in dict.fromkeys(names)]
 
 
-def _read(name: str, data: Path) -> Experiment:
+def _read(name: str, layout: Layout) -> Experiment:
     path = Path(name)
-    for file in (path, path / "results.json", path / _EVALUATION):
+    evaluations = (Layout(data=path).results("evaluate"), Layout(path).results("evaluate"))
+    for file in (path, path / RESULTS, *evaluations):
         if file.is_file():
             evaluation = read_evaluation(file)
-            beside = file.parents[1] / _DISTILL if file.parent.name == "evaluation" else None
-            known = beside is not None and beside.is_file()
+            data = file.parents[1]
+            beside = Layout(data=data).results("distill")
+            known = file == Layout(data=data).results("evaluate") and beside.is_file()
             return Experiment(name, evaluation, _objective(read_json(beside), beside) if known else None)
     if path.exists():
         raise UserError(f"{name} holds no results of `xkd-pipeline evaluate`")
-    return _read_revision(name, data)
+    return _read_revision(name, layout)
 
 
-def _read_revision(name: str, data: Path) -> Experiment:
+def _read_revision(name: str, layout: Layout) -> Experiment:
     import dvc.api
     from dvc.exceptions import DvcException
     from scmrepo.exceptions import SCMError
 
+    files = layout.results("evaluate"), layout.results("distill")
     try:
-        evaluation, distillation = (
-            dvc.api.read((data / file).as_posix(), rev=name) for file in (_EVALUATION, _DISTILL)
-        )
+        evaluation, distillation = (dvc.api.read(file.as_posix(), rev=name) for file in files)
     except (DvcException, SCMError, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{name} is neither a folder with results nor an experiment or revision that has them: {reason}"
         ) from error
-    beside = f"{data / _DISTILL} of {name}"
-    found = read_evaluation(f"{data / _EVALUATION} of {name}", evaluation)
-    return Experiment(name, found, _objective(parse_json(distillation, beside), beside))
+    evaluation_of, distillation_of = (f"{file} of {name}" for file in files)
+    objective = _objective(parse_json(distillation, distillation_of), distillation_of)
+    return Experiment(name, read_evaluation(evaluation_of, evaluation), objective)
 
 
 def _objective(distillation: Any, source: Path | str) -> str | None:

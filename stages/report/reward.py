@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pipeline.layout import Layout
 from pipeline.models import load_tokenizer
 from pipeline.store.selection import Selection
 from pipeline.tasks.intervals import say_interval
@@ -11,7 +12,7 @@ from stages.report.page import Figure, Section, Table
 from stages.report.rewarded import rewarded_prompts
 
 
-def reward_section(audit: dict, data: Path, store: str | Path | None, prompts: int) -> Section | None:
+def reward_section(audit: dict, layout: Layout, store: str | Path | None, prompts: int) -> Section | None:
     if not audit:
         return None
     section = Section("reward", "The recovered reward")
@@ -32,14 +33,14 @@ def reward_section(audit: dict, data: Path, store: str | Path | None, prompts: i
     section.tables += _rankings(audit)
     if audit["negatives"]["rows"]:
         section.texts.append(_negatives(audit["negatives"]))
-    drawn = {td: curve_of(data / "audit" / f"{td}.csv") for td in fits}
+    drawn = {td: curve_of(layout.audit / f"{td}.csv") for td in fits}
     drawn = {td: (curve["step"], curve["reward_nll"]) for td, curve in drawn.items() if curve}
     if drawn:
         section.figures.append(Figure(figures.lines(drawn, "step", "nats a step"), "Held-out −log q of the fits"))
-    rewards = data / "reward" / "soft" / "rewards.parquet"
-    if rewards.is_file() and (data / "models" / "student").is_dir():
-        tokenizer = load_tokenizer(data / "models" / "student")
-        section.rewarded = list(rewarded_prompts(Selection(data / "teacher", store), rewards, tokenizer, prompts))
+    rewards = layout.reward / "soft" / "rewards.parquet"
+    if rewards.is_file() and layout.start.is_dir():
+        tokenizer = load_tokenizer(layout.start)
+        section.rewarded = list(rewarded_prompts(Selection(layout.selection, store), rewards, tokenizer, prompts))
     for number, (_, responses) in enumerate(section.rewarded, start=1):
         bands = {r.origin: ([t.mu for t in r.tokens], [t.sigma for t in r.tokens]) for r in responses}
         caption = f"Reward over the tokens of prompt {number}'s responses below; bands are one σ"

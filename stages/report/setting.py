@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from pipeline.layout import counts_of
 from pipeline.store.kept_mass import say_kept_mass
 from stages.report.page import Block, Section, Table
 from stages.report.results import read_results
@@ -94,10 +95,10 @@ def glossary() -> Section:
     return section
 
 
-def provenance(found: dict[str, dict], data: Path) -> Section:
-    """Which prompts were left out, and the inputs, parameters and versions of every stage."""
+def provenance(found: dict[str, dict], prompts: Path) -> Section:
+    """Which prompts of the file `prompts` were left out, and the inputs, parameters and versions of every stage."""
     section = Section("provenance", "Provenance")
-    path = data / "prompts" / "counts.json"
+    path = counts_of(prompts)
     if path.is_file():
         counts = read_results(path, dict[str, dict[str, int]], "prepare")
         rows = [

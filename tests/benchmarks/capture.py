@@ -19,19 +19,21 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import numpy as np
 
 from pipeline import console
 from pipeline.engines import Ask, Engine
 from pipeline.params import Generate
-from pipeline.store.identity import Request, Sampling
-from pipeline.teacher.orders import Wanted
-from pipeline.teacher.session import Teacher
+from pipeline.store.identity import Sampling
+from pipeline.store.storage import Storage
+from pipeline.teacher.orders import Order
+from pipeline.teacher.session import Session
+from pipeline.teacher.teacher import Teacher
+from pipeline.teacher.writing import make
 from tests.benchmarks.texts import arguments, start, to_draw
 
-BAR, ROWS_PER_SHARD = 0.85, 256
+BAR = 0.85
 Drawn = dict[str, list[int]]  # key -> the response's token ids
 
 
@@ -87,18 +89,15 @@ def draw_answers(
     return seconds, {answer.key: answer.response_ids.tolist() for answer in answers}
 
 
-def write_shards(
-    engine: Engine, teacher: Teacher, request: Request, wanted: list[Wanted], clock=time.perf_counter
-) -> tuple[float, Drawn]:
+def write_shards(engine: Engine, teacher: Teacher, order: Order, clock=time.perf_counter) -> tuple[float, Drawn]:
     """The same up to shards in an empty store."""
-    with tempfile.TemporaryDirectory() as root:
-        order = teacher.order(request, wanted, Path(root))
-        order.look_up()
+    with tempfile.TemporaryDirectory() as root, Session(teacher, Storage(root), engine) as session:
+        (plan,) = session.plan([order])
         begun = clock()
-        order.fulfil(engine, teacher.tokenizer, teacher.description, ROWS_PER_SHARD)
+        make(plan, engine, teacher)
         seconds = clock() - begun
-        order.look_up()
-        rows = order.folder.read(order.index[each.key][0] for each in wanted)
+        (plan,) = session.plan([order])
+        rows = plan.folder.read(plan.locations[item.key] for item in order.items)
     return seconds, {row.key: row.response_ids.tolist() for row in rows}
 
 
@@ -142,8 +141,8 @@ def main() -> int:
     given = parser.parse_args()
     clock = time.process_time if given.cpu_time else time.perf_counter
     teacher = Teacher.of(Generate(teacher=given.model, engine="vllm", k=given.k))
-    request, wanted = to_draw(given, teacher)
-    asks, sampling = [each.ask() for each in wanted], request.sampling
+    order = to_draw(given, teacher)
+    asks, sampling = [item.ask() for item in order.items], order.request.sampling
     context = max(len(ask.prompt_ids) for ask in asks) + sampling.max_tokens
 
     here, there = multiprocessing.Pipe()
@@ -154,7 +153,7 @@ def main() -> int:
     process.start()
     there.close()  # so that a process that dies is an EOFError here
     here.recv()
-    engine = start(teacher, request, wanted)
+    engine = start(teacher, order)
 
     def bare() -> tuple[float, Drawn]:
         here.send(True)
@@ -166,7 +165,7 @@ def main() -> int:
 
     def shards() -> tuple[float, Drawn]:
         engine.llm.reset_prefix_cache()
-        return write_shards(engine, teacher, request, wanted, clock)
+        return write_shards(engine, teacher, order, clock)
 
     try:
         ours = {support: partial(answers, support) for support in ("sampled", "topk")}

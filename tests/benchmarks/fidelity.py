@@ -28,8 +28,8 @@ from pipeline.params import Generate, Params
 from pipeline.store import schema
 from pipeline.store.narrowing import narrowed
 from pipeline.store.schema import Row, footer, from_table
-from pipeline.teacher.orders import Wanted
-from pipeline.teacher.session import Teacher
+from pipeline.teacher.orders import Order
+from pipeline.teacher.teacher import Teacher
 from tests.benchmarks.texts import arguments, start, to_draw
 
 WIDEST, TYPES = 128, {"float16": pa.float16(), "float32": pa.float32()}
@@ -67,11 +67,12 @@ def read(path: Path, name: str) -> list[Row]:
         return from_table(pq.read_table(path))
 
 
-def draw(teacher: Teacher, engine, request, wanted: list[Wanted]) -> list[Row]:
-    """The engine's answers as rows, in the order of `wanted`, with float32 values."""
-    answers = {answer.key: answer for answer in engine.sample([w.ask() for w in wanted], request.sampling, teacher.k)}
+def draw(teacher: Teacher, engine, order: Order) -> list[Row]:
+    """The engine's answers as rows, in the order's own order, with float32 values."""
+    asks = [item.ask() for item in order.items]
+    answers = {answer.key: answer for answer in engine.sample(asks, order.request.sampling, teacher.k)}
     rows = []
-    for each in wanted:
+    for each in order.items:
         answer = answers[each.key]
         if isinstance(answer, Failure):
             raise RuntimeError(f"no response to '{each.prompt.prompt[:60]}': {answer.reason}")
@@ -177,9 +178,9 @@ def collect(out: Path, given) -> tuple[list[Row], Truth, dict]:
     if not truth_file.is_file():
         out.mkdir(parents=True, exist_ok=True)
         teacher = Teacher.of(Generate(teacher=given.model, engine=given.engine, k=WIDEST, dtype="float32"))
-        request, wanted = to_draw(given, teacher)
-        engine = start(teacher, request, wanted)
-        rows = draw(teacher, engine, request, wanted)
+        order = to_draw(given, teacher)
+        engine = start(teacher, order)
+        rows, request = draw(teacher, engine, order), order.request
         write(
             answers, rows, "float32", footer(teacher.description, request.describe(), WIDEST, engine=engine.description)
         )

@@ -2,14 +2,16 @@
 
 import json
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 
 from pipeline.engines import Engine, open_engine
 from pipeline.errors import UserError
-from pipeline.params import Generate
 from pipeline.prompts import TEMPLATE_VERSION, Prompt, PromptFormat, prompt_id
-from pipeline.store.identity import Request, Sampling, sample_key
-from pipeline.teacher.orders import Wanted
-from pipeline.teacher.session import Teacher, rendered
+from pipeline.store.identity import Request, Sampling
+from pipeline.teacher import items
+from pipeline.teacher.items import read_as_models_do
+from pipeline.teacher.orders import Order
+from pipeline.teacher.teacher import Teacher
 
 
 def arguments(description: str, prompts: int, tokens: int) -> ArgumentParser:
@@ -40,20 +42,18 @@ def read_texts(source: str, count: int) -> list[str]:
     return found
 
 
-def to_draw(given: Namespace, teacher: Teacher) -> tuple[Request, list[Wanted]]:
+def to_draw(given: Namespace, teacher: Teacher) -> Order:
     """One sample at temperature 1 of every prompt, inside the tokenizer's chat template where it has one."""
     form = PromptFormat("{prompt}", chat=bool(teacher.tokenizer.chat_template))
     sampling = Sampling(1.0, 1.0, given.tokens, teacher.stops)
     request = Request("sample", form.template, TEMPLATE_VERSION, 0, sampling, form.chat_identity(teacher.tokenizer))
     texts = dict.fromkeys(text for source in given.texts for text in read_texts(source, given.prompts))
     prompts = [Prompt(prompt_id(text), text, (), "train") for text in texts]
-    return request, [
-        Wanted("train", prompt, text, ids, 0, sample_key(request, ids, 0))
-        for prompt, text, ids in rendered(prompts, form, teacher.tokenizer)[0]
-    ]
+    read, _ = read_as_models_do(prompts, form, teacher.tokenizer)
+    return Order(request, list(items.to_draw("train", read, request, 1)), teacher.k, teacher.support)
 
 
-def start(teacher: Teacher, request: Request, wanted: list[Wanted]) -> Engine:
+def start(teacher: Teacher, order: Order) -> Engine:
     """The teacher's engine, with room for the longest prompt and its response."""
-    longest = max(len(each.prompt_ids) for each in wanted) + request.sampling.max_tokens
-    return open_engine(teacher.engine, teacher.source, teacher.loading(Generate(), longest))
+    longest = max(order.length(item) for item in order.items)
+    return open_engine(teacher.engine, teacher.source, replace(teacher.loading, context=longest))

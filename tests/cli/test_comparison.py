@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.cli.comparison import compare
 from pipeline.errors import UserError
+from pipeline.layout import Layout
 from tests.conftest import ROOT, run_cli
 
 
@@ -42,7 +43,7 @@ def write(folder: Path, distilled: float, objective: str, prompts: str = "p") ->
 
 def test_folders_and_files_are_put_side_by_side_and_a_shared_model_is_shown_once(tmp_path, capsys):
     one, two = write(tmp_path / "one", 30.0, "fkl"), write(tmp_path / "two", 40.0, "x-rkl (frozen)")
-    rows = compare([str(one), str(two / "evaluation")], Path("data")).records()
+    rows = compare([str(one), str(two / "evaluation")], Layout()).records()
     assert [(row["model"], row["objective"], row["rouge2"]) for row in rows] == [
         ("teacher", None, 50.0),
         ("distilled", "fkl", 30.0),
@@ -78,7 +79,7 @@ def test_folders_and_files_are_put_side_by_side_and_a_shared_model_is_shown_once
 
 def test_results_on_other_prompts_are_shown_with_a_warning(tmp_path, capsys):
     one, two = write(tmp_path / "one", 30.0, "fkl"), write(tmp_path / "two", 40.0, "rkl", prompts="q")
-    assert len(compare([str(one), str(two)], Path("data")).rows) == 4
+    assert len(compare([str(one), str(two)], Layout()).rows) == 4
     assert "do not compare" in capsys.readouterr().err
 
 
@@ -86,7 +87,7 @@ def test_results_of_two_tasks_have_the_columns_of_both(tmp_path, capsys):
     one, two = write(tmp_path / "one", 30.0, "fkl"), write(tmp_path / "two", 40.0, "rkl")
     path = two / "evaluation" / "results.json"
     path.write_text(path.read_text().replace("rouge2", "bleu").replace("summarisation", "translation"))
-    rows = compare([str(one), str(two)], Path("data")).records()
+    rows = compare([str(one), str(two)], Layout()).records()
     assert [(row["rouge2"], row["bleu"], row["bleu_low"]) for row in rows if row["model"] == "distilled"] == [
         (30.0, None, None), (None, 40.0, 39.0),
     ]  # fmt: skip
@@ -101,7 +102,7 @@ def test_three_models_with_long_names_are_readable_in_a_terminal(tmp_path, monke
     monkeypatch.setenv("COLUMNS", str(width))
     for number, name in enumerate(LONG):
         write(tmp_path / name, 60.0 + number, f"x-skew_rkl(0.{number}) (frozen)")
-    records = compare(list(LONG), Path("data")).records()
+    records = compare(list(LONG), Layout()).records()
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= width
     for name, record in zip(LONG, [row for row in records if row["model"] == "distilled"], strict=True):
@@ -152,21 +153,21 @@ def test_git_revisions_are_read_from_their_own_files(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "data")
     write(tmp_path / "data", 45.0, "jsd(0.1)")
     monkeypatch.chdir(tmp_path)
-    rows = compare(["first", "data"], Path("data")).records()
+    rows = compare(["first", "data"], Layout()).records()
     assert [(r["result"], r["objective"], r["rouge2"]) for r in rows if r["model"] == "distilled"] == [
         ("first", "fkl", 30.0),
         ("data", "jsd(0.1)", 45.0),
     ]
     with pytest.raises(UserError, match="nothing-here is neither a folder with results nor an experiment"):
-        compare(["nothing-here"], Path("data"))
+        compare(["nothing-here"], Layout())
 
 
 def test_a_folder_without_results_and_a_file_of_another_kind_are_named(tmp_path):
     with pytest.raises(UserError, match="holds no results"):
-        compare([str(tmp_path)], Path("data"))
+        compare([str(tmp_path)], Layout())
     (tmp_path / "results.json").write_text('{"metrics": {}}')
     with pytest.raises(UserError, match=r"results\.json holds no results"):
-        compare([str(tmp_path)], Path("data"))
+        compare([str(tmp_path)], Layout())
 
 
 @pytest.mark.slow
@@ -191,7 +192,7 @@ def test_a_dvc_experiment_is_read_by_its_name(tmp_path, monkeypatch):
     ):  # fmt: skip
         sh(*command)
     monkeypatch.chdir(tmp_path)
-    rows = [row for row in compare(["data", "other"], Path("data")).records() if row["model"] == "distilled"]
+    rows = [row for row in compare(["data", "other"], Layout()).records() if row["model"] == "distilled"]
     assert [(row["result"], row["objective"]) for row in rows] == [("data", "fkl"), ("other", "rkl")]
 
 
@@ -203,7 +204,7 @@ def test_what_the_cache_does_not_keep_and_what_was_cut_is_shown(tmp_path, capsys
         "answers": {"distilled": {"greedy": {"tokens": 12.5, "cut": 0.25}, "sampled": {"tokens": 13.0, "cut": 0.5}}},
     }
     path.write_text(json.dumps(json.loads(path.read_text()) | more))
-    record = compare([str(one)], Path("data")).records()[-1]
+    record = compare([str(one)], Layout()).records()[-1]
     assert (record["kept_mass"], record["cut"], record["tokens"]) == (0.66, 0.25, 12.5)
     said = capsys.readouterr()
     assert "66% of the teacher's probability" in said.err

@@ -15,7 +15,7 @@ from pipeline.models import load_lm, load_tokenizer, save_model
 from pipeline.objectives.supports import offsets, systematic
 from pipeline.params import Generate
 from pipeline.store.identity import Sampling, sample_seed
-from pipeline.teacher.session import Teacher, vocabulary
+from pipeline.teacher.teacher import Teacher, vocabulary
 from tests.conftest import make_model, make_params
 
 GREEDY, DRAWN = Sampling(0.0, 1.0, 8, (2,)), Sampling(1.0, 1.0, 8, (2,))
@@ -148,7 +148,7 @@ def test_a_teacher_with_more_embeddings_than_its_tokenizer_has_ids_says_nothing_
     settings = make_params(folder, "generate.k=46", "generate.dtype=float32").generate
     teacher = Teacher.of(settings)
     assert teacher.k == 44 and Teacher.of(settings.model_copy(update={"support": "topk"})).k == 46
-    loading = teacher.loading(settings, 40)
+    loading = replace(teacher.loading, context=40)
     assert loading.vocabulary == 44
     asks = make_asks(12)
     for name, k in (("hf", 5), ("hf", 46), ("stub", 5)):

@@ -23,7 +23,7 @@ from pipeline.models import load_lm
 from pipeline.params import Generate
 from pipeline.store.schema import read_metadata
 from pipeline.store.selection import Selection
-from pipeline.teacher.session import Teacher
+from pipeline.teacher.teacher import Teacher
 from stages.generate import Summary, generate
 from tests.conftest import ROOT, make_params, make_prompts, run_cli
 from tests.engines.test_engines import DRAWN, GREEDY, as_given, by_key, make_asks

@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.models import load_lm
 from pipeline.store.schema import value_fault
 from pipeline.store.selection import Selection
-from pipeline.teacher.session import Teacher, sampling_request
+from pipeline.teacher.teacher import Teacher, sampling_request
 from stages.generate import generate
 from tests.conftest import ROOT, make_params, make_prompts
 from tests.engines.test_engines import (

@@ -225,7 +225,7 @@ def test_masks_that_were_saved_with_old_weights_are_not_refused_and_other_tensor
 
 @pytest.mark.parametrize("engine", ["hf", "vllm", "ray"])
 def test_no_engine_starts_with_a_tensor_less(model, tmp_path, engine, monkeypatch):
-    monkeypatch.setattr("pipeline.teacher.session.choose_engine", lambda name, seq2seq: name)  # as if it were installed
+    monkeypatch.setattr("pipeline.teacher.teacher.choose_engine", lambda name, seq2seq: name)  # as if it were installed
     edit(model / WEIGHTS, lambda tensors: tensors.pop("model.norm.weight"))
     prompts = make_prompts(tmp_path / "prompts.parquet", train=2)
     with pytest.raises(UserError, match=r"they lack model\.norm\.weight"):

@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 import yaml
 
+from pipeline.layout import Layout
 from pipeline.models import load_tokenizer
 from pipeline.params.file import load_params
 from pipeline.prompts import read_prompts
@@ -102,5 +103,5 @@ def test_a_preset_starts_and_goes_to_its_end(path, tmp_path):
     assert metrics["samples"] == 6
     models: dict[str, str | Path] = {"teacher": params.generate.teacher, "undistilled": start}
     evaluate(params, prompts, models | {"distilled": data / "student"}, data / "teacher", data / "evaluation")
-    report(params.report, data, data / "report.html")
+    report(params.report, Layout(data=data), data / "report.html")
     assert "distilled" in (data / "report.html").read_text()

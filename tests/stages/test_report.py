@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.layout import Layout
 from pipeline.params import Report
 from pipeline.store.selection import Selection
 from stages.distill import distill
@@ -40,7 +41,7 @@ def data(cache, fitted, teacher, student, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(data) -> str:
-    report(Report(), data, data / "report.html")
+    report(Report(), Layout(data=data), data / "report.html")
     return (data / "report.html").read_text()
 
 
@@ -126,7 +127,7 @@ def test_answers_are_drawn_at_random_and_from_the_failures_and_marked(data, tmp_
     frame.with_columns(score=right, prompt=pl.col("prompt_id"), references=both).write_parquet(path)
     results = json.loads((copy / "evaluation" / "results.json").read_text())
     (copy / "evaluation" / "results.json").write_text(json.dumps(results | {"checked": True}))
-    report(Report(samples=6), copy, tmp_path / "page.html")
+    report(Report(samples=6), Layout(data=copy), tmp_path / "page.html")
     text = Parsed((tmp_path / "page.html").read_text()).text
     assert text.count("first reference") == text.count("second reference") == 6
     shown = re.findall(r"prompt, (drawn at random|distilled fails, or does worst)\s*(\w+)", text)
@@ -144,7 +145,7 @@ def test_students_of_several_experiments_are_shown_side_by_side(data, cache, tea
     paths = cache / "selection", tmp_path / "other" / "evaluation"
     other = make_model(tmp_path / "model", seed=9, width=32, layers=1)
     evaluate(params, cache / "prompts.parquet", {"jsd": other}, *paths)
-    report(Report(), data, tmp_path / "page.html", also=[str(tmp_path / "other")])
+    report(Report(), Layout(data=data), tmp_path / "page.html", also=[str(tmp_path / "other")])
     page = (tmp_path / "page.html").read_text()
     section = re.search(r'<section id="beside">(.*?)</section>', page, re.S)[1]
     results = json.loads((data / "evaluation" / "results.json").read_text())
@@ -154,21 +155,21 @@ def test_students_of_several_experiments_are_shown_side_by_side(data, cache, tea
     assert str(tmp_path / "other") in section and "do not compare" not in section
     path = tmp_path / "other" / "evaluation" / "results.json"
     path.write_text(path.read_text().replace(results["provenance"]["prompts"], "others"))
-    report(Report(), data, tmp_path / "page.html", also=[str(tmp_path / "other")])
+    report(Report(), Layout(data=data), tmp_path / "page.html", also=[str(tmp_path / "other")])
     assert "do not compare" in (tmp_path / "page.html").read_text()
 
 
 def test_the_same_files_give_the_same_page(page, data, tmp_path):
-    report(Report(), data, tmp_path / "again.html")
+    report(Report(), Layout(data=data), tmp_path / "again.html")
     assert (tmp_path / "again.html").read_text() == page
 
 
 def test_what_is_missing_is_left_out_and_without_an_evaluation_there_is_no_report(page, data, tmp_path, capsys):
     partial = tmp_path / "data"
     shutil.copytree(data / "evaluation", partial / "evaluation")
-    report(Report(samples=0), partial, tmp_path / "partial.html")
+    report(Report(samples=0), Layout(data=partial), tmp_path / "partial.html")
     assert "left out of the report" in capsys.readouterr().err
     sections = {attrs.get("id") for tag, attrs in Parsed((tmp_path / "partial.html").read_text()).tags}
     assert {"quality", "diversity"} <= sections and not {"training", "reward", "samples", "beside"} & sections
     with pytest.raises(UserError, match="no evaluation at"):
-        report(Report(), tmp_path / "nothing", tmp_path / "none.html")
+        report(Report(), Layout(data=tmp_path / "nothing"), tmp_path / "none.html")

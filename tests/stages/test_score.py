@@ -1,18 +1,24 @@
 """What holds for scoring: what others said gets the teacher's view of it, once, into the same store."""
 
 import json
+import shutil
 
 import numpy as np
 import polars as pl
 import pytest
 
+from pipeline.engines.hf import HfEngine
 from pipeline.learning.forward import per_row, score_tokens
 from pipeline.models import load_lm, load_tokenizer
 from pipeline.prompts import encode_response, read_prompts
 from pipeline.store.identity import score_key
+from pipeline.store.requests import open_store
 from pipeline.store.selection import Selection
+from pipeline.store.users import references
+from pipeline.teacher.teacher import Teacher
+from pipeline.upkeep.collect import garbage, in_use
 from stages.score import score
-from tests.conftest import make_model, make_params, make_prompts
+from tests.conftest import WORDS, make_model, make_params, make_prompts
 
 
 def test_every_part_holds_what_it_should_with_the_teachers_view(cache, teacher):
@@ -100,3 +106,50 @@ def test_the_rows_are_plain_parquet(cache):
     assert (
         frame["prompt"].dtype == pl.String and (frame["topk_ids"].list.len() == 8 * frame["logprobs"].list.len()).all()
     )
+
+
+def test_the_students_samples_are_drawn_once_and_kept_as_a_selection(teacher, student, tmp_path, monkeypatch):
+    """A student that is the same again is not run; one that changed is."""
+    prompts, place = make_prompts(tmp_path / "p.parquet", train=6, validation=2), tmp_path / "samples"
+    run(teacher, student, prompts, tmp_path / "a", results=tmp_path / "results.json", samples=place)
+    cost = json.loads((tmp_path / "results.json").read_text())["cost"]
+    drawn = 6 + 2 * 6
+    assert (cost["samples_found"], cost["samples_drawn"]) == (0, drawn)
+    samples = Selection(place)
+    said = {name: [row.response_ids.tolist() for row in samples.rows(name)] for name in samples.parts}
+    scored = Selection(tmp_path / "a")
+    for name in ("negatives", "samples"):
+        assert said[name] == [row.response_ids.tolist() for row in scored.rows(name) if row.origin == "student"]
+    assert samples.teacher["identity"] != scored.teacher["identity"] and samples.k == 0
+
+    monkeypatch.setattr(HfEngine, "sample", lambda *_, **__: pytest.fail("the student was run"))
+    run(teacher, student, prompts, tmp_path / "b", results=tmp_path / "results.json", samples=place)
+    cost = json.loads((tmp_path / "results.json").read_text())["cost"]
+    assert (cost["samples_found"], cost["samples_drawn"], cost["rows_made"]) == (drawn, 0, 0)
+    with pytest.raises(pytest.fail.Exception, match="the student was run"):
+        run(teacher, make_model(tmp_path / "other", seed=7, width=32, layers=1), prompts, tmp_path / "c")
+
+
+def test_gc_keeps_the_samples_of_a_selection_and_lets_those_of_a_deleted_one_go(teacher, student, tmp_path, own_store):
+    prompts, place = make_prompts(tmp_path / "p.parquet", train=6, validation=2), tmp_path / "samples"
+    run(teacher, student, prompts, tmp_path / "a", samples=place)
+    storage = open_store()
+    assert list(garbage(storage, in_use(storage))) == []
+    shutil.rmtree(place)
+    users = in_use(storage, forget=[user for user in references(storage)[0] if user.absent])
+    identity = Teacher.of(make_params(teacher).generate).student(student, 8).identity
+    gone = {each.name for each in garbage(storage, users)}
+    assert any(name.startswith(identity) for name in gone)
+    assert all(name.startswith((identity, "references/")) for name in gone)
+
+
+def test_a_prompt_that_the_student_cannot_read_has_no_sample_and_a_reason(teacher, tmp_path, capsys):
+    short = make_model(tmp_path / "short", seed=1, width=32, layers=1, context=16)
+    path = tmp_path / "p.jsonl"
+    rows = [("a", "w1", "train"), ("b", " ".join(WORDS[:14]), "train"), ("c", "w2", "validation")]
+    lines = [{"id": i, "prompt": text, "references": ["w3"], "split": split} for i, text, split in rows]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    run(teacher, short, path, tmp_path / "out")
+    assert "prompt 'b' left out: a prompt of 15 tokens" in capsys.readouterr().err
+    negatives = list(Selection(tmp_path / "out").rows("negatives"))
+    assert {row.prompt_id for row in negatives if row.origin == "student"} == {"a"}

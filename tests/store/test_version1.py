@@ -15,7 +15,7 @@ from pipeline.store.rows import TeacherRows
 from pipeline.store.schema import row_digest
 from pipeline.store.selection import Selection
 from pipeline.store.storage import Storage
-from pipeline.teacher.session import Teacher, sampling_request, scoring_request
+from pipeline.teacher.teacher import Teacher, sampling_request, scoring_request
 from pipeline.upkeep.catalogue import catalogue
 from pipeline.upkeep.export import export, splits_of_request, splits_of_selection
 from pipeline.upkeep.verify import verify_selection, verify_store

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.cli.dry_run import Plan, dry_run
+from pipeline.cli.dry_run import Assumptions, dry_run
 from pipeline.cli.listing import Form
 from pipeline.errors import UserError
 from pipeline.models import load_config, load_lm
@@ -186,8 +186,8 @@ def test_without_a_tokenizer_four_characters_are_a_token(teacher, tmp_path, caps
 
 def test_a_billion_tokens_need_no_prompts(teacher, tmp_path, capsys):
     folder = without_weights(teacher, tmp_path / "paper", tokenizer=False)
-    plan = Plan(tokens=1e9, rate=2500, gpus=64)
-    dry_run(make_params(folder, "generate.k=32", "max_tokens=500"), tmp_path / "none", plan=plan)
+    assumed = Assumptions(tokens=1e9, rate=2500, gpus=64)
+    dry_run(make_params(folder, "generate.k=32", "max_tokens=500"), tmp_path / "none", assumed=assumed)
     found = printed(capsys.readouterr().out)
     assert found["responses"] == ["2,000,000"] * 2 and found["response tokens"] == ["1,000,000,000"] * 2
     assert found["bytes in the store"][0] == f"{bytes_per_token(32, 'sampled') * 1e9 / GIB:,.1f} GiB"
@@ -199,7 +199,7 @@ def test_tokens_to_plan_for_have_the_length_and_the_bytes_of_the_store(teacher, 
     generate(params, prompts, tmp_path / "a")
     held, _ = stored(own_store, k=8)
     capsys.readouterr()
-    dry_run(params, prompts, plan=Plan(tokens=1e6))
+    dry_run(params, prompts, assumed=Assumptions(tokens=1e6))
     found = printed(capsys.readouterr().out)
     assert counted(found["responses"][1]) == round(1e6 / held.mean)
     assert found["bytes in the store"][1] == f"{held.bytes_per_token * 1e6 / 2**20:,.1f} MiB"
@@ -214,10 +214,10 @@ def test_programs_get_the_numbers_of_each_request(teacher, prompts, tmp_path, ow
     generate(make_params(teacher, "generate.engine=stub"), prompts, tmp_path / "a")
     params = make_params(teacher, "generate.engine=stub", "generate.samples=4")
     capsys.readouterr()
-    plan = Plan(rate=100, gpus=2)
-    dry_run(params, prompts, plan=plan)
+    assumed = Assumptions(rate=100, gpus=2)
+    dry_run(params, prompts, assumed=assumed)
     text = printed(capsys.readouterr().out)
-    summary = dry_run(params, prompts, plan=plan, form=Form.JSON)
+    summary = dry_run(params, prompts, assumed=assumed, form=Form.JSON)
     found = json.loads(capsys.readouterr().out)
     requests = {row["request"]: row for row in found["requests"]}
     assert summary.missing == 40 and found["teacher"]["identity"] == text["teacher"][0]
@@ -227,7 +227,7 @@ def test_programs_get_the_numbers_of_each_request(teacher, prompts, tmp_path, ow
     assert [f"{count:.2g}" for count in totals(found["requests"], "gpu_hours")] == text["GPU-hours"]
     assert [f"{count:.2g}" for count in totals(found["requests"], "hours")] == text["hours on 2 GPUs"]
     assert (found["gpus"], found["gpus_per_copy"], found["rate"], found["gpu_memory_gib"]) == (2, 1, 100, 80)
-    dry_run(params, prompts, plan=plan, form=Form.CSV)
+    dry_run(params, prompts, assumed=assumed, form=Form.CSV)
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert {key: float(value) for key, value in rows[0].items() if key != "request"} == {
         key: value for key, value in requests["sample"].items() if key != "request"
@@ -236,7 +236,7 @@ def test_programs_get_the_numbers_of_each_request(teacher, prompts, tmp_path, ow
 
 def test_programs_get_nothing_for_what_is_not_known(teacher, prompts, tmp_path, own_store, capsys):
     folder = without_weights(teacher, tmp_path / "paper", tokenizer=False)
-    dry_run(make_params(folder), tmp_path / "none", plan=Plan(tokens=1e6), form=Form.JSON)
+    dry_run(make_params(folder), tmp_path / "none", assumed=Assumptions(tokens=1e6), form=Form.JSON)
     found = json.loads(capsys.readouterr().out)
     assert found["teacher"]["identity"] is None and found["rate"] is None
     (row,) = found["requests"]
@@ -253,7 +253,7 @@ def test_programs_get_nothing_for_what_is_not_known(teacher, prompts, tmp_path, 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_tables_are_readable_in_a_terminal(teacher, prompts, tmp_path, monkeypatch, capsys, width):
     monkeypatch.setenv("COLUMNS", str(width))
-    dry_run(make_params(teacher), prompts, plan=Plan(rate=2500))
+    dry_run(make_params(teacher), prompts, assumed=Assumptions(rate=2500))
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= width or str(tmp_path) in line for line in lines)
     assert any(re.search(r"sample +0 +45 +0 +0$", line) for line in lines)
@@ -263,7 +263,7 @@ def test_the_tables_are_readable_in_a_terminal(teacher, prompts, tmp_path, monke
 def test_too_few_or_too_small_gpus_are_refused(teacher, prompts):
     params = make_params(teacher)
     with pytest.raises(UserError, match=r"--gpus 1: one copy of the teacher .* needs 2 GPUs of 0.001 GiB"):
-        dry_run(params, prompts, plan=Plan(gpus=1, memory=0.001))
+        dry_run(params, prompts, assumed=Assumptions(gpus=1, memory=0.001))
 
 
 def test_a_copy_has_the_gpus_that_the_parameters_give_it(teacher, prompts, capsys):
@@ -274,7 +274,7 @@ def test_a_copy_has_the_gpus_that_the_parameters_give_it(teacher, prompts, capsy
 
 
 def test_gpus_that_make_no_whole_copy_stay_idle(teacher, prompts, capsys):
-    dry_run(make_params(teacher), prompts, plan=Plan(rate=1, gpus=5, memory=0.001))
+    dry_run(make_params(teacher), prompts, assumed=Assumptions(rate=1, gpus=5, memory=0.001))
     found = printed(capsys.readouterr().out)
     assert found["response tokens"][0] == "345" and found["GPU-hours"][0] == "0.096"
     assert found["hours on 4 GPUs"][0] == "0.024"
@@ -285,11 +285,11 @@ def test_responses_of_another_tool_need_no_gpu(teacher, prompts, tmp_path, capsy
     given.write_text('{"prompt": "w0 w0 w0", "response": "w1 w2 w3"}\n')
     folder = without_weights(teacher, tmp_path / "paper")
     params = make_params(folder, "generate.engine=text", f"generate.responses={given}")
-    dry_run(params, prompts, plan=Plan(rate=100))
+    dry_run(params, prompts, assumed=Assumptions(rate=100))
     found = printed(capsys.readouterr().out)
     assert found["response tokens"] == ["4", "4"] and "one copy" not in found and "GPU-hours" not in found
     with pytest.raises(UserError, match="--tokens plans what a teacher is to say"):
-        dry_run(params, prompts, plan=Plan(tokens=1e9))
+        dry_run(params, prompts, assumed=Assumptions(tokens=1e9))
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -1,0 +1,56 @@
+"""Where an experiment keeps its files: a root in, every path under data/ and runs/ out, each spelled here alone.
+
+`data/README.md` says what each folder holds. Two experiments whose roots differ share nothing but the store.
+"""
+
+from pathlib import Path
+
+RESULTS = "results.json"  # what a stage found, what it cost and where that came from
+
+
+class Layout:
+    """The paths of one experiment."""
+
+    def __init__(self, root: str | Path = ".", data: str | Path | None = None):
+        """data: a folder that the stages filled, if it is not the `data` of `root`."""
+        self.root = Path(root)
+        self.params = self.root / "params.yaml"
+        self.runs = self.root / "runs"  # checkpoints of unfinished training
+        data = self.data = self.root / "data" if data is None else Path(data)
+        self.prompts = data / "prompts" / "prompts.parquet"
+        self.tokenizer = data / "tokenizer"
+        self.teacher, self.start = self.model("teacher"), self.model("student")
+        self.selection = data / "teacher"  # what the teacher said
+        self.answers = data / "answers"  # and to the test prompts
+        self.scored = data / "scored"  # what it says of what others said
+        self.samples = data / "samples"  # what the student said
+        self.reward, self.audit = data / "reward", data / "audit"
+        self.student, self.plain = data / "student", data / "plain"
+        self.distillation = data / "distill"  # curves
+        self.evaluation = data / "evaluation"
+        self.predictions = self.evaluation / "predictions.parquet"
+        self.report = data / "report.html"
+
+    def model(self, role: str) -> Path:
+        """The teacher's folder, or that of the student's starting point."""
+        return self.data / "models" / role
+
+    def results(self, stage: str, role: str = "") -> Path:
+        """The results.json of a stage; role: of `teach`, whose results are of one model each."""
+        folder = {"reward": self.audit, "evaluate": self.evaluation}.get(stage, self.data / stage)
+        return folder / role / RESULTS
+
+    @property
+    def selections(self) -> tuple[Path, ...]:
+        """Of rows in the store."""
+        return self.selection, self.answers, self.scored, self.samples
+
+
+def sibling(out: Path, what: str) -> Path:
+    """Where a student or a reward that is not the pipeline's own has its curves (`metrics`) or its `audit`."""
+    return out.with_name(f"{out.name}-{what}")
+
+
+def counts_of(prompts: Path) -> Path:
+    """Where the counts of a prompt file are: beside it, apart from those of the pipeline's own `prompts.parquet`."""
+    return prompts.with_name("counts.json" if prompts.name == Layout().prompts.name else f"{prompts.stem}-counts.json")

@@ -1,0 +1,133 @@
+"""Who is asked: a teacher, or a student whose own samples are wanted, before any weights are loaded."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.engines import Loading, choose_engine, replica_engine, require_supported
+from pipeline.files import digest
+from pipeline.models import (
+    Context,
+    describe_model,
+    load_config,
+    load_tokenizer,
+    local_folder,
+    require_same_tokenizer,
+    stop_token_ids,
+    tokenizer_identity,
+)
+from pipeline.params import Generate, Params
+from pipeline.prompts import TEMPLATE_VERSION, PromptFormat
+from pipeline.store.identity import Request, Sampling
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model that is asked, its identity in the store, and how it is to be loaded."""
+
+    source: Path
+    engine: str
+    tokenizer: object
+    description: dict
+    k: int  # tokens per position; 0 where no teacher is run
+    stops: tuple[int, ...]
+    context: Context
+    support: str | None  # which tokens: sampled or topk; None where no teacher is run
+    loading: Loading  # its context is not known before orders are
+    role: str = "teacher"  # or student, in messages
+
+    @classmethod
+    def of(cls, settings: Generate) -> "Teacher":
+        """The one that the parameters name. Raises UserError where it or its tokenizer cannot be found."""
+        source, text_only = local_folder(settings.teacher), settings.engine == "text"
+        seq2seq = not text_only and load_config(source).is_encoder_decoder
+        engine = model_engine = choose_engine(settings.engine, seq2seq)
+        if engine == "ray":
+            model_engine = replica_engine(settings, seq2seq)
+        require_supported(model_engine, settings)
+        tokenizer = load_tokenizer(source)
+        description = _describe(settings, model_engine, tokenizer)
+        loading = Loading(
+            description["dtype"],
+            0,
+            settings.tensor_parallel,
+            settings.pipeline_parallel,
+            settings.quantization,
+            settings.replicas,
+            model_engine,
+            dict(settings.engine_options),
+            settings.rows_per_shard,
+            None if text_only else vocabulary(tokenizer),
+        )
+        return cls(
+            source,
+            engine,
+            tokenizer,
+            description,
+            0 if text_only else min(settings.k, _ids(settings, description["vocab_size"], tokenizer)),
+            stop_token_ids(source, tokenizer),
+            Context(None) if text_only else Context.of(load_config(source)),
+            None if text_only else settings.support,
+            loading,
+        )
+
+    def student(self, source: Path, batch_size: int) -> "Teacher":
+        """A student of this teacher, whose samples are wanted with no more than their own log-probabilities.
+
+        It reads the prompts as the teacher does, and ends where the teacher would. Raises UserError where it has
+        another tokenizer.
+        """
+        require_same_tokenizer(self.description["tokenizer"], load_tokenizer(source), source)
+        description = describe_model(source, "float32")
+        loading = Loading(description["dtype"], 0, rows=self.loading.rows, batch_size=batch_size)
+        return replace(
+            self,
+            source=Path(source),
+            engine="hf",
+            description=description,
+            k=0,
+            context=Context.of(load_config(source)),
+            support="topk",
+            loading=loading,
+            role="student",
+        )
+
+    @property
+    def identity(self) -> str:
+        """Its name in the store."""
+        return self.description["identity"]
+
+
+def vocabulary(tokenizer) -> int:
+    """How many ids a tokenizer has, one more than its highest: a model's embedding may be padded to more."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _ids(settings: Generate, embeddings: int, tokenizer) -> int:
+    """How many ids a position can keep."""
+    return min(embeddings, vocabulary(tokenizer)) if settings.support == "sampled" else embeddings
+
+
+def _describe(settings: Generate, engine: str, tokenizer) -> dict:
+    if engine == "text":  # no weights are needed: what counts is how text becomes tokens
+        tokens = tokenizer_identity(tokenizer)[:16]
+        return {
+            "identity": digest({"text": tokens})[:16], "tokenizer": tokens, "vocab_size": len(tokenizer), "dtype": None,
+            "licence": None, "name": "text only", "commit": None,
+        }  # fmt: skip
+    teacher = describe_model(settings.teacher, settings.dtype, settings.quantization)
+    if engine == "stub":  # fake answers must never be found under a real teacher's identity
+        teacher |= {"identity": digest({"stub": teacher["identity"]})[:16], "name": "stub"}
+    return teacher
+
+
+def sampling_request(params: Params, teacher: Teacher, temperature: float, top_p: float = 1.0) -> Request:
+    """The request that responses are drawn with."""
+    chat = PromptFormat.of(params).chat_identity(teacher.tokenizer)
+    sampling = Sampling(temperature, top_p, params.max_tokens, teacher.stops)
+    return Request("sample", params.template, TEMPLATE_VERSION, params.seed, sampling, chat)
+
+
+def scoring_request(params: Params, teacher: Teacher) -> Request:
+    """The request that given responses are scored with."""
+    chat = PromptFormat.of(params).chat_identity(teacher.tokenizer)
+    return Request("score", params.template, TEMPLATE_VERSION, chat=chat)

@@ -1,0 +1,172 @@
+"""What an engine answers becomes rows of the store as it comes."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import replace
+
+import numpy as np
+
+from pipeline import console, interrupts
+from pipeline.engines.base import Answer, Ask, Engine, Failure
+from pipeline.errors import UserError, reason_of
+from pipeline.store.requests import SKIPPED
+from pipeline.store.schema import Row, footer, value_fault
+from pipeline.teacher.items import Item
+from pipeline.teacher.orders import Plan
+from pipeline.teacher.teacher import Teacher
+
+_DROPPED = 1e-6  # mass at a position on ids that no token has, above which it is said
+_WARNINGS = 5  # rows left out that are named on the terminal; skipped.jsonl has them all
+
+
+class Skips:
+    """Rows of a plan that are left out: recorded in the store, and the first ones named on the terminal."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.warned = plan, 0
+
+    def record_planned(self) -> None:
+        """Those that the plan leaves out and the store does not know of."""
+        reasons = {key: reason for key, reason in self.plan.skipped.items() if key not in self.plan.folder.skipped()}
+        self.record({item.key: (item, reasons[item.key]) for item in self.plan.order.items if item.key in reasons})
+
+    def record(self, rows: Mapping[str, tuple[Item, str]]) -> None:
+        """rows: key -> what was wanted, and why it cannot be made."""
+        for item, reason in rows.values():
+            self.warned += 1
+            if self.warned <= _WARNINGS:
+                console.warn(f"prompt '{item.prompt.id}' left out: {reason}")
+            elif self.warned == _WARNINGS + 1:
+                console.warn(f"more rows are left out: {self.plan.folder.path / SKIPPED} has all, with the reasons")
+        entries = [{"key": key, "prompt_id": item.prompt.id, "reason": reason} for key, (item, reason) in rows.items()]
+        with interrupts.deferred():
+            self.plan.folder.skip(entries)
+
+
+def make(plan: Plan, engine: Engine, teacher: Teacher) -> int:
+    """Have everything made that is missing or stored with too few tokens; returns the number of tokens.
+
+    Every `loading.rows` answers become a shard at once, and so does the rest when the run is interrupted.
+    """
+    skips = Skips(plan)
+    if not plan.to_make:
+        with suppress(UserError):  # a store that can only be read serves what it has
+            skips.record_planned()
+        return 0
+    skips.record_planned()
+    writer = _Writer(plan, engine, teacher, skips)
+    asks, order = (item.ask() for item in plan.missing), plan.order
+    if order.request.sampling is not None:
+        sampled = engine.sample(asks, order.request.sampling, order.k, support=order.support)
+        writer.write("sampling", sampled, plan.missing)
+    else:
+        writer.write("scoring", engine.score(asks, order.k, teacher.stops, support=order.support), plan.missing)
+    stored = plan.folder.read_each(plan.stored(item.key) for item in plan.rescore)
+    asks = (Ask(row.key, row.prompt_ids, response_ids=row.response_ids) for row in stored)
+    scored = engine.score(asks, order.k, teacher.stops, support=order.support)
+    writer.write(f"scoring for k = {order.k}", scored, plan.rescore)
+    if writer.dropped > _DROPPED:
+        largest = f"{writer.dropped:.0e}".replace("e-0", "e-")
+        console.warn(
+            f"up to {largest} of the teacher's probability at a position is on ids that its tokenizer does not "
+            "have; it is left out and the rest renormalised"
+        )
+    return writer.tokens
+
+
+class _Writer:
+    """Turns answers into shards."""
+
+    def __init__(self, plan: Plan, engine: Engine, teacher: Teacher, skips: Skips):
+        self.plan, self.teacher, self.skips = plan, teacher, skips
+        request, order = plan.order.request.describe(), plan.order
+        self.footer = footer(teacher.description, request, order.k, order.support, engine=engine.description)
+        self.tokens = 0
+        self.dropped = 0.0  # largest mass at a position on ids that no token has
+
+    def write(self, what: str, answers: Iterator[Answer | Failure], items: Sequence[Item]) -> None:
+        """Have every one of `items` made and stored, or recorded as left out."""
+        if not items:
+            return
+        by_key = {item.key: item for item in items}
+        waiting: list[Answer] = []
+        failed: dict[str, tuple[Item, str]] = {}
+        # A signal interrupts only the engine at its work: what it has finished is handed over, and flushed, first.
+        with console.progress(what, len(items)) as advance, closing(answers), interrupts.deferred():
+            try:
+                for answer in _from_engine(answers, self.teacher.role):
+                    if reason := answer.reason if isinstance(answer, Failure) else value_fault(answer):
+                        failed[answer.key] = by_key[answer.key], reason
+                    else:
+                        waiting.append(answer)
+                        self.tokens += len(answer.response_ids)
+                        self.dropped = max(self.dropped, answer.dropped)
+                    advance(note=f"{self.tokens:,} tokens")
+                    if len(waiting) + len(failed) >= self.teacher.loading.rows:
+                        self._flush(waiting, failed, by_key)
+            finally:  # also when the engine fails or somebody interrupts: what was made is kept
+                self._flush(waiting, failed, by_key)
+
+    def _flush(self, waiting: list[Answer], failed: dict[str, tuple[Item, str]], items: Mapping[str, Item]) -> None:
+        if waiting:
+            self.plan.folder.add(list(self._rows(list(self._widened(waiting)), items)), self.footer)
+            waiting.clear()
+        if failed:
+            self.skips.record(failed)
+            failed.clear()
+
+    def _widened(self, answers: Sequence[Answer]) -> Iterator[Answer]:
+        """Answers to rows that are stored otherwise keep what is stored: see `widened`."""
+        stored = [self.plan.stored(answer.key) for answer in answers]
+        rows = iter(self.plan.folder.read(location for location in stored if location))
+        for answer, location in zip(answers, stored, strict=True):
+            yield widened(next(rows), answer) if location else answer
+
+    def _rows(self, answers: Sequence[Answer], items: Mapping[str, Item]) -> Iterable[Row]:
+        texts = self.teacher.tokenizer.batch_decode([a.response_ids for a in answers], skip_special_tokens=True)
+        for answer, text in zip(answers, texts, strict=True):
+            item = items[answer.key]
+            yield Row(
+                key=answer.key, origin=item.origin, prompt_id=item.prompt.id, sample=item.sample,
+                prompt=item.text, response=text, prompt_ids=item.prompt_ids, response_ids=answer.response_ids,
+                finish=answer.finish, logprobs=answer.logprobs, topk_ids=answer.topk_ids,
+                topk_logprobs=answer.topk_logprobs.astype(np.float16), lse=answer.lse,
+                tau=answer.tau, tail=answer.tail,
+            )  # fmt: skip
+
+
+def widened(row: Row, answer: Answer) -> Answer:
+    """A second answer [T, K] to a stored row [T, k], k < K: the row's own values, and what the answer adds behind them.
+
+    A second reading differs in its last bits. Values that are stored once stay, so that a selection of k tokens a
+    position is the same before and after; what is added is not above them. A sample of K tokens is a draw of its own,
+    so where either is sampled only the row's end stays. A row of no tokens has nothing to keep, nor a k to read it by
+    (where it is read without other rows, it has k = 0).
+    """
+    if not len(row.response_ids) or row.tau is not None or answer.tau is not None:
+        return replace(answer, finish=row.finish)
+    known = (answer.topk_ids[:, :, None] == row.topk_ids[:, None, :]).any(-1)  # [T, K]
+    added = np.argsort(known, axis=1, kind="stable")[:, : answer.topk_ids.shape[1] - row.k]
+    values, lowest = np.take_along_axis(answer.topk_logprobs, added, 1), row.topk_logprobs[:, -1:]
+    return replace(
+        answer,
+        finish=row.finish,
+        logprobs=row.logprobs,
+        topk_ids=np.concatenate([row.topk_ids, np.take_along_axis(answer.topk_ids, added, 1)], 1),
+        topk_logprobs=np.concatenate([row.topk_logprobs, np.minimum(values, lowest) if row.k else values], 1),
+        lse=answer.lse if row.lse is None else row.lse,
+    )
+
+
+def _from_engine(answers: Iterator[Answer | Failure], role: str) -> Iterator[Answer | Failure]:
+    """The answers; whatever an engine dies of becomes a UserError."""
+    try:
+        yield from answers
+    except UserError:
+        raise
+    except Exception as error:
+        if interrupts.noted():  # processes of the engine's got the signal too
+            raise interrupts.interrupted() from error
+        raise UserError(
+            f"the {role}'s engine failed: {reason_of(error)}. What was made is kept; run the same command to go on"
+        ) from error
