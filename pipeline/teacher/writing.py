@@ -24,6 +24,7 @@ class Skips:
 
     def __init__(self, plan: Plan):
         self.plan, self.warned = plan, 0
+        self._by = "" if plan.teacher.role == "teacher" else f" by the {plan.teacher.role}"
 
     def record_planned(self) -> None:
         """Those that the plan leaves out and the store does not know of."""
@@ -35,7 +36,7 @@ class Skips:
         for item, reason in rows.values():
             self.warned += 1
             if self.warned <= _WARNINGS:
-                console.warn(f"prompt '{item.prompt.id}' left out: {reason}")
+                console.warn(f"prompt '{item.prompt.id}' left out{self._by}: {reason}")
             elif self.warned == _WARNINGS + 1:
                 console.warn(f"more rows are left out: {self.plan.folder.path / SKIPPED} has all, with the reasons")
         entries = [{"key": key, "prompt_id": item.prompt.id, "reason": reason} for key, (item, reason) in rows.items()]

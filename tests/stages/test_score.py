@@ -150,6 +150,6 @@ def test_a_prompt_that_the_student_cannot_read_has_no_sample_and_a_reason(teache
     lines = [{"id": i, "prompt": text, "references": ["w3"], "split": split} for i, text, split in rows]
     path.write_text("\n".join(map(json.dumps, lines)))
     run(teacher, short, path, tmp_path / "out")
-    assert "prompt 'b' left out: a prompt of 15 tokens" in capsys.readouterr().err
+    assert "prompt 'b' left out by the student: a prompt of 15 tokens" in capsys.readouterr().err
     negatives = list(Selection(tmp_path / "out").rows("negatives"))
     assert {row.prompt_id for row in negatives if row.origin == "student"} == {"a"}

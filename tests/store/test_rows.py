@@ -24,6 +24,7 @@ from pipeline.store.requests import RequestFolder
 from pipeline.store.schema import Row, from_table, read_metadata, row_digest, to_table, write_shard
 from pipeline.store.selection import Selection
 from pipeline.store.storage import Storage
+from pipeline.teacher.teacher import Teacher
 from pipeline.upkeep.verify import verify_store
 from stages.evaluate import evaluate
 from stages.generate import generate
@@ -33,8 +34,10 @@ from tests.engines.test_engines import DRAWN, by_key, make_asks
 from tests.stages.test_generate import contents, stub_params
 
 
-def skipped(store) -> list[dict]:
-    return [json.loads(line) for path in store.rglob("skipped.jsonl") for line in path.read_text().splitlines()]
+def skipped(store, model: str = "*") -> list[dict]:
+    """What was left out of requests to a model (identity), or to any."""
+    files = store.glob(f"{model}/*/skipped.jsonl")
+    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
 
 
 def shards(store) -> list:
@@ -56,11 +59,13 @@ def broken(teacher, tmp_path):
 
 def test_a_teacher_that_says_nan_is_an_error_and_stores_nothing(broken, student, tmp_path, own_store, capsys):
     prompts = make_prompts(tmp_path / "prompts.parquet", train=20, validation=2)
-    with pytest.raises(UserError, match=r"none of 48 rows could be made; the first: it has .* not finite"):
+    with pytest.raises(
+        UserError, match=r"none of 48 rows .* by the teacher; the first: it has .* not finite"
+    ):
         generate(make_params(broken), prompts, tmp_path / "out")
     assert len(skipped(own_store)) == 48 and not shards(own_store) and not (tmp_path / "out" / "manifest.json").exists()
     assert capsys.readouterr().err.count("left out") <= 2 * (5 + 1)  # of each request: some, and where the others are
-    with pytest.raises(UserError, match=r"none of .* rows could be made"):
+    with pytest.raises(UserError, match=r"none of .* rows could be made by the teacher"):
         score(
             make_params(broken, "score.samples=0", "score.validation_samples=0"), prompts, student, tmp_path / "scored"
         )
@@ -70,7 +75,9 @@ def test_a_teacher_that_says_nan_is_an_error_and_stores_nothing(broken, student,
 def test_a_student_that_says_nan_is_an_error(broken, teacher, tmp_path):
     """Its samples would be scored, and its answers counted, as if it had said them."""
     prompts = make_prompts(tmp_path / "prompts.parquet", train=3, validation=2, test=2)
-    with pytest.raises(UserError, match=r"the student .*gave no answer to row negatives/\w+/0: it has .* not finite"):
+    with pytest.raises(
+        UserError, match=r"none of 15 rows .* by the student; the first: it has .* not finite"
+    ):
         score(make_params(teacher), prompts, broken, tmp_path / "scored")
     generate(make_params(teacher), prompts, tmp_path / "out")
     with pytest.raises(UserError, match=r"the model .*broken .* has logits that are no numbers"):
@@ -79,7 +86,9 @@ def test_a_student_that_says_nan_is_an_error(broken, teacher, tmp_path):
 
 def test_every_row_that_is_left_out_is_recorded_and_some_are_named(teacher, tmp_path, own_store, capsys):
     params = stub_params(teacher, "max_tokens=63", "generate.samples=1")  # no prompt of three words fits
-    with pytest.raises(UserError, match=r"none of 30 rows could be made; the first: a prompt of 4 tokens"):
+    with pytest.raises(
+        UserError, match=r"none of 30 rows .* by the teacher; the first: a prompt of 4 tokens"
+    ):
         generate(params, make_prompts(tmp_path / "prompts.parquet", train=30), tmp_path / "out")
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("' left out: a prompt of") == 5 and said.count("more rows are left out") == 1
@@ -196,14 +205,16 @@ def test_a_prompt_that_the_student_cannot_read_gives_no_samples_and_the_others_d
     params = make_params(teacher)
     summary = score(params, tmp_path / "p.parquet", student, tmp_path / "scored")
     said = " ".join(capsys.readouterr().err.split())
-    assert "cannot read 2 prompts; the first, 'w3-more': it has token 44, and the model" in said
-    left_out = [row["prompt_id"] for row in skipped(own_store)]
-    assert summary.skipped == len(left_out) and set(left_out) == {"w3-more"}
+    assert "prompt 'w3-more' left out by the student: it has token 44, and the model" in said
+    identity = Teacher.of(params.generate).student(student, 8).identity
+    of_student, of_teacher = ([each["prompt_id"] for each in skipped(own_store, name)] for name in (identity, "*"))
+    assert set(of_student) == {"w3-more", "w9-more"}
+    assert summary.skipped == len(of_teacher) - len(of_student) and set(of_teacher) - {"w9-more"} == {"w3-more"}
     rows = [(name, row) for name in ("negatives", "samples") for row in Selection(tmp_path / "scored").rows(name)]
     found = {(name, row.prompt_id) for name, row in rows if row.origin == "student"}
     assert found == {("negatives", "w1-w2"), ("negatives", "w5-w6"), ("samples", "w7-w8")}
     write_texts(tmp_path / "none.parquet", train=["more"], validation=["w1 more"])
-    with pytest.raises(UserError, match=r"the student .* cannot read 2 prompts; .*, 'more': .* There are no others"):
+    with pytest.raises(UserError, match=r"none of .* rows could be made by the student; the first: it has token 44"):
         score(params, tmp_path / "none.parquet", student, tmp_path / "none")
     generate(params, tmp_path / "p.parquet", tmp_path / "out")
     with pytest.raises(UserError, match=r"the model .* gave no answer to row w2-more: it has token 44, and the model"):
@@ -214,7 +225,9 @@ def test_a_prompt_longer_than_the_student_reads_gives_no_samples(teacher, tmp_pa
     short = make_model(tmp_path / "short", seed=1, width=32, layers=1, context=10)
     write_texts(tmp_path / "p.parquet", train=["w1 w2", "w1 w2 w3 w4 w5 w6"], validation=["w7 w8"])
     score(make_params(teacher), tmp_path / "p.parquet", short, tmp_path / "scored")
-    assert "'w1-w2-w3-w4-w5-w6': a prompt of 7 tokens" in " ".join(capsys.readouterr().err.split())
+    assert "prompt 'w1-w2-w3-w4-w5-w6' left out by the student: a prompt of 7 tokens" in " ".join(
+        capsys.readouterr().err.split()
+    )
     samples = [row for row in Selection(tmp_path / "scored").rows("negatives") if row.origin == "student"]
     assert {row.prompt_id for row in samples} == {"w1-w2"}
 
