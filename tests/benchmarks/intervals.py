@@ -14,8 +14,9 @@ from random import Random
 
 import numpy as np
 
-from pipeline.tasks import TASKS, metrics, translation
+from pipeline.tasks import TASKS, metrics
 from pipeline.tasks.intervals import intervals, resample
+from pipeline.tasks.shipped import translation
 
 SIZES = (20, 40, 100, 400)
 RESAMPLES = 1000

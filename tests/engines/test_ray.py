@@ -50,7 +50,7 @@ def open_ray(folder: Path, replica_engine: str = "hf") -> RayEngine:
 
 def test_a_copy_is_given_at_most_as_many_rows_as_a_shard_holds(teacher):
     settings = make_params(teacher, "generate.rows_per_shard=7").generate
-    assert Teacher.of(settings).loading(settings, 40).rows == 7
+    assert Teacher.of(settings).loading.rows == 7
 
 
 def killing(marks: Path, key: str | None = None, seconds: float = 0.0) -> type[Replica]:

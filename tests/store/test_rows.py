@@ -59,9 +59,7 @@ def broken(teacher, tmp_path):
 
 def test_a_teacher_that_says_nan_is_an_error_and_stores_nothing(broken, student, tmp_path, own_store, capsys):
     prompts = make_prompts(tmp_path / "prompts.parquet", train=20, validation=2)
-    with pytest.raises(
-        UserError, match=r"none of 48 rows .* by the teacher; the first: it has .* not finite"
-    ):
+    with pytest.raises(UserError, match=r"none of 48 rows .* by the teacher; the first: it has .* not finite"):
         generate(make_params(broken), prompts, tmp_path / "out")
     assert len(skipped(own_store)) == 48 and not shards(own_store) and not (tmp_path / "out" / "manifest.json").exists()
     assert capsys.readouterr().err.count("left out") <= 2 * (5 + 1)  # of each request: some, and where the others are
@@ -75,9 +73,7 @@ def test_a_teacher_that_says_nan_is_an_error_and_stores_nothing(broken, student,
 def test_a_student_that_says_nan_is_an_error(broken, teacher, tmp_path):
     """Its samples would be scored, and its answers counted, as if it had said them."""
     prompts = make_prompts(tmp_path / "prompts.parquet", train=3, validation=2, test=2)
-    with pytest.raises(
-        UserError, match=r"none of 15 rows .* by the student; the first: it has .* not finite"
-    ):
+    with pytest.raises(UserError, match=r"none of 15 rows .* by the student; the first: it has .* not finite"):
         score(make_params(teacher), prompts, broken, tmp_path / "scored")
     generate(make_params(teacher), prompts, tmp_path / "out")
     with pytest.raises(UserError, match=r"the model .*broken .* has logits that are no numbers"):
@@ -86,9 +82,7 @@ def test_a_student_that_says_nan_is_an_error(broken, teacher, tmp_path):
 
 def test_every_row_that_is_left_out_is_recorded_and_some_are_named(teacher, tmp_path, own_store, capsys):
     params = stub_params(teacher, "max_tokens=63", "generate.samples=1")  # no prompt of three words fits
-    with pytest.raises(
-        UserError, match=r"none of 30 rows .* by the teacher; the first: a prompt of 4 tokens"
-    ):
+    with pytest.raises(UserError, match=r"none of 30 rows .* by the teacher; the first: a prompt of 4 tokens"):
         generate(params, make_prompts(tmp_path / "prompts.parquet", train=30), tmp_path / "out")
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("' left out: a prompt of") == 5 and said.count("more rows are left out") == 1

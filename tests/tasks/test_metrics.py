@@ -10,8 +10,8 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from pipeline.tasks import TASKS, get_task
-from pipeline.tasks.gsm8k import flexible, strict, target
 from pipeline.tasks.metrics import Metric, bleu, chrf, rouge
+from pipeline.tasks.shipped.gsm8k import flexible, strict, target
 from tests.conftest import ROOT
 
 DATA = ROOT.parent / "shared" / "data"

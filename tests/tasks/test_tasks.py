@@ -13,7 +13,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
 from pipeline.errors import UserError
-from pipeline.tasks import TASKS, arithmetic, get_task, summarisation, translation
+from pipeline.tasks import TASKS, get_task
+from pipeline.tasks.shipped import arithmetic, summarisation, translation
 
 BUILT_IN = [name for name, task in TASKS.items() if task.generator]
 every_task = pytest.mark.parametrize("name", BUILT_IN)

@@ -1,0 +1,1 @@
+"""The tasks that ship, each with what makes or checks it; `pipeline.tasks` has the table and says how to add one."""
