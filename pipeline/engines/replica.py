@@ -65,7 +65,7 @@ class Replica:
         from pipeline.engines import open_engine
 
         self.engine, self.job = open_engine(loading.replica_engine, folder, loading), job
-        list(job.ask(self.engine, []))  # an engine that cannot serve the job is no fault of its rows
+        list(job.ask(self.engine, []))  # an engine that cannot serve the job fails here, and not at each row
 
     def __call__(self, table: pa.Table) -> pa.Table:
         columns = Columns(table)
