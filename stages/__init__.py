@@ -1,1 +1,1 @@
-"""One module a stage: files in, pure functions, files out."""
+"""One module per stage: files in, pure functions, files out."""

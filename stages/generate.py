@@ -33,7 +33,7 @@ from pipeline.teacher.summary import Summary, cost_of, parts_of, report
 from pipeline.teacher.teacher import Teacher, sampling_request, scoring_request
 
 ANSWER_K = 0  # tokens per position of answers to test prompts: they are read as text
-CUT_WARNING = 0.05  # share of responses that may be cut at max_tokens without a word
+CUT_WARNING = 0.05  # share of responses that may be cut at max_tokens without a warning
 
 
 def generate(
@@ -179,6 +179,6 @@ def _made_elsewhere(prompts: Sequence[ReadPrompt], path: Path, tokenizer) -> Ite
             f"{path}: {unasked:,} of its prompts are not in the prompt file; {unanswered:,} prompts have no response"
         )
     for each in prompts:
-        for number, said in enumerate(responses.get(each.prompt.prompt, ())):
-            ids = encode_response(tokenizer, said.response, said.ends)
+        for number, response in enumerate(responses.get(each.prompt.prompt, ())):
+            ids = encode_response(tokenizer, response.response, response.ends)
             yield to_score(each.prompt.split, each, number, "teacher", ids)

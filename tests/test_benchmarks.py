@@ -12,7 +12,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.params import Generate
 from pipeline.teacher.teacher import Teacher
-from tests.benchmarks import bytes_a_token, capture, fidelity, growth, intervals, layouts, loader
+from tests.benchmarks import bytes_per_token, capture, fidelity, growth, intervals, layouts, loader
 from tests.benchmarks.texts import arguments, read_texts, start, to_draw
 from tests.conftest import ROOT, WORDS
 
@@ -124,7 +124,7 @@ def test_layouts_give_back_what_was_stored(measured, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["layouts", str(out), "--k", "8"])
     layouts.main()  # compares what it reads back
     lines = {line.split(" | ")[0].strip("| "): line for line in capsys.readouterr().out.splitlines()}
-    assert "exact" in lines["a column a rank, byte-split, zstd 9"] and "exact" in lines["int32, ranks together"]
+    assert "exact" in lines["one column per rank, byte-split, zstd 9"] and "exact" in lines["int32, ranks together"]
     assert "lost" in lines["sorted by id, delta, zstd 9 (loses the ranks)"]
     assert "| no |" in lines["float16, byte-split"] and "| yes |" in lines["float16, as `write_shard` writes it"]
 
@@ -147,7 +147,7 @@ def test_growth_measures_whole_runs_and_the_reading_and_size_of_what_they_made(t
     assert "highest memory" in (tmp_path / "growth.svg").read_text()
 
     selection = tmp_path / "20" / "selection"
-    found = bytes_a_token.main(selection)["own ids"]["bytes"]
+    found = bytes_per_token.main(selection)["own ids"]["bytes"]
     assert list(found) == [1, 8, 16] and list(found.values()) == sorted(found.values())
     monkeypatch.setattr(loader, "STEPS", 3)
     monkeypatch.setattr(loader, "BATCH", 8)

@@ -1,4 +1,4 @@
-"""The interface of a teacher engine: it answers (sample) or judges given responses (score).
+"""The interface of a teacher engine: it draws responses (`sample`) or scores given ones (`score`).
 
 Both return an iterator in any order, so that an engine can batch as it likes; a row that cannot be made comes back as
 a Failure and never ends the run. Signals are held back while answers are handed over, so an engine puts its work into
@@ -29,8 +29,8 @@ class Loading:
     replicas: int = 1  # copies of the engine, with ray
     replica_engine: str = ""  # what each copy is, with ray
     engine_options: dict[str, bool | int | float | str] = field(default_factory=dict)  # vLLM's own, over ours
-    rows: int = 1024  # that become a shard; with ray also the most that a copy is given at a time
-    vocabulary: int | None = None  # ids that the tokenizer has; from there on they only pad the embedding
+    rows: int = 1024  # of one shard; with ray also the most that a copy gets at a time
+    vocabulary: int | None = None  # ids that the tokenizer has; higher ones only pad the embedding
     batch_size: int = 64  # rows that hf runs together
 
     @property
@@ -45,7 +45,7 @@ class EngineDead(RuntimeError):
 
 @dataclass(frozen=True)
 class Ask:
-    """One response wanted, or one given response to be judged."""
+    """A request: for one response, or for the scores of a given one."""
 
     key: str
     prompt_ids: np.ndarray  # int32 [P]
@@ -107,7 +107,7 @@ def needed(answers: Iterable[Answer | Failure], what: str) -> Iterator[Answer]:
 
 
 def too_long(prompt: int, response: int, context: Context) -> str | None:
-    """Why a prompt and a response of up to so many tokens do not fit, if they do not."""
+    """Why a prompt and a response of up to so many tokens do not fit; None where they do."""
     if context.holds(prompt, response):
         return None
     return (
@@ -118,7 +118,7 @@ def too_long(prompt: int, response: int, context: Context) -> str | None:
 
 
 def unknown_token(ask: Ask, vocabulary: int) -> str | None:
-    """Why a prompt or a given response cannot be read, if it has a token that a model of this size has not."""
+    """Why a prompt or a given response cannot be read: a token that a model of this size lacks; None where it can."""
     highest = max(ids.max(initial=-1) for ids in (ask.prompt_ids, ask.response_ids) if ids is not None)
     if highest < vocabulary:
         return None

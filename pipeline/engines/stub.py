@@ -52,5 +52,5 @@ class StubEngine:
     def _answer(self, ask: Ask, response: np.ndarray, stop_token_ids: Sequence[int], k: int, support: str) -> Answer:
         rng = np.random.default_rng([*map(int, ask.prompt_ids), *map(int, response)])
         logits = torch.from_numpy(rng.standard_normal((len(response), self.vocab_size), dtype=np.float32))
-        found = kept(logits, torch.tensor(response), k, support, self.vocabulary)
-        return found.answer(ask.key, response, finish_of(response, stop_token_ids), support)
+        captured = kept(logits, torch.tensor(response), k, support, self.vocabulary)
+        return captured.answer(ask.key, response, finish_of(response, stop_token_ids), support)

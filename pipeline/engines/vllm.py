@@ -38,7 +38,7 @@ _CPU_CACHE_BYTES = 512 * 2**20  # the default asks for nearly all of the machine
 _BATCHED = 8192  # most tokens in one step on a GPU
 _SCORE_BYTES = 2**30  # of float32 logits in one step
 _EXTRA = 3  # columns behind a row's tokens: lse, tau or tail, dropped; vLLM's own requests ask for fewer tokens
-_UNHOOKED = "cannot be made to look at the logits"
+_UNHOOKED = "gives no access to its logits"
 _IN_FLIGHT = 1024  # requests inside vLLM at once: enough to keep it busy, bounded for memory
 
 
@@ -67,16 +67,16 @@ class Capture:
             self.xkd_restore()
 
     def xkd_keep(self, support: str, vocabulary: int | None) -> None:
-        """The support of all that is asked for from now on, and how many ids are no padding."""
+        """The support of all that is asked from now on, and how many ids are not padding."""
         self.xkd_support, self.xkd_vocabulary = support, vocabulary
 
     def xkd_columns(self, logits: torch.Tensor, number: int, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         """The ids and values [N, 1 + number] of vLLM's rows. The columns behind the tokens have the first one's id."""
         own = tokens[:, None].int()
-        found = kept(logits, tokens, number - _EXTRA, self.xkd_support, self.xkd_vocabulary)
-        ids = torch.cat([own, found.ids, own.expand(-1, _EXTRA)], 1)
-        more = torch.stack([found.lse, found.rest, found.dropped], 1)
-        return {"logprob_token_ids": ids, "logprobs": torch.cat([found.logprobs[:, None], found.values, more], 1)}
+        captured = kept(logits, tokens, number - _EXTRA, self.xkd_support, self.xkd_vocabulary)
+        ids = torch.cat([own, captured.ids, own.expand(-1, _EXTRA)], 1)
+        more = torch.stack([captured.lse, captured.rest, captured.dropped], 1)
+        return {"logprob_token_ids": ids, "logprobs": torch.cat([captured.logprobs[:, None], captured.values, more], 1)}
 
 
 def _patch_v1(worker: Capture) -> Callable[[], None] | None:
@@ -167,8 +167,8 @@ class VllmEngine:
         asked = dict.fromkeys(("logprobs", "prompt_logprobs"), k + _EXTRA)
         params = SamplingParams(temperature=0, max_tokens=1, flat_logprobs=True, detokenize=False, **asked)
         ask = Ask("hook", np.zeros(2, np.int32))
-        found = self._run([ask], support, lambda ask: ask.prompt_ids, lambda ask: params, lambda ask, output: output)
-        (output,) = found
+        outputs = self._run([ask], support, lambda ask: ask.prompt_ids, lambda ask: params, lambda ask, output: output)
+        (output,) = outputs
         return output.prompt_logprobs, output.outputs[0].logprobs
 
     def close(self) -> None:
@@ -188,7 +188,7 @@ class VllmEngine:
     def _keep(self, support: str) -> None:
         """Have the workers keep this support of all that is asked next: orders are answered one after the other.
 
-        Raises UserError where there is none to be had.
+        Raises UserError where this vLLM cannot make it.
         """
         if self.hooked:
             with _vllm_works():
@@ -199,7 +199,7 @@ class VllmEngine:
     def _load(self):
         from vllm import LLM
 
-        # Scores of prompt tokens take float32 logits over the vocabulary, which vLLM does not reckon with.
+        # Scores of prompt tokens take float32 logits over the vocabulary, which vLLM does not count.
         batched = min(_BATCHED, max(_IN_FLIGHT, _SCORE_BYTES // (4 * self.vocab_size)))
         options = {"max_num_batched_tokens": batched} if _ON_GPU else {
             "enforce_eager": True,  # compiling takes longer than small runs do
@@ -211,7 +211,7 @@ class VllmEngine:
         if self.loading.devices > 1:
             # Not Ray's, which vLLM would choose inside of one of our replicas.
             options["distributed_executor_backend"] = "mp"
-            if not _ON_GPU:  # binding wants a NUMA node a process
+            if not _ON_GPU:  # binding wants one NUMA node per process
                 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         options |= self.loading.engine_options
         return LLM(

@@ -19,8 +19,8 @@ Extras = Mapping[str, Mapping[str, np.ndarray]]  # name -> key of a row -> value
 def collate(rows: Sequence[Row], topk: bool = True, extras: Extras | None = None) -> dict[str, Tensor]:
     """A batch: input_ids, attention_mask [B, L]; positions, labels [B, R]; stop [B]; top-k [B, R, k]; extras [B, R].
 
-    topk: with the kept tokens, and with what rows have of `tau` and `own`, or of `tail`. Rows out of a selection are
-    read by column. Padding is masked everywhere: `labels` is IGNORED there, top-k ids are 0..k-1 with equal mass,
+    topk: with the kept tokens, and with what rows have of `tau` and `own`, or of `tail`. Rows of a selection are read
+    by column. Padding is masked everywhere: `labels` is IGNORED there, top-k ids are 0..k-1 with equal mass,
     extras are 0. There is no top k where k is 0.
     """
     column = getattr(rows, "column", lambda name: [getattr(row, name) for row in rows])
@@ -30,24 +30,24 @@ def collate(rows: Sequence[Row], topk: bool = True, extras: Extras | None = None
     extras = _extras(column, topk, extras or {})
     starts, counts = np.array(list(map(len, prompt_ids))), np.array(list(map(len, response_ids)))
     place, step = np.arange((starts + counts).max()), np.arange(counts.max())
-    read, said = place < (starts + counts)[:, None], step < counts[:, None]  # [B, L], [B, R]
+    in_sequence, in_response = place < (starts + counts)[:, None], step < counts[:, None]  # [B, L], [B, R]
     sequences = [ids for pair in zip(prompt_ids, response_ids, strict=True) for ids in pair]
     batch = {
-        "input_ids": _fill(sequences, read, 0, np.int64),
-        "attention_mask": read.astype(np.int64),
-        "positions": np.where(said, starts[:, None] - 1 + step, 0),
-        "labels": _fill(response_ids, said, IGNORED, np.int64),
+        "input_ids": _fill(sequences, in_sequence, 0, np.int64),
+        "attention_mask": in_sequence.astype(np.int64),
+        "positions": np.where(in_response, starts[:, None] - 1 + step, 0),
+        "labels": _fill(response_ids, in_response, IGNORED, np.int64),
         "stop": np.array(stop),
     }
     if topk_ids is not None and all(ids.size or not len(ids) for ids in topk_ids):
-        k = max(1, *(ids.shape[1] for ids in topk_ids))  # an empty response out of a store does not know it
+        k = max(1, *(ids.shape[1] for ids in topk_ids))  # an empty response read from a store has no k
         topk_ids, topk_logprobs = (
             [values.reshape(count, k) for values, count in zip(column, counts, strict=True)]
             for column in (topk_ids, topk_logprobs)
         )
-        batch["topk_ids"] = _fill(topk_ids, said, np.arange(k), np.int64)
-        batch["topk_logprobs"] = _fill(topk_logprobs, said, -np.log(2 * k), np.float32)
-    batch |= {name: _fill(values, said, 0, np.float32) for name, values in extras.items()}
+        batch["topk_ids"] = _fill(topk_ids, in_response, np.arange(k), np.int64)
+        batch["topk_logprobs"] = _fill(topk_logprobs, in_response, -np.log(2 * k), np.float32)
+    batch |= {name: _fill(values, in_response, 0, np.float32) for name, values in extras.items()}
     return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
@@ -77,6 +77,6 @@ def _extras(column: Callable[[str], list], topk: bool, extras: Extras) -> dict[s
 
 
 def _tail(topk_logprobs: np.ndarray) -> np.ndarray:
-    """Mass outside a top k [T, k] of a file that does not tell it, as well as rounded values know it."""
+    """Mass outside a top k [T, k], for files that do not store it: as exact as rounded values allow."""
     mass = np.exp(topk_logprobs.astype(np.float32)).sum(-1)
     return np.maximum(1 - mass, np.finfo(np.float32).eps)

@@ -1,4 +1,4 @@
-"""What a training run keeps on its way, in a folder of its own: checkpoints, also of where a signal stopped it.
+"""What a training keeps while it runs, in a folder of its own: checkpoints, also of the step where a signal stopped it.
 
 The folder is removed by the stage, once what was trained is saved.
 """
@@ -17,16 +17,16 @@ from pipeline import interrupts
 from pipeline.files import read_text, write_json_atomically
 
 ASIDE = "interrupted"  # folder for a checkpoint of a step that has none in an undisturbed run
-_STATE = "trainer_state.json"  # which the Trainer writes last
+_STATE = "trainer_state.json"  # the file that the Trainer writes last
 
 
 class StopAtSignal(TrainerCallback):
-    """Once a signal has come: no step is begun; the one that is running is finished, and kept in a checkpoint."""
+    """After a signal, the running step is finished and kept in a checkpoint, and no other is begun."""
 
     def __init__(self, what: str):
-        """what: is being trained, as the interrupt's message calls it."""
+        """what: the name of what is trained, for the interrupt's message."""
         self.what = what
-        self.saved = 0  # the step that a checkpoint has; 0 where nothing was done
+        self.saved = 0  # the last step that has a checkpoint; 0 where none has
 
     def on_train_begin(self, args, state, control, **_):
         self._has_saved(state.global_step)
@@ -59,7 +59,7 @@ class StopAtSignal(TrainerCallback):
 def keeps_up_to(step: int, what: str) -> None:
     """Have an interrupt's message say what a checkpoint of this step is worth; step 0: there is none."""
     kept = f"What was made up to step {step} of {what} is kept; run the same command to go on"
-    interrupts.keeps(kept if step else f"Of {what} nothing is kept yet; run the same command again")
+    interrupts.keeps(kept if step else f"Nothing of {what} is kept yet; run the same command again")
 
 
 def whole_checkpoint(run: Path) -> str | None:
@@ -79,9 +79,9 @@ def step_of(checkpoint: str | Path) -> int:
 
 
 def finished(learner: nn.Module, checkpoint: str, steps: int) -> list[dict] | None:
-    """The history of a training whose end this checkpoint is of, its weights in the learner; None for any other.
+    """The history of a training that had ended at this checkpoint, its weights loaded into the learner; else None.
 
-    The Trainer would take a step more.
+    The Trainer would take one step more.
     """
     state = json.loads((Path(checkpoint) / _STATE).read_text(encoding="utf-8"))
     if state["global_step"] < steps and not _out_of_patience(state["stateful_callbacks"].get("EarlyStoppingCallback")):
@@ -98,20 +98,20 @@ def _out_of_patience(stopper: dict | None) -> bool:
 
 
 def once(run: Path, learner: nn.Module, training: Callable[[], list[dict]]) -> list[dict]:
-    """The history of `training()`, which leaves its weights in the learner; it is not done again after a kill.
+    """The history of `training()`, which leaves its weights in the learner; after a kill both are read, not made again.
 
-    In place of the checkpoints in `run`, the weights and the history of what is finished are kept there.
+    Once it is finished, `run` keeps its weights and its history in place of its checkpoints.
     """
-    weights, history = run / "finished.safetensors", run / "history.json"
-    if history.is_file():
+    weights, history_file = run / "finished.safetensors", run / "history.json"
+    if history_file.is_file():
         safetensors.torch.load_model(learner, str(weights))
-        found = json.loads(history.read_text(encoding="utf-8"))
+        history = json.loads(history_file.read_text(encoding="utf-8"))
     else:
-        found = training()
+        history = training()
         run.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_model(learner, str(weights))
-        write_json_atomically(history, found)
+        write_json_atomically(history_file, history)
     interrupts.keeps("What was fitted so far is kept; run the same command to go on")
     for checkpoint in (run / ASIDE, *run.glob("checkpoint-*")):
         shutil.rmtree(checkpoint, ignore_errors=True)
-    return found
+    return history

@@ -2,7 +2,7 @@
 
 The teacher runs forward beside the model, over responses that are there: its own cached samples, and the model's own
 samples of the same prompts. The logits of a few positions at a time are compared and forgotten, so that [N, V] of a
-batch is never kept. What is cached says it too: sampled supports give an unbiased estimate, a top k a lower bound.
+batch is never kept. The cached tokens say it too: sampled supports give an unbiased estimate, a top k a lower bound.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,7 +32,7 @@ Sums = dict[str, np.ndarray]  # measure -> [prompts with tokens, 2]: sum over th
 
 
 class LogitSource:
-    """A language model, as far as its logits at the response steps of batches go."""
+    """A language model as a source of logits at the response steps of batches."""
 
     def __init__(self, model, what: str):
         """what: the model's name in errors. Raises UserError for an encoder-decoder that changes its logits later."""
@@ -44,15 +44,15 @@ class LogitSource:
     def at(self, batch: dict[str, Tensor]) -> Callable[[slice], Tensor]:
         """Logits [n, V] of some of the batch's N response steps.
 
-        A model that scales or caps its logits after its head says them all at once, so give it one response at a time.
+        A model that scales or caps its logits after its head makes them all at once, so give it one response at a time.
         """
         if self.plain:
             head, states = head_of(self.model, response_states(self.model.base_model, batch))
             return lambda rows: linear(states[rows], head.weight, head.bias)
         mask = batch["labels"] != IGNORED
-        said = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        whole = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
-        logits = said[rows[mask], batch["positions"][mask]]
+        logits = whole[rows[mask], batch["positions"][mask]]
         return lambda rows: logits[rows]
 
 
@@ -64,42 +64,42 @@ def both_kls(teacher: LogitSource, model: LogitSource, batch: dict[str, Tensor],
     """
     sources, count = (teacher, model), int((batch["labels"] != IGNORED).sum())
     shared, largest = min(s.vocabulary for s in sources), max(s.vocabulary for s in sources)
-    logits = [source.at(batch) for source in sources]
+    logits_at = [source.at(batch) for source in sources]
     chunk = chunk or chunk_rows(largest)
-    found = []
+    parts = []
     for first in range(0, max(count, 1), chunk):
         rows = slice(first, min(first + chunk, count))
-        said = [at_least_float32(each(rows)) for each in logits]
-        t, s = (torch.log_softmax(each[:, :shared], -1) for each in said)
-        dropped = [1 - (each[:, :shared].logsumexp(-1) - each.logsumexp(-1)).exp() for each in said]
-        found.append((forward_kl(t, s), reverse_kl(t, s), torch.maximum(*dropped)))
-    return [torch.cat(values) for values in zip(*found, strict=True)]
+        logits = [at_least_float32(at(rows)) for at in logits_at]
+        t, s = (torch.log_softmax(x[:, :shared], -1) for x in logits)
+        dropped = [1 - (x[:, :shared].logsumexp(-1) - x.logsumexp(-1)).exp() for x in logits]
+        parts.append((forward_kl(t, s), reverse_kl(t, s), torch.maximum(*dropped)))
+    return [torch.cat(values) for values in zip(*parts, strict=True)]
 
 
 def live_teacher(settings: Generate, selection: Selection, kl: str) -> LogitSource | None:
-    """The teacher of a selection, loaded for exact KLs; None, with a word on it, where it is not to run or cannot."""
+    """The teacher of a selection, loaded for exact KLs; None for kl: cache and, with a warning, where it cannot run."""
     if kl == "cache":
         return None
     try:
         return _load(settings, selection.teacher)
     except UserError as error:
         console.warn(
-            f"no exact KL, since the teacher cannot run here, but what its cached tokens say of it (as with "
-            f"evaluate.kl: cache): {error}"
+            f"no exact KL, only what the cached tokens say of it (as with evaluate.kl: cache): the teacher cannot run "
+            f"here: {error}"
         )
         return None
 
 
-def _load(settings: Generate, told: dict) -> LogitSource:
-    """The teacher that a selection tells of. Raises UserError where it is not here, or would not say the same."""
-    if told.get("quantization"):
-        raise UserError(f"vLLM quantized it ({told['quantization']}), and transformers does not")
-    found = describe_model(settings.teacher, settings.dtype)["identity"]
-    if found != told["identity"]:
-        raise UserError(f"{settings.teacher} is teacher {found}, and the cache is of teacher {told['identity']}")
+def _load(settings: Generate, cached: dict) -> LogitSource:
+    """The teacher that a selection describes (`cached`). Raises UserError where it is missing, too large or another."""
+    if cached.get("quantization"):
+        raise UserError(f"vLLM quantized it ({cached['quantization']}), and transformers does not")
+    identity = describe_model(settings.teacher, settings.dtype)["identity"]
+    if identity != cached["identity"]:
+        raise UserError(f"{settings.teacher} is teacher {identity}, and the cache is of teacher {cached['identity']}")
     what = f"the teacher {settings.teacher}"
     try:
-        return LogitSource(load_lm(settings.teacher, told["dtype"]).to(best_device()), what)
+        return LogitSource(load_lm(settings.teacher, cached["dtype"]).to(best_device()), what)
     except torch.OutOfMemoryError as error:
         raise UserError(f"{what} does not fit into memory") from error
 
@@ -143,8 +143,8 @@ class HeldOut:
 
         values = self._measured(self.rows, cached, model.device, self.batch_size, divergence is not None)
         names = ("cross_entropy", *((self.measure,) if self.measure else ()))
-        found = dict(zip(names, map(self._sums, values), strict=True))
-        return found | self._exact(model, path, self.rows, [row.prompt_id for row in self.rows])
+        sums = dict(zip(names, map(self._sums, values), strict=True))
+        return sums | self._exact(model, path, self.rows, [row.prompt_id for row in self.rows])
 
     def of_own_samples(self, model, path: str | Path, samples: Mapping[str, Answer]) -> Sums:
         """On the model's own samples of the held-out prompts, by prompt id: `kl` and `reverse_kl`."""
@@ -159,8 +159,8 @@ class HeldOut:
         lengths = [(len(row.prompt_ids), len(row.response_ids)) for row in rows]
         require_context(teacher.model.config, lengths, teacher.what)
         size = self.batch_size if teacher.plain and source.plain else 1
-        found = self._measured(rows, lambda batch: both_kls(teacher, source, batch), model.device, size)
-        kl, reverse, dropped = found
+        measured = self._measured(rows, lambda batch: both_kls(teacher, source, batch), model.device, size)
+        kl, reverse, dropped = measured
         outside = float(np.concatenate([*dropped, np.zeros(1)]).max())
         if outside > DROPPED_WARNING:
             console.warn(

@@ -39,7 +39,7 @@ class ZeroReward(GivenReward):
 
 
 class ScratchReward(GivenReward):
-    """A posterior that is trained along by the student's own loss, and by kl_weight KL(q || prior)."""
+    """A posterior that is trained with the student: by the student's own loss, and by kl_weight KL(q || prior)."""
 
     def __init__(self, posterior: RewardPosterior, kl_weight: float):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Dropout of a model that is trained: as the parameters say, whatever its own configuration does."""
+"""Dropout of a model that is trained: as the parameters say, whatever its own configuration says."""
 
 import copy
 
@@ -9,7 +9,7 @@ def set_dropout(model: nn.Module, rate: float) -> None:
     """Give every dropout of `model`, a transformers model, this rate, in place; it is saved with its own rates.
 
     Rates are in modules, in numbers such as `attention_dropout` that forward passes read, and in the configuration,
-    which some read too: so the parts of the model get one of their own, and the model keeps the one it is saved with.
+    which some parts read too: so those get a copy of it, and the model keeps the one that it is saved with.
     Skipping whole layers (`layerdrop`) is switched off.
     """
     configs: dict[int, object] = {}

@@ -102,7 +102,7 @@ def score_tokens(model, batch: dict[str, Tensor], divergence: Divergence | None 
 def has_plain_head(model, what: str) -> bool:
     """Whether a model's logits are its head on its last states, and not scaled, capped or biased later.
 
-    Raises UserError, with `what` the model is, where they are no numbers.
+    Raises UserError, in which the model is called `what`, where they are NaN or infinite.
     """
     ids = torch.arange(min(4, model.config.get_text_config().vocab_size), device=model.device)[None]
     was_training = model.training
@@ -113,11 +113,11 @@ def has_plain_head(model, what: str) -> bool:
     else:
         logits = model(input_ids=ids).logits
         states = model.base_model(input_ids=ids).last_hidden_state
-    found = model.get_output_embeddings()(states * head_scale(model))
+    plain = model.get_output_embeddings()(states * head_scale(model))
     model.train(was_training)
     if not logits.isfinite().any(-1).all():
-        raise UserError(f"{what} ({type(model).__name__}) has logits that are no numbers: its weights are broken")
-    return torch.allclose(logits.float(), found.float(), rtol=1e-3, atol=1e-3)
+        raise UserError(f"{what} ({type(model).__name__}) has logits that are NaN or infinite: its weights are broken")
+    return torch.allclose(logits.float(), plain.float(), rtol=1e-3, atol=1e-3)
 
 
 def require_plain_head(model, what: str) -> None:

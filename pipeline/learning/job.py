@@ -1,4 +1,4 @@
-"""One training, described so that JSON holds it: another process can make the same learner of it, and train it."""
+"""One training, described in JSON: another process can make the same learner of it, and train it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,13 +34,13 @@ class Training:
 class Job(BaseModel):
     """A training: what is trained, how, and the folder of its checkpoints.
 
-    `make` names the function of ours, `module:function`, that makes the `Training` of `inputs`.
+    `make` names the function of this project, `module:function`, that makes the `Training` of `inputs`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     what: str
-    """Is being trained, as messages call it."""
+    """What is trained, as messages call it."""
     make: str
     inputs: dict[str, Any] = {}
     """Paths and settings, as JSON holds them."""
@@ -66,7 +66,7 @@ class Job(BaseModel):
         """What is trained, made anew."""
         module, _, function = self.make.partition(":")
         if module.split(".")[0] not in ("pipeline", "stages"):
-            raise ValueError(f"{self.make} is no function of ours")
+            raise ValueError(f"{self.make} is not a function of this project")
         return getattr(import_module(module), function)(**self.inputs)
 
 
@@ -82,7 +82,7 @@ class Trained:
 def run(job: Job, training: Training | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Trained:
     """Train in this process. training: what the job would make, where the caller has made it already.
 
-    A signal ends it after the step that runs, with a checkpoint of that step: then `Interrupted` is raised. Raises
+    A signal ends it after the running step, with a checkpoint of that step: then `Interrupted` is raised. Raises
     UserError where loss, gradients or weights are no longer finite.
     """
     from pipeline.learning.trainer import train

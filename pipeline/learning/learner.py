@@ -42,7 +42,7 @@ class StudentLearner(Learner):
     """A student and the terms of its loss."""
 
     def __init__(self, student, terms: Sequence[Term], residuals: Scaled | None = None, chunk: int = 0):
-        """residuals: the student's, for the terms that are of them. chunk: positions at once, see `chunked_loss`."""
+        """residuals: the student's, for terms that need them. chunk: positions at once, see `chunked_loss`."""
         super().__init__()
         self.student, self.terms, self.residuals, self.chunk = student, nn.ModuleList(terms), residuals, chunk
         self.means = {name: mean for term in terms for name, mean in term.means.items()}
@@ -55,9 +55,9 @@ class StudentLearner(Learner):
         followed, kept = followed_steps(mask)[mask], kept_steps(mask, batch["stop"], self.terminal)[mask]
 
         def values(scores: Scores, rows: slice, *tensors: Tensor) -> dict[str, Tensor]:
-            known = self.residuals and self.residuals.of_scores(scores.logprob, scores.lse, followed[rows], kept[rows])
-            steps, given = Steps(scores, known, kept[rows]), iter(tensors)
-            parts = (term.at(steps, *islice(given, len(own))) for term, own in zip(self.terms, inputs, strict=True))
+            delta = self.residuals and self.residuals.of_scores(scores.logprob, scores.lse, followed[rows], kept[rows])
+            steps, rest = Steps(scores, delta, kept[rows]), iter(tensors)
+            parts = (term.at(steps, *islice(rest, len(own))) for term, own in zip(self.terms, inputs, strict=True))
             return {name: value for part in parts for name, value in part.items()}
 
         head, before = head_of(self.student, states)

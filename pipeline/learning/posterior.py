@@ -89,7 +89,7 @@ class RewardPosterior(nn.Module):
     """An encoder and a head.
 
     The encoder is a backbone of its own (`separate`), trained with the head, or the student's (`own`), which the
-    reward only reads; a learner that trains the student along gives the head its current states.
+    reward only reads; a learner that also trains the student gives the head its current states.
     """
 
     def __init__(self, model, head: str, encoder: str, sigma_min: float):
@@ -160,13 +160,13 @@ def read_description(folder: Path) -> dict:
     return description
 
 
-def require_same_residual(wanted: Residual, description: dict, folder: Path) -> None:
+def require_same_residual(residual: Residual, description: dict, folder: Path) -> None:
     """Raises UserError where a student would be trained on other residuals than the reward was fitted to."""
     fitted = Residual(**description["residual"])
     differing = [
-        f"{name} is {getattr(fitted, name)} in the reward and {getattr(wanted, name)} in distill.residual"
+        f"{name} is {getattr(fitted, name)} in the reward and {getattr(residual, name)} in distill.residual"
         for name in Residual.model_fields
-        if getattr(fitted, name) != getattr(wanted, name)
+        if getattr(fitted, name) != getattr(residual, name)
     ]
     if differing:
         raise UserError(f"the reward in {folder} was fitted to other residuals: {'; '.join(differing)}")

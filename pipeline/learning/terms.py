@@ -18,7 +18,7 @@ class Mean(NamedTuple):
 
     weight: float  # 0: it is only logged
     over: str  # what the mean is over: tokens (response tokens) or steps (those that have a residual)
-    auxiliary: bool = False  # of a model that is trained beside the student: not in the loss that is reported
+    auxiliary: bool = False  # of a model that is trained beside the student: not in the reported loss
 
 
 class Steps(NamedTuple):

@@ -31,7 +31,7 @@ class TermTrainer(Trainer):
     """Trains a Learner; logs and evaluates every term by itself."""
 
     def __init__(self, what: str, model: Learner, loader: Callable | None = None, **options):
-        """what: is being trained, as messages call it. loader: makes the batches to train on, see `train`."""
+        """what: is trained, as messages call it. loader: makes the batches to train on, see `Training`."""
         super().__init__(model=model, **options)
         self.what, self.loader = what, loader
         self.loss_is_scaled_for_ga = True  # by the counts
@@ -98,9 +98,9 @@ class TermTrainer(Trainer):
         return metrics
 
     def _save_checkpoint(self, model, trial):
-        """The Trainer's own. Of a step between two regular ones it lies aside, and never counts as the best.
+        """The Trainer's own. A checkpoint between two regular steps lies aside, and never counts as the best.
 
-        So a run that goes on from it ends as if it had not been interrupted.
+        So a run that is resumed from it ends as if it had not been interrupted.
         """
         step = self.state.global_step
         self._aside = step % self.args.save_steps != 0 and step < self.args.max_steps

@@ -35,15 +35,15 @@ class Scores(NamedTuple):
     divergence: Tensor | None  # [n] between teacher and student
 
 
-# A sparse teacher as the head gives it, -inf at ids that the student does not have and as `own` where the response's
-# token is among the ids; the student -> [N]
+# (sparse teacher, student) -> [N]. The head sets the teacher to -inf at ids that the student does not have, and its
+# `own` where the response's token is among the ids.
 Divergence = Callable[[TopK, SparseLogprobs], Tensor]
 # (scores of n consecutive positions, where they are among the N, further inputs there) -> {term: [n]}
 Terms = Callable[..., Mapping[str, Tensor]]
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Positions a chunk: as many as make 64 MiB of float32 logits, at least 64, at most 320."""
+    """Positions per chunk: as many as make 64 MiB of float32 logits, at least 64, at most 320."""
     fewest, most = _CHUNK_ROWS
     return min(max(_CHUNK_BYTES // (4 * vocabulary), fewest), most)
 
@@ -89,12 +89,12 @@ def token_scores(
         return {}
 
     chunked_loss(head, states, labels, keep, {}, teacher, divergence, chunk=chunk)
-    logprob, lse, found = zip(*parts, strict=True)
-    return Scores(torch.cat(logprob), torch.cat(lse), None if found[0] is None else torch.cat(found))
+    logprob, lse, divergences = zip(*parts, strict=True)
+    return Scores(torch.cat(logprob), torch.cat(lse), None if divergences[0] is None else torch.cat(divergences))
 
 
 class _Call:
-    """The arguments of a `chunked_loss` that are no tensors; `names` of the terms are filled in."""
+    """The arguments of `chunked_loss` that are not tensors; the terms' `names` are filled in on the way."""
 
     def __init__(self, terms: Terms, weights: dict, divergence: Divergence | None, chunk: int, neighbours: bool):
         self.terms, self.weights, self.divergence = terms, weights, divergence
@@ -147,12 +147,12 @@ def _run(call: _Call, needed: Sequence[bool], *tensors: Tensor | None):
         own = slice(first - rows.start, last - rows.start)
         logits = _logits(states[rows], weight, bias, buffer, padded)
         extra = [x[rows].detach().requires_grad_(x.requires_grad) for x in inputs]
-        values, found = _chunk(call, any(needed), logits, labels[rows], teacher.at(rows), rows, last, extra)
+        values, d_chunk = _chunk(call, any(needed), logits, labels[rows], teacher.at(rows), rows, last, extra)
         for name, value in values.items():
             sums[name] = sums.get(name, 0) + value[own].sum()
-        if found is None:
+        if d_chunk is None:
             continue
-        d_logits, *d_extra = found
+        d_logits, *d_extra = d_chunk
         _accumulate(d_weight, d_bias, d_states, d_logits[own, : len(weight)], slice(first, last), states, weight)
         for gradient, d_x in zip(d_inputs, d_extra, strict=True):
             gradient[first:last] = d_x[own]
@@ -185,10 +185,10 @@ def _chunk(
     values = {name: value.detach() for name, value in values.items()}
     if not (torch.is_tensor(objective) and objective.requires_grad):
         return values, None
-    wanted = [*student, *(x for x in extra if x.requires_grad)]
-    found = torch.autograd.grad(objective, wanted, allow_unused=True, materialize_grads=True)
-    d_student = SparseLogprobs(*found[: len(student)])
-    return values, [_expand(exponentials, ids, labels, student, d_student), *found[len(student) :]]
+    variables = [*student, *(x for x in extra if x.requires_grad)]
+    gradients = torch.autograd.grad(objective, variables, allow_unused=True, materialize_grads=True)
+    d_student = SparseLogprobs(*gradients[: len(student)])
+    return values, [_expand(exponentials, ids, labels, student, d_student), *gradients[len(student) :]]
 
 
 def _known(teacher: TopK, labels: Tensor, vocabulary: int) -> tuple[TopK, int]:

@@ -1,6 +1,6 @@
-"""The outcomes that a divergence compares: the whole vocabulary, or what a teacher of k tokens a position leaves of it.
+"""The outcomes that a divergence compares: the whole vocabulary, or what a teacher of k tokens per position leaves.
 
-A sparse teacher sees the student through k + 1 numbers a position: its log-probabilities at the teacher's ids, and
+A sparse teacher sees the student through k + 1 numbers per position: its log-probabilities at the teacher's ids, and
 that of all others together. Every way to treat the tail, the mass outside the k, is a function of these.
 """
 
@@ -28,8 +28,8 @@ def dense(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1
 def outside_too(student: SparseLogprobs, ids: Tensor) -> SparseLogprobs:
     """The same student with some of the k ids, [N, k] bool, counted among all others.
 
-    What the teacher excludes is no outcome of its own: reverse KL would be infinite at any student that is not exactly
-    0 there.
+    What the teacher excludes is not an outcome of its own: reverse KL would be infinite at any student that is not
+    exactly 0 there.
     """
     joined = torch.cat([student.inside.masked_fill(~ids, -torch.inf), student.outside[:, None]], -1)
     nothing = torch.isneginf(joined).all(-1, keepdim=True)

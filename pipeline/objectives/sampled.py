@@ -79,7 +79,7 @@ def sampled_divergence(name: str, weight: float = 0.5) -> Divergence:
     """The estimate of a divergence of DIVERGENCES, [N]; of `rkl`, and of `jsd` at beta = 1, a lower bound.
 
     weight: of its mixture, where it has one. The teacher's log-probabilities are of the student's type. Tokens of
-    probability 0 count for nothing, and where some of a row are, because the student does not have them, the rest
+    probability 0 count for nothing: where a row has some, because the student does not have these tokens, the rest
     stands for the whole. Zero, with no gradient, where no token is left. Raises ValueError for a plain top k.
     """
     if name == "jsd" and weight in (0, 1):
@@ -88,7 +88,7 @@ def sampled_divergence(name: str, weight: float = 0.5) -> Divergence:
 
     def of(teacher: TopK, student: SparseLogprobs) -> Tensor:
         if teacher.tau is None:
-            raise ValueError("tail: sampled is for rows of sampled tokens, and these are of a plain top k")
+            raise ValueError("tail: sampled needs rows of sampled tokens, and these have a plain top k")
         return estimate(teacher, student)
 
     return of
@@ -119,9 +119,9 @@ def _reverse_kl(teacher: TopK, student: SparseLogprobs) -> Tensor:
     student = outside_too(student, impossible) if impossible.any() else student
     own = teacher.own.to(teacher.logprobs.dtype)
     rest = _difference(tail_mass(teacher).log(), own).masked_fill(torch.isneginf(student.outside), -torch.inf)
-    said = student.label.masked_fill(torch.isneginf(own), -torch.inf)
+    label = student.label.masked_fill(torch.isneginf(own), -torch.inf)
     t = torch.cat([teacher.logprobs, own[:, None], rest[:, None]], -1)
-    s = torch.cat([student.inside, said[:, None], _difference(student.outside, said)[:, None]], -1)
+    s = torch.cat([student.inside, label[:, None], _difference(student.outside, label)[:, None]], -1)
     return reverse_kl(*(side.masked_fill(silent, -torch.inf) for side in (t.sub_(log_total(t)), s)))
 
 

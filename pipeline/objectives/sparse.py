@@ -1,4 +1,4 @@
-"""A divergence to a teacher of k tokens a position: over the outcomes that a tail mode leaves, or estimated."""
+"""A divergence to a teacher of k tokens per position: over the outcomes that a tail mode leaves, or estimated."""
 
 import torch
 from torch import Tensor

@@ -2,7 +2,7 @@
 
 A support of k tokens that is drawn so is an unbiased picture of the whole distribution: with the weights
 w_i = max(p_i, tau) it sums to 1, and its mean over the offsets of the grid is p. Systematic sampling with inclusion
-probabilities min(1, p_i / tau) (Madow 1949; Horvitz and Thompson 1952), one uniform number a position.
+probabilities min(1, p_i / tau) (Madow 1949; Horvitz and Thompson 1952), one uniform number per position.
 """
 
 from typing import NamedTuple
@@ -22,10 +22,10 @@ class Support(NamedTuple):
 
 
 def offsets(k: int, tokens: Tensor, top: Tensor, values: Tensor) -> Tensor:
-    """One uniform number a position, float64 [N] in [0, 1), from the position's own values: same bits, same number.
+    """One uniform number per position, float64 [N] in [0, 1), from the position's own values: same bits, same number.
 
-    k: tokens a position. tokens [N]: of the response. top [N]: likeliest id. values [N]: log-sum-exp of the raw logits,
-    or the likeliest id's log-probability where that is not known; read as float32.
+    k: tokens per position. tokens [N]: of the response. top [N]: likeliest id. values [N]: log-sum-exp of the raw
+    logits, or the likeliest id's log-probability where that is not known; read as float32.
 
     A chain of splitmix64's finalizer (Steele, Lea, Flood 2014) over the four.
     """
@@ -53,7 +53,7 @@ def top_place(top: Tensor, places: Tensor) -> Tensor:
 
 
 def systematic(mass: Tensor, k: int, offset: Tensor, top: tuple[Tensor, Tensor] | None = None) -> Support:
-    """k of V places by their mass [N, V], which is used up; offset [N] of the grid, in [0, 1).
+    """k of V places by their mass [N, V], which is overwritten; offset [N] of the grid, in [0, 1).
 
     tau is in the unit of the mass: a probability where a row sums to 1.
 
@@ -86,9 +86,9 @@ def systematic(mass: Tensor, k: int, offset: Tensor, top: tuple[Tensor, Tensor] 
     rank = torch.cat([torch.where(certain, 0, torch.where(again, 3, 2)), torch.where(valid, 1, 3)], -1)
     chosen = rank.sort(dim=-1, stable=True).indices[:, :k]
     kept = torch.cat([places, hit], -1).gather(-1, chosen)
-    found = torch.cat([masses, mass.gather(-1, hit)], -1).gather(-1, chosen)
+    kept_mass = torch.cat([masses, mass.gather(-1, hit)], -1).gather(-1, chosen)
     kept, order = kept.sort(-1)
-    order = found.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices
+    order = kept_mass.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices
     return Support(kept.gather(-1, order), step.to(mass.dtype))
 
 
@@ -121,8 +121,8 @@ def weighted(logprobs: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     """log p and the weights w = max(p, tau) of a row's kept tokens, [N, k] each; at least float32.
 
     logprobs [N, k] as they are stored; tau [N]. Rounding to float16 keeps a row from summing to 1: the certain tokens
-    (p > tau) are rescaled to what the others leave of it. A token of probability 0 has weight 0; where some of a row
-    are (ids that the reader does not have), the rest is rescaled to sum to 1.
+    (p > tau) are rescaled to what the others leave of it. A token of probability 0 has weight 0; where a row has
+    some (ids that the reader does not have), the rest is rescaled to sum to 1.
     """
     logprobs = logprobs.to(torch.promote_types(logprobs.dtype, torch.float32))
     p, tau = logprobs.exp(), tau.to(logprobs.dtype)[:, None]

@@ -38,12 +38,12 @@ def corruptions(
     """Up to `n` different corruptions of the first reference, none of which is itself a reference."""
     rng = np.random.default_rng(seed)
     known = {tuple(reference) for reference in references}
-    found = []
+    edited = []
     for _ in range(attempts):
-        if len(found) == n:
+        if len(edited) == n:
             break
         wrong = corrupt(references[0], rng)
         if wrong is not None and tuple(wrong) not in known:
             known.add(tuple(wrong))
-            found.append(wrong)
-    return found
+            edited.append(wrong)
+    return edited

@@ -18,7 +18,7 @@ class ModelMemory:
 
     parameters: int
     weights: int  # bytes
-    cache: int  # bytes of keys and values a token
+    cache: int  # bytes of keys and values per token
 
     @classmethod
     def of(cls, config, dtype: str) -> "ModelMemory":
@@ -39,9 +39,11 @@ class ModelMemory:
                 model = lm_class(config).from_config(config, trust_remote_code=False)
         except (ValueError, KeyError) as error:
             raise UserError(f"no language model of type {config.model_type} can be built: {error}") from error
-        bytes_a_number = getattr(torch, dtype).itemsize
+        bytes_per_number = getattr(torch, dtype).itemsize
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        return cls(parameters, parameters * bytes_a_number, _cached_numbers(config.get_text_config()) * bytes_a_number)
+        return cls(
+            parameters, parameters * bytes_per_number, _cached_numbers(config.get_text_config()) * bytes_per_number
+        )
 
     def fewest_gpus(self, length: int, memory: float) -> int:
         """How many GPUs of `memory` GiB hold one copy with the cache of SEQUENCES sequences of `length` tokens.
@@ -67,8 +69,8 @@ def _cached_numbers(config) -> int:
     return 2 * layers * heads * (width or config.hidden_size // config.num_attention_heads)
 
 
-# Bytes per token: what is there without any token of the teacher's, or as text alone, and the straight lines in k. Of
-# SmolLM2's answers to GSM8K, their ids spread over a vocabulary of 152,064 (docs/cost.md).
+# Bytes per token of SmolLM2's answers to GSM8K, their ids spread over a vocabulary of 152,064 (docs/cost.md): as text
+# alone, with no tokens of the teacher kept, and the straight lines in k.
 _TEXT, _NO_TOKENS = 5.4, 12.3
 _LINES = {"sampled": (16.5, 3.87), "topk": (18.0, 3.72)}
 
@@ -76,7 +78,7 @@ _LINES = {"sampled": (16.5, 3.87), "topk": (18.0, 3.72)}
 def bytes_per_token(k: int, support: str | None) -> float:
     """Bytes that a response token takes in the store with k tokens per position, prompts and text included.
 
-    support: sampled or topk; None for text alone. As `tests/benchmarks/bytes_a_token.py` measured.
+    support: sampled or topk; None for text alone. As `tests/benchmarks/bytes_per_token.py` measured.
     """
     if support is None or k == 0:
         return _TEXT if support is None else _NO_TOKENS
@@ -96,12 +98,13 @@ class Held:
         """Of an index of the store; shards of another k or support are scaled."""
         lengths: dict[str, int] = {}
         size, tokens = 0.0, 0
-        for shard, stored in {each.shard: each for found in index.values() for each in found}.items():
-            found = response_lengths(shard)
-            lengths |= found
-            scale = bytes_per_token(k, support) / bytes_per_token(stored.k, stored.support)
+        shards = {location.shard: location for locations in index.values() for location in locations}
+        for shard, location in shards.items():
+            in_shard = response_lengths(shard)
+            lengths |= in_shard
+            scale = bytes_per_token(k, support) / bytes_per_token(location.k, location.support)
             size += shard.stat().st_size * scale
-            tokens += sum(found.values())
+            tokens += sum(in_shard.values())
         return cls(lengths, size / tokens if tokens else None)
 
     @property
@@ -123,5 +126,5 @@ class Need:
         return Need(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def gpu_hours(self, rate: float) -> float:
-        """At `rate` response tokens a second and GPU."""
+        """At `rate` response tokens per second and GPU."""
         return self.response_tokens / rate / 3600

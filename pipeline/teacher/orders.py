@@ -1,4 +1,4 @@
-"""What is wanted of a teacher (an order), and what the store has of it and what not (a plan)."""
+"""Rows wanted of a teacher (an order), and which of them the store has and which must be made (a plan)."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,7 +102,7 @@ class Plan:
         return parts
 
     def rejected(self, part: str, accepts: Callable[[str, Sequence[str]], bool]) -> set[str]:
-        """Keys of a part's cached rows that `accepts(response, references)` does not."""
+        """Keys of a part's cached rows for which `accepts(response, references)` is false."""
         items = [item for item in self.cached if item.part == part]
         rows = self.folder.read_each(self.locations[item.key] for item in items)
         return {

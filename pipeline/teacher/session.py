@@ -41,7 +41,7 @@ class Session:
     def __init__(self, teacher: Teacher, storage: Storage, engine: Engine | None = None):
         """engine: in place of the teacher's own; it is not closed."""
         self.teacher, self.storage = teacher, storage
-        self._given, self._engine, self._longest = engine, None, 0
+        self._borrowed, self._engine, self._longest = engine, None, 0
 
     def __enter__(self) -> "Session":
         return self
@@ -76,13 +76,13 @@ class Session:
         return plans
 
     def answer(self, orders: Sequence[Order], retry_skipped: bool = False) -> Answered:
-        """Have made what the store does not hold of the orders.
+        """Have the teacher make what the store does not hold of the orders.
 
         Before anything is asked the store is told which selections will use the rows. Raises UserError, before that,
         where something is to be made and cannot be written, and at the end where no row at all could be made.
         """
         plans = self.plan(orders, retry_skipped)
-        found = sum(len(plan.cached) for plan in plans)
+        held = sum(len(plan.cached) for plan in plans)
         for selection, requests in _by_selection(orders).items():
             require_writable(selection)
             self._record_use(selection, requests, complete=False)
@@ -101,7 +101,7 @@ class Session:
         self._require_some(plans)
         cached = sum(len(plan.cached) for plan in plans)
         left_out = sum(len(plan.skipped) for plan in plans) + unanswered
-        return Answered(plans, found, cached - found, left_out, tokens, seconds)
+        return Answered(plans, held, cached - held, left_out, tokens, seconds)
 
     def record_use(self, orders: Sequence[Order]) -> None:
         """Tell the store that the orders' selections are written: `cache gc` removes no row that they hold."""
@@ -130,8 +130,8 @@ class Session:
 
         Raises UserError where it cannot start, or the weights are not those of the teacher.
         """
-        if self._given is not None:
-            return self._given
+        if self._borrowed is not None:
+            return self._borrowed
         if self._engine is None or longest > self._longest:
             self.close()
             self._engine, self._longest = self._open(longest), longest

@@ -15,7 +15,7 @@ from pipeline.teacher.items import Item
 from pipeline.teacher.orders import Plan
 from pipeline.teacher.teacher import Teacher
 
-_DROPPED = 1e-6  # mass at a position on ids that no token has, above which it is said
+_DROPPED = 1e-6  # mass at a position on ids that no token has, above which there is a warning
 _WARNINGS = 5  # rows left out that are named on the terminal; skipped.jsonl has them all
 
 
@@ -27,7 +27,7 @@ class Skips:
         self._by = "" if plan.teacher.role == "teacher" else f" by the {plan.teacher.role}"
 
     def record_planned(self) -> None:
-        """Those that the plan leaves out and the store does not know of."""
+        """Record those that the plan leaves out and the store does not know of yet."""
         reasons = {key: reason for key, reason in self.plan.skipped.items() if key not in self.plan.folder.skipped()}
         self.record({item.key: (item, reasons[item.key]) for item in self.plan.order.items if item.key in reasons})
 
@@ -45,7 +45,7 @@ class Skips:
 
 
 def make(plan: Plan, engine: Engine, teacher: Teacher) -> int:
-    """Have everything made that is missing or stored with too few tokens; returns the number of tokens.
+    """Make everything that is missing or stored with too few tokens; returns the number of tokens made.
 
     Every `loading.rows` answers become a shard at once, and so does the rest when the run is interrupted.
     """
@@ -139,7 +139,7 @@ class _Writer:
 def widened(row: Row, answer: Answer) -> Answer:
     """A second answer [T, K] to a stored row [T, k], k < K: the row's own values, and what the answer adds behind them.
 
-    A second reading differs in its last bits. Values that are stored once stay, so that a selection of k tokens a
+    A second reading differs in its last bits. Values that are stored once stay, so that a selection of k tokens per
     position is the same before and after; what is added is not above them. A sample of K tokens is a draw of its own,
     so where either is sampled only the row's end stays. A row of no tokens has nothing to keep, nor a k to read it by
     (where it is read without other rows, it has k = 0).

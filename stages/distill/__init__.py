@@ -106,7 +106,7 @@ def _job(params: Params, plan: Distillation, paths: dict[str, object], runs: Pat
 
 
 def leave_out(out: Path, metrics_out: Path) -> None:
-    """In the place of the plain student, where none is wanted."""
+    """Leave a note in the place of the plain student, where distill.plain is false."""
     begin_results(metrics_out, "distill", "--metrics")
     save_note(out, "No plain student was trained: distill.plain is false.")
     console.say(f"no plain student is trained (distill.plain is false); {out} says so")
@@ -134,10 +134,10 @@ def _write_curves(settings: Distill, history: list[dict], scale: float, out: Pat
     kept: dict = {}
     if held_out:
         kept = min(held_out, key=lambda row: row[settings.best]) if settings.best else held_out[-1]
-    found = {f"heldout_{name}": value for name, value in kept.items() if name != "step"}
+    closing = {f"heldout_{name}": value for name, value in kept.items() if name != "step"}
     if settings.best:
-        found["best_step"] = kept["step"]
-    return found | {"train_loss": training[-1]["loss"]} if training else found
+        closing["best_step"] = kept["step"]
+    return closing | {"train_loss": training[-1]["loss"]} if training else closing
 
 
 def _card(plan: Distillation, metrics: dict, started_from: str) -> str:
@@ -157,7 +157,7 @@ def _card(plan: Distillation, metrics: dict, started_from: str) -> str:
         f"- Training: {settings.optimisation.steps} steps of {settings.optimisation.batch_size} responses",
         *([f"- LoRA: rank {settings.lora.rank}, alpha {settings.lora.alpha:g}, merged"] if settings.lora.rank else []),
         "",
-        "Held out, in nats a token where it is a loss:",
+        "Held out, in nats per token where it is a loss:",
         "",
         *(f"- {name}: {value:.4g}" for name, value in metrics.items() if isinstance(value, float)),
     ]

@@ -1,4 +1,4 @@
-"""What distillation is told of a reward: fitted, trained on, new, or a control that knows nothing."""
+"""The reward as distillation reads it: fitted, trained further, new, or a control that knows nothing."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ FITTED = ("frozen", "shuffled", "joint")  # rewards that the stage `reward` fitt
 
 @dataclass(frozen=True)
 class RewardInputs:
-    """What the X term needs to be told: rewards by name and key where they are given, the residuals' scale."""
+    """What the X term needs: rewards by name and key where they come from a file, and the residuals' scale."""
 
     extras: dict[str, dict[str, np.ndarray]] | None = None
     residuals: Scaled | None = None  # the student's, in units of the teacher's; None without the X term
@@ -31,7 +31,7 @@ class RewardInputs:
         return self.residuals.scale if self.residuals else 1.0
 
     def reward(self, settings: Distill, form: Reward, student: Path, fitted: Path | None) -> GivenReward:
-        """The reward that the student is kept consistent with: given, trained along (new or fitted), or none."""
+        """The reward that the student is kept consistent with: read, trained with it (new or fitted), or zero."""
         if settings.reward == "zero":
             return ZeroReward()
         if settings.reward == "joint":
@@ -81,8 +81,8 @@ def _read_rewards(folder: Path, rows: dict[str, TeacherRows]) -> dict[str, dict[
         table = pq.read_table(folder / "rewards.parquet")
         keys, *values = (table.column(name).to_pylist() for name in ("key", "mu", "log_sigma"))
     extras = {
-        name: dict(zip(keys, (np.asarray(v, np.float32) for v in found), strict=True))
-        for name, found in zip(("mu", "log_sigma"), values, strict=True)
+        name: dict(zip(keys, (np.asarray(v, np.float32) for v in column), strict=True))
+        for name, column in zip(("mu", "log_sigma"), values, strict=True)
     }
     unknown = [
         key
@@ -105,7 +105,7 @@ def shuffled(
 
     A shorter sequence of rewards is repeated, a longer one cut. Raises UserError where there is no other sample.
     """
-    found: dict[str, dict[str, np.ndarray]] = {name: {} for name in rewards}
+    permuted: dict[str, dict[str, np.ndarray]] = {name: {} for name in rewards}
     for part, samples in rows.items():
         count = len(samples.keys)
         if count < 2:
@@ -114,5 +114,5 @@ def shuffled(
         for own, other in zip(order, np.roll(order, 1), strict=True):
             for name, by_key in rewards.items():
                 values = by_key[samples.keys[other]]
-                found[name][samples.keys[own]] = np.resize(values, samples.response_tokens[own])
-    return found
+                permuted[name][samples.keys[own]] = np.resize(values, samples.response_tokens[own])
+    return permuted

@@ -194,8 +194,8 @@ def _require_vocabulary(size: int, rows: dict[str, TeacherRows], student: Path) 
     The teacher's top k may have such tokens: the padding of a larger embedding counts to the tail.
     """
     for part in rows.values():
-        if found := part.beyond(size):
-            row, highest = found
+        if unknown := part.beyond(size):
+            row, highest = unknown
             raise UserError(
                 f"row {row.key} (prompt '{row.prompt_id}') has token {highest}, and the student {student} has {size} "
                 "embeddings: use a student whose vocabulary is as large as the teacher's"

@@ -35,7 +35,7 @@ from pipeline.tasks.metrics import Metric
 from stages.evaluate.answers import Asking, cached_answers
 from stages.evaluate.scores import Outcome, lengths, scores
 
-CUT_WARNING = 0.05  # share of answers that may be cut at max_tokens without a word
+CUT_WARNING = 0.05  # share of answers that may be cut at max_tokens without a warning
 
 
 def evaluate(
@@ -122,10 +122,10 @@ def _is_teacher(path: str | Path, params: Params) -> bool:
 
 
 def _of_the_teacher(answered: Selection, prompts: Sequence[Prompt], held_out: HeldOut, params: Params) -> Outcome:
-    """The teacher, without a single token drawn from it."""
+    """The teacher, from its cached answers: no token is drawn from it."""
     parameters = held_out.teacher.model.num_parameters() if held_out.teacher else None
-    said = cached_answers(answered, params, prompts)
-    return Outcome(said, *held_out.of_the_teacher(), parameters, answered.teacher["identity"])
+    answers = cached_answers(answered, params, prompts)
+    return Outcome(answers, *held_out.of_the_teacher(), parameters, answered.teacher["identity"])
 
 
 def _of(
@@ -144,14 +144,14 @@ def _of(
     lengths += [(len(row.prompt_ids), len(row.response_ids)) for row in held_out.rows]
     require_context(model.config, lengths, f"the model {path}")
     asking = Asking(HfEngine(model, settings.batch_size), tokenizer, params, stop_token_ids(path, tokenizer))
-    said = asking.answers(prompts, ids, name)
+    answers = asking.answers(prompts, ids, name)
     measures = held_out.of(model, path) if held_out.rows else {}
     on_own = held_out.of_own_samples(model, path, asking.samples(own, name)) if own else {}
-    return Outcome(said, measures, on_own, model.num_parameters(), fingerprint(local_folder(path)))
+    return Outcome(answers, measures, on_own, model.num_parameters(), fingerprint(local_folder(path)))
 
 
 def _write_quality(path: Path, metrics: dict) -> None:
-    """One line a model, mode and metric, for plots."""
+    """One line per model, mode and metric, for plots."""
     rows = [
         {"measure": f"{mode} {metric}: {name}", "mode": mode, "metric": metric, "model": name, **interval}
         for name, modes in metrics.items()
@@ -165,15 +165,15 @@ def _write_predictions(path: Path, outcomes: Mapping[str, Outcome], prompts: Seq
     """Every answer with its prompt and references, and its own score by `metric`: plain columns, for reading."""
     rows = []
     for name, outcome in outcomes.items():
-        said = [("greedy", i, 0, each) for i, each in enumerate(outcome.answers.greedy)]
-        said += [("sampled", i, s, each) for i, several in enumerate(outcome.answers.sampled)
-                 for s, each in enumerate(several)]  # fmt: skip
-        for mode, i, sample, each in said:
+        answers = [("greedy", i, 0, answer) for i, answer in enumerate(outcome.answers.greedy)]
+        answers += [("sampled", i, s, answer) for i, several in enumerate(outcome.answers.sampled)
+                    for s, answer in enumerate(several)]  # fmt: skip
+        for mode, i, sample, answer in answers:
             prompt = prompts[i]
             rows.append(
                 {"model": name, "mode": mode, "prompt_id": prompt.id, "sample": sample, "prompt": prompt.prompt,
-                 "response": each.text, "score": metric([each.text], [prompt.references]), "tokens": each.tokens,
-                 "cut": each.cut, "references": list(prompt.references)}
+                 "response": answer.text, "score": metric([answer.text], [prompt.references]), "tokens": answer.tokens,
+                 "cut": answer.cut, "references": list(prompt.references)}
             )  # fmt: skip
     pl.DataFrame(rows).write_parquet(path)
 
@@ -237,7 +237,7 @@ def _report(results: dict, out: Path) -> None:
 
 
 def _warn(results: dict, params: Params) -> None:
-    """Words on what makes the numbers less than they seem."""
+    """Warn of what makes the numbers less than they seem."""
     cut = {name: modes["greedy"]["cut"] for name, modes in results["answers"].items()}
     if many := {name: share for name, share in cut.items() if share > CUT_WARNING}:
         shares = ", ".join(f"{share:.0%} of {name}" for name, share in many.items())

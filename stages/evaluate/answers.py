@@ -1,4 +1,4 @@
-"""What a model answers to the test prompts: drawn from it, or, of a teacher that has answered before, read."""
+"""What a model answers to the test prompts: drawn from it, or read from the cache where `generate` has kept them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,24 +19,24 @@ from pipeline.store.selection import Selection
 
 
 @dataclass(frozen=True)
-class Said:
-    """One answer."""
+class AnswerText:
+    """One answer as text."""
 
     text: str
     tokens: int
-    cut: bool  # at max_tokens: it did not end by itself
+    cut: bool  # at max_tokens, so it did not end by itself
 
     @classmethod
-    def of(cls, answer: Answer | Row, text: str) -> "Said":
+    def of(cls, answer: Answer | Row, text: str) -> "AnswerText":
         return cls(text, len(answer.response_ids), answer.finish == "length")
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model said to the test prompts."""
+    """What one model answers to the test prompts."""
 
-    greedy: list[Said]  # [test prompts]
-    sampled: list[list[Said]]  # [sampled prompts, the first ones][samples]
+    greedy: list[AnswerText]  # [test prompts]
+    sampled: list[list[AnswerText]]  # [sampled prompts, the first ones][samples]
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Asking:
         greedy = self._run(greedy, 0.0, "greedy answers", name)
         drawn = self._run(drawn, settings.temperature, "sampled answers", name)
         return Answers(
-            [self._said(greedy[prompt.id]) for prompt in prompts],
-            [[self._said(drawn[f"{prompt.id}/{sample}"]) for sample in samples] for prompt in first],
+            [self._text(greedy[prompt.id]) for prompt in prompts],
+            [[self._text(drawn[f"{prompt.id}/{sample}"]) for sample in samples] for prompt in first],
         )
 
     def samples(self, prompts: Mapping[str, np.ndarray], name: str) -> dict[str, Answer]:
@@ -71,15 +71,15 @@ class Asking:
         return self._run(asks, 1.0, "held-out samples", name)
 
     def _run(self, asks: Sequence[Ask], temperature: float, what: str, name: str) -> dict[str, Answer]:
-        sampling, found = Sampling(temperature, 1.0, self.params.max_tokens, self.stops), {}
+        sampling, answers = Sampling(temperature, 1.0, self.params.max_tokens, self.stops), {}
         with console.progress(f"{what} of {name}", len(asks)) as advance:
             for answer in needed(self.engine.sample(asks, sampling, k=1), f"the model {name}"):
-                found[answer.key] = answer
+                answers[answer.key] = answer
                 advance()
-        return found
+        return answers
 
-    def _said(self, answer: Answer) -> Said:
-        return Said.of(answer, self.tokenizer.decode(answer.response_ids, skip_special_tokens=True))
+    def _text(self, answer: Answer) -> AnswerText:
+        return AnswerText.of(answer, self.tokenizer.decode(answer.response_ids, skip_special_tokens=True))
 
 
 def cached_answers(selection: Selection, params: Params, prompts: Sequence[Prompt]) -> Answers:
@@ -89,10 +89,10 @@ def cached_answers(selection: Selection, params: Params, prompts: Sequence[Promp
     """
     settings = params.evaluate
 
-    def said(part: str, temperature: float, prompts: Sequence[Prompt], count: int) -> list[list[Said]]:
-        told = selection.parts.get(part, {"request": {"sampling": {}}})["request"]["sampling"]
+    def read(part: str, temperature: float, prompts: Sequence[Prompt], count: int) -> list[list[AnswerText]]:
+        sampling = selection.parts.get(part, {"request": {"sampling": {}}})["request"]["sampling"]
         known: dict[str, list[Row]] = {}
-        if (told.get("temperature"), told.get("max_tokens")) == (temperature, params.max_tokens):
+        if (sampling.get("temperature"), sampling.get("max_tokens")) == (temperature, params.max_tokens):
             for row in selection.rows(part, topk=False):
                 known.setdefault(row.prompt_id, []).append(row)
         lacking = [prompt.id for prompt in prompts if len(known.get(prompt.id, ())) < count]
@@ -102,10 +102,10 @@ def cached_answers(selection: Selection, params: Params, prompts: Sequence[Promp
                 f"prompts (first: '{lacking[0]}'): run `xkd-pipeline generate` for these prompts and parameters; rows "
                 "that it leaves out are named in skipped.jsonl"
             )
-        return [[Said.of(row, row.response) for row in known[prompt.id][:count]] for prompt in prompts]
+        return [[AnswerText.of(row, row.response) for row in known[prompt.id][:count]] for prompt in prompts]
 
     first = prompts[: settings.sampled_prompts]
     return Answers(
-        [greedy for (greedy,) in said("greedy", 0.0, prompts, 1)],
-        said("sampled", settings.temperature, first, settings.samples),
+        [greedy for (greedy,) in read("greedy", 0.0, prompts, 1)],
+        read("sampled", settings.temperature, first, settings.samples),
     )

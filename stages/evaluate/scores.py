@@ -10,7 +10,7 @@ from pipeline.prompts import Prompt
 from pipeline.tasks.diversity import distinct_n, self_bleu
 from pipeline.tasks.intervals import intervals
 from pipeline.tasks.metrics import Metric
-from stages.evaluate.answers import Answers, Said
+from stages.evaluate.answers import Answers, AnswerText
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ def scores(
     candidate: str,
 ) -> tuple[dict, dict]:
     """model -> mode -> measure -> value and interval; and those of the candidate minus each other model."""
-    found: dict[str, dict] = {name: {"greedy": {}, "sampled": {}} for name in outcomes}
+    results: dict[str, dict] = {name: {"greedy": {}, "sampled": {}} for name in outcomes}
     differences: dict[str, dict] = {name: {"greedy": {}, "sampled": {}} for name in outcomes if name != candidate}
     references = [prompt.references for prompt in prompts]
 
     def add(mode: str, measure: str, statistics: dict[str, np.ndarray], score: Callable) -> None:
-        each, differing = intervals(statistics, score, settings.bootstrap, seed, candidate)
+        scored, differing = intervals(statistics, score, settings.bootstrap, seed, candidate)
         for name in outcomes:
-            found[name].setdefault(mode, {})[measure] = each[name]
+            results[name].setdefault(mode, {})[measure] = scored[name]
         for name, difference in differing.items():
             differences[name].setdefault(mode, {})[measure] = difference
 
@@ -56,15 +56,15 @@ def scores(
             if all(measure in each and len(each[measure]) for each in sums.values()):
                 add(mode, measure, {name: each[measure] for name, each in sums.items()}, _mean_of_tokens)
     for name, each in sampled.items():
-        found[name]["diversity"] = {
+        results[name]["diversity"] = {
             "distinct_1": distinct_n(each, 1),
             "distinct_2": distinct_n(each, 2),
             "self_bleu": self_bleu(each),
         }
-    return found, differences
+    return results, differences
 
 
-def texts(answers: Sequence[Said]) -> list[str]:
+def texts(answers: Sequence[AnswerText]) -> list[str]:
     return [answer.text for answer in answers]
 
 
@@ -72,8 +72,8 @@ def lengths(answers: Answers) -> dict[str, dict[str, float]]:
     """Mean number of tokens and share of the answers that were cut, by mode."""
     modes = {"greedy": answers.greedy, "sampled": [each for several in answers.sampled for each in several]}
     return {
-        mode: {"tokens": float(np.mean([s.tokens for s in said])), "cut": float(np.mean([s.cut for s in said]))}
-        for mode, said in modes.items()
+        mode: {"tokens": float(np.mean([a.tokens for a in group])), "cut": float(np.mean([a.cut for a in group]))}
+        for mode, group in modes.items()
     }
 
 

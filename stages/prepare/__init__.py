@@ -45,19 +45,19 @@ def draw(task: Task, sizes: dict[str, int], seed: int) -> Iterator[Prompt]:
     Raises UserError where the task has not enough distinct prompts.
     """
     rng = Random(f"{task.name} {task.generator.version} {seed}")
-    found: dict[str, dict[str, Prompt]] = {split: {} for split in sizes}
+    drawn: dict[str, dict[str, Prompt]] = {split: {} for split in sizes}
     idle = 0
-    while any(len(found[split]) < size for split, size in sizes.items()):
+    while any(len(drawn[split]) < size for split, size in sizes.items()):
         example = task.generator.example(rng)
         split = split_of(example.prompt)
-        new = len(found.get(split, ())) < sizes.get(split, 0) and example.prompt not in found[split]
+        new = len(drawn.get(split, ())) < sizes.get(split, 0) and example.prompt not in drawn[split]
         idle = 0 if new else idle + 1
         if idle > _PATIENCE:
             raise UserError(f"task {task.name} has too few distinct prompts for sizes {sizes}: ask for fewer")
         if new:
-            found[split][example.prompt] = Prompt(prompt_id(example.prompt), example.prompt, example.references, split)
+            drawn[split][example.prompt] = Prompt(prompt_id(example.prompt), example.prompt, example.references, split)
     for split in sizes:
-        yield from found[split].values()
+        yield from drawn[split].values()
 
 
 def check_disjoint(prompts: list[Prompt]) -> None:

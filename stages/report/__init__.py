@@ -12,12 +12,11 @@ from pipeline.params import Report
 from pipeline.results import KL_NAMES, headline_kl, headline_metric
 from stages.report import figures
 from stages.report.answered import answers
-from stages.report.curves import curve_of
 from stages.report.experiments import Experiment, differ, read_experiments
 from stages.report.page import GENERATOR, Card, Figure, Section, render_page
 from stages.report.quality import beside, closeness, diversity, quality
-from stages.report.results import Asking, Audit, Distill, Prepared, Taught, read_evaluation, read_results
-from stages.report.reward import reward_section
+from stages.report.results import Asking, Audit, Distill, Prepared, Taught, read_curve, read_evaluation, read_results
+from stages.report.reward_section import reward_section
 from stages.report.setting import costs, glossary, provenance, setting
 
 # What is read beside the evaluation: its name on the page, and the stage that writes it.
@@ -41,40 +40,40 @@ def report(
     """Write the page `out` from what the stages left in a layout.
 
     also: further experiments, whose students are shown beside this one's; names as for `read_experiments`. What a
-    stage has not written is left out and named. Raises UserError where not even an evaluation is there.
+    stage has not written is left out and named. Raises UserError where there is no evaluation.
     """
     require_own_file(out, _is_report)
     if not (evaluated := layout.results("evaluate")).is_file():
         raise UserError(f"no evaluation at {evaluated.parent}: run `xkd-pipeline evaluate` (or `dvc repro`) first")
-    found = {"evaluation": read_evaluation(evaluated)}
+    results = {"evaluation": read_evaluation(evaluated)}
     for name, (kind, stage) in _KINDS.items():
         path = _results_of(name, stage, layout)
-        found[name] = read_results(path, kind, stage) if path.is_file() else {}
-    objective = found["distill"].get("objective", "student")
-    experiments = [Experiment("this one", found["evaluation"], objective), *read_experiments(also, layout)]
+        results[name] = read_results(path, kind, stage) if path.is_file() else {}
+    objective = results["distill"].get("objective", "student")
+    experiments = [Experiment("this one", results["evaluation"], objective), *read_experiments(also, layout)]
     if differ(experiments):
         console.warn("the results beside this one are of other prompts, tasks or teachers: they do not compare")
     sections = [
-        setting(found),
-        quality(found["evaluation"]),
+        setting(results),
+        quality(results["evaluation"]),
         beside(experiments),
-        closeness(found["evaluation"]),
-        diversity(found["evaluation"]),
-        _training(found["distill"], layout.distillation),
-        reward_section(found["audit"], layout, store, settings.rewarded_prompts),
-        answers(layout.predictions, found["evaluation"], settings.samples),
-        costs(found),
+        closeness(results["evaluation"]),
+        diversity(results["evaluation"]),
+        _training(results["distill"], layout.distillation),
+        reward_section(results["audit"], layout, store, settings.rewarded_prompts),
+        answers(layout.predictions, results["evaluation"], settings.samples),
+        costs(results),
         glossary(),
-        provenance(found, layout.prompts),
+        provenance(results, layout.prompts),
     ]
-    absent = [name for name, results in found.items() if not results and name != "plain-metrics"]
+    absent = [name for name, read in results.items() if not read and name != "plain-metrics"]
     if absent:
         console.warn(f"left out of the report, no results in {layout.data}: {', '.join(absent)}")
-    task = found["evaluation"]["provenance"]["task"]["name"]
+    task = results["evaluation"]["provenance"]["task"]["name"]
     page = render_page(
         f"{task}: {objective}",
-        _subtitle(found),
-        _cards(found),
+        _subtitle(results),
+        _cards(results),
         [section for section in sections if section],
     )
     write_atomically(out.parent, lambda path: path.write_text(page, encoding="utf-8"), out.name)
@@ -86,9 +85,9 @@ def _is_report(path: Path) -> bool:
         return GENERATOR.encode() in file.read(4096)
 
 
-def _subtitle(found: dict) -> str:
-    evaluation = found["evaluation"]
-    teacher = found["generate"].get("provenance", {}).get("teacher", {})
+def _subtitle(results: dict) -> str:
+    evaluation = results["evaluation"]
+    teacher = results["generate"].get("provenance", {}).get("teacher", {})
     name = teacher.get("name") or evaluation.get("sources", {}).get("teacher") or "a local model"
     counts = evaluation.get("counts", {})
     test = f"{counts['test']:,} test prompts, " if counts else ""
@@ -96,8 +95,8 @@ def _subtitle(found: dict) -> str:
     return f"Teacher: {name}. {test}95 % intervals over prompts.{date and f' Evaluated on {date}.'}"
 
 
-def _cards(found: dict) -> list[Card]:
-    evaluation = found["evaluation"]
+def _cards(results: dict) -> list[Card]:
+    evaluation = results["evaluation"]
     metric, metrics = headline_metric(evaluation), evaluation["metrics"]
     cards = [Card(f"{modes['greedy'][metric]['value']:.1f}", f"{metric}, {name}") for name, modes in metrics.items()]
     kls = {name: headline_kl(modes) for name, modes in metrics.items()}
@@ -105,7 +104,7 @@ def _cards(found: dict) -> list[Card]:
         measure = kls["distilled"][0]
         values = (f"{kls[name][1]['value']:.2f}" for name in ("undistilled", "distilled"))
         cards.append(Card(" → ".join(values), f"{KL_NAMES[measure]}, nats per token"))
-    if cost := found["generate"].get("cost"):
+    if cost := results["generate"].get("cost"):
         cards.append(Card(f"{cost['tokens_selected']:,}", "cached teacher tokens"))
     return cards
 
@@ -114,7 +113,7 @@ def _training(distill: dict, folder: Path) -> Section | None:
     if not distill:
         return None
     section = Section("training", "Distillation", [f"{distill['samples']:,} cached responses, {distill['objective']}."])
-    curves = {name: curve_of(folder / f"{name}.csv") for name in ("training", "heldout")}
+    curves = {name: read_curve(folder / f"{name}.csv") for name in ("training", "heldout")}
     for term, caption in (
         ("kd", "Distillation loss"),
         ("nll", "Negative log-likelihood of the teacher's tokens"),

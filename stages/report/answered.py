@@ -34,13 +34,13 @@ def answers(path: Path, evaluation: dict, count: int) -> Section | None:
     for prompts, what in ((at_random, "drawn at random"), (failures, f"{candidate} fails, or does worst")):
         for prompt in prompts:
             rows = groups[prompt]
-            said = [Answered("reference", text) for text in rows[0]["references"]]
-            said += [Answered(row["model"], row["response"], _mark(row, checked, metric)) for row in rows]
-            section.samples.append(Sample(rows[0]["prompt"], said, what))
+            shown = [Answered("reference", text) for text in rows[0]["references"]]
+            shown += [Answered(row["model"], row["response"], _mark(row, checked, metric)) for row in rows]
+            section.samples.append(Sample(rows[0]["prompt"], shown, what))
     return section
 
 
 def _mark(row: dict, checked: bool, metric: str) -> str:
     """Whether an answer is right, or its own score."""
-    said = ("right" if row["score"] > 0 else "wrong") if checked else f"{metric} {row['score']:.0f}"
-    return said + (", cut" if row["cut"] else "")
+    mark = ("right" if row["score"] > 0 else "wrong") if checked else f"{metric} {row['score']:.0f}"
+    return mark + (", cut" if row["cut"] else "")

@@ -15,7 +15,7 @@ from stages.report.results import read_evaluation
 
 @dataclass(frozen=True)
 class Experiment:
-    """What `evaluate` found, and the objective of the student that it ends with where that is known."""
+    """What `evaluate` measured, and the objective of its last student where that is known."""
 
     name: str
     evaluation: dict
@@ -55,22 +55,22 @@ class Scored:
 
     def answers(self, name: str) -> float | None:
         """`tokens` or `cut` of the greedy answers."""
-        found = (self.experiment.evaluation.get("answers") or {}).get(self.model, {})
-        return found.get("greedy", {}).get(name)
+        modes = (self.experiment.evaluation.get("answers") or {}).get(self.model, {})
+        return modes.get("greedy", {}).get(name)
 
 
 def models_of(experiments: Sequence[Experiment]) -> list[Scored]:
     """Every model of every experiment; one that several share is there once."""
-    found: dict[tuple, Scored] = {}
+    models: dict[tuple, Scored] = {}
     for experiment in experiments:
         for model in experiment.evaluation["metrics"]:
             scored = Scored(experiment, model)
-            found.setdefault(scored.identity, scored)
-    return list(found.values())
+            models.setdefault(scored.identity, scored)
+    return list(models.values())
 
 
 def differ(experiments: Sequence[Experiment]) -> bool:
-    """Whether the experiments' numbers do not compare."""
+    """Whether the experiments' numbers cannot be compared."""
     return len({experiment.set for experiment in experiments}) > 1
 
 
@@ -116,5 +116,5 @@ def _read_revision(name: str, layout: Layout) -> Experiment:
 
 def _objective(distillation: Any, source: Path | str) -> str | None:
     require_shape(distillation, dict, f"{source} holds no results of `xkd-pipeline distill`")
-    found = distillation.get("objective")
-    return None if found is None else str(found)
+    objective = distillation.get("objective")
+    return None if objective is None else str(objective)

@@ -48,10 +48,10 @@ def intervals(values: Mapping[str, Mapping[str, float]], x_label: str) -> str:
     """Named estimates with their intervals: {name: {value, low, high}}."""
 
     def paint(axes) -> None:
-        for row, found in enumerate(values.values()):
+        for row, interval in enumerate(values.values()):
             colour = COLOURS[row % len(COLOURS)]
-            axes.plot([found["low"], found["high"]], [row, row], color=colour, linewidth=2)
-            axes.plot([found["value"]], [row], color=colour, marker="o", markersize=7)
+            axes.plot([interval["low"], interval["high"]], [row, row], color=colour, linewidth=2)
+            axes.plot([interval["value"]], [row], color=colour, marker="o", markersize=7)
         axes.set_yticks(range(len(values)), list(values))
         axes.set_ylim(len(values) - 0.5, -0.5)
         axes.set_xlabel(x_label)

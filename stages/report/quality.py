@@ -98,8 +98,8 @@ def _sentence(text: str | None) -> str | None:
     return text and f"{text[0].upper()}{text[1:]}."
 
 
-def _value(found: dict | None) -> str:
-    return say_interval(found, ".3f") if found else "-"
+def _value(interval: dict | None) -> str:
+    return say_interval(interval, ".3f") if interval else "-"
 
 
 def diversity(evaluation: dict) -> Section:
@@ -120,12 +120,12 @@ def diversity(evaluation: dict) -> Section:
         for model, modes in metrics.items()
     ]
     section.tables.append(Table(["model", f"{metric}, sampled", "distinct-1", "distinct-2", "Self-BLEU"], rows))
-    if said := evaluation.get("answers"):
+    if lengths := evaluation.get("answers"):
         columns = ["model", "tokens, greedy", "cut, greedy", "tokens, sampled", "cut, sampled"]
         rows = [
             [model, *(cell for mode in ("greedy", "sampled")
                       for cell in (f"{modes[mode]['tokens']:.1f}", f"{modes[mode]['cut']:.1%}"))]
-            for model, modes in said.items()
+            for model, modes in lengths.items()
         ]  # fmt: skip
         section.tables.append(Table(columns, rows, "Length of the answers, and the share that max_tokens cut"))
     points = {

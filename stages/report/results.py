@@ -1,11 +1,12 @@
-"""What of the stages' results tables and pages read, and the check that a file has it."""
+"""What tables and pages read of the stages' results and curves, and the check that a file has it."""
 
+import csv
 from pathlib import Path
 from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
-from pipeline.errors import UserError, shown
+from pipeline.errors import UserError, in_one_line, shown
 from pipeline.files import parse_json, read_json, require_shape
 from pipeline.store.kept_mass import KeptMassFound
 
@@ -176,14 +177,14 @@ class Taught(TypedDict):
 
 
 def read_results(path: Path, kind: type, stage: str) -> dict:
-    """A results.json. Raises UserError that names it where it is not one that `stage` wrote."""
+    """A results.json. Raises UserError, which names it, where `stage` has not written it."""
     results = read_json(path)
     require_shape(results, kind, _none_of(path, stage))
     return results
 
 
 def read_evaluation(source: Path | str, text: str | None = None) -> dict:
-    """An evaluation: a file's, or that of a text from `source`. Raises UserError where it is none."""
+    """An evaluation: a file's, or that of a text from `source`. Raises UserError where it is not one."""
     evaluation = read_json(Path(source)) if text is None else parse_json(text, str(source))
     what = _none_of(source, "evaluate")
     require_shape(evaluation, Evaluation, what)
@@ -196,10 +197,20 @@ def read_evaluation(source: Path | str, text: str | None = None) -> dict:
         if absent:
             raise UserError(f"{what}: {model} has no {', '.join(absent)}")
     if evaluation["candidate"] not in metrics:
-        raise UserError(f"{what}: its candidate {shown(evaluation['candidate'])} is none of its models")
+        raise UserError(f"{what}: its candidate {shown(evaluation['candidate'])} is not one of its models")
     if unknown := metrics.keys() - evaluation["provenance"]["models"].keys():
         raise UserError(f"{what}: it does not say what {', '.join(sorted(unknown))} is")
     return evaluation
+
+
+def read_curve(path: Path) -> dict[str, list[float]]:
+    """Columns of a curve's CSV file; empty where there is none. Raises UserError where they are not numbers."""
+    if not path.is_file():
+        return {}
+    with in_one_line(f"{path} holds no curve"):
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else ())}
 
 
 def _none_of(source: Path | str, stage: str) -> str:

@@ -44,21 +44,21 @@ def rewarded_prompts(
     with in_one_line(f"{rewards} holds no rewards"):
         table = pq.read_table(rewards)
         columns = [table.column(name).to_pylist() for name in ("key", "mu", "log_sigma")]
-    found = {key: (np.array(mu), np.exp(log_sigma)) for key, mu, log_sigma in zip(*columns, strict=True)}
+    by_key = {key: (np.array(mu), np.exp(log_sigma)) for key, mu, log_sigma in zip(*columns, strict=True)}
     parts = [name for name in ("validation", "scored") if name in selection.parts]
     by_prompt: dict[str, dict[str, Row]] = {}
     for row in (row for name in parts for row in selection.rows(name)):
-        if row.key in found:
+        if row.key in by_key:
             by_prompt.setdefault(row.prompt_id, {}).setdefault(row.origin, row)
     # Prompts with the most kinds of responses say most.
     chosen = sorted(by_prompt.values(), key=len, reverse=True)[:prompts]
-    values = np.concatenate([found[row.key][0] for rows in chosen for row in rows.values()] or [np.zeros(1)])
+    values = np.concatenate([by_key[row.key][0] for rows in chosen for row in rows.values()] or [np.zeros(1)])
     centre, spread = float(np.median(values)), float(values.std()) or 1.0
     for rows in chosen:
         ordered = sorted(rows.values(), key=lambda row: _ORDER.get(row.origin, 9))
         yield (
             ordered[0].prompt,
-            [Rewarded(row.origin, list(_tokens(row, *found[row.key], tokenizer, centre, spread))) for row in ordered],
+            [Rewarded(row.origin, list(_tokens(row, *by_key[row.key], tokenizer, centre, spread))) for row in ordered],
         )
 
 

@@ -28,11 +28,11 @@ GLOSSARY = {
 }
 
 
-def setting(found: dict[str, dict]) -> Section:
+def setting(results: dict[str, dict]) -> Section:
     """Data set, template, models, cache and date."""
-    evaluation, generated, distilled = found["evaluation"], found["generate"], found["distill"]
+    evaluation, generated, distilled = results["evaluation"], results["generate"], results["distill"]
     section, rows = Section("setting", "What was compared"), []
-    if prepared := found["prepare"]:
+    if prepared := results["prepare"]:
         data, read = prepared["data"], prepared["prompt_format"]
         rows.append(["data set", " ".join(filter(None, (data["path"], data["config"])))])
         chat = "inside the tokenizer's chat template" if read["chat"] else ""
@@ -61,10 +61,10 @@ def setting(found: dict[str, dict]) -> Section:
     return section
 
 
-def costs(found: dict[str, dict]) -> Section:
+def costs(results: dict[str, dict]) -> Section:
     """What the cache holds, and the seconds of every stage."""
     section = Section("costs", "Cache and cost")
-    if cost := found["generate"].get("cost"):
+    if cost := results["generate"].get("cost"):
         speed = f"{cost['tokens_per_second']:,.0f}" if cost["tokens_per_second"] else "- (all cached)"
         section.tables.append(
             Table(
@@ -81,9 +81,9 @@ def costs(found: dict[str, dict]) -> Section:
                 ],
             )
         )
-    times = {stage: found[key]["cost"]["seconds"] for stage, key in STAGES.items() if "cost" in found.get(key, {})}
+    times = {stage: results[key]["cost"]["seconds"] for stage, key in STAGES.items() if "cost" in results.get(key, {})}
     rows = [[stage, f"{seconds:,.0f}"] for stage, seconds in times.items()]
-    if first := found["distill"].get("cost", {}).get("seconds_to_first_step"):
+    if first := results["distill"].get("cost", {}).get("seconds_to_first_step"):
         rows.append(["distill, from its start to the first step", f"{first:,.1f}"])
     section.tables.append(Table(["stage", "seconds"], rows))
     return section
@@ -95,7 +95,7 @@ def glossary() -> Section:
     return section
 
 
-def provenance(found: dict[str, dict], prompts: Path) -> Section:
+def provenance(results: dict[str, dict], prompts: Path) -> Section:
     """Which prompts of the file `prompts` were left out, and the inputs, parameters and versions of every stage."""
     section = Section("provenance", "Provenance")
     path = counts_of(prompts)
@@ -110,8 +110,8 @@ def provenance(found: dict[str, dict], prompts: Path) -> Section:
             if reasons
         ]  # fmt: skip
         section.tables.append(Table(["split", "kept", "left out"], rows))
-    for name, results in found.items():
-        if results:
-            text = json.dumps(results["provenance"], indent=2, ensure_ascii=False)
+    for name, read in results.items():
+        if read:
+            text = json.dumps(read["provenance"], indent=2, ensure_ascii=False)
             section.blocks.append(Block(f"{name}: inputs, parameters, versions", text))
     return section

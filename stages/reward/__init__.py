@@ -1,4 +1,4 @@
-"""Fit the reward that explains the teacher: AVRIL on its cached words, and an audit of what came out."""
+"""Fit the reward that explains the teacher: AVRIL on its cached responses, and an audit of what came out."""
 
 import shutil
 from collections.abc import Sequence
@@ -61,14 +61,15 @@ def reward(
     paths = {"student": student_path, "prompts": prompts_path}
     origins = {name: fingerprint(path) for name, path in paths.items() if path is not None}
     origins |= {name: selection.fingerprint for name, selection in opened.items()}
-    said = params.reward.model_dump(exclude={"bootstrap"})  # of the audit, which is made anew
-    run = runs / "reward" / digest([params.seed, said, origins, code_fingerprint("stages.reward.fit")])[:16]
+    settings = params.reward.model_dump(exclude={"bootstrap"})  # of the audit, which is made anew
+    run = runs / "reward" / digest([params.seed, settings, origins, code_fingerprint("stages.reward.fit")])[:16]
     negatives, teacher = rows.get("negatives", []), opened["selection"].teacher["identity"]
     fitting = Fitting(params.reward, params.seed, sources, rows["train"], rows["validation"], negatives, run)
     prompts = read_prompts(prompts_path, ("validation",)) if prompts_path else []
-    found = rankings.rankings(rows.get("scored", ()), rows.get("samples", ()), prompts, get_task(params.prepare.task))
+    task = get_task(params.prepare.task)
+    by_kind = rankings.held_out_rankings(rows.get("scored", ()), rows.get("samples", ()), prompts, task)
     fits = {"sarsa": fitting.fit("sarsa")}
-    fits["soft"], judges, audited, choice = _soft(fitting, found)
+    fits["soft"], judges, audited, choice = _soft(fitting, by_kind)
     metrics: dict = {td: fit.metrics for td, fit in fits.items()}
     begin_results(audit_out, "reward", "--audit")
     with replacing(out, _REWARD) as made:
@@ -102,24 +103,24 @@ def reward(
 
 
 def _soft(
-    fitting: Fitting, found: dict[str, rankings.Ranking]
+    fitting: Fitting, by_kind: dict[str, rankings.Ranking]
 ) -> tuple[Fitted, dict[str, rankings.Judge], dict[str, rankings.Ranking], dict]:
     """The soft posterior, its judges, the rankings it is to be reported on, and how negatives were decided.
 
     Where there is a choice it is made on every other prompt, and reported on the others.
     """
-    wanted, negatives = fitting.settings.negatives, fitting.negatives
-    to_choose, to_report = rankings.halves(found)
-    if wanted == "always" and not negatives:
-        raise UserError("reward.negatives: always, and there are none: run `xkd-pipeline score`, or pass --scored")
-    choosing = wanted == "choose" and bool(negatives) and fitting.settings.fit == "teacher"
-    if choosing and not (found and to_choose.keys() == to_report.keys() == found.keys()):
-        console.warn("too few held-out prompts can be ranked to choose negatives by: they are not used")
+    setting, negatives = fitting.settings.negatives, fitting.negatives
+    to_choose, to_report = rankings.halves(by_kind)
+    if setting == "always" and not negatives:
+        raise UserError("reward.negatives: always needs negatives: run `xkd-pipeline score`, or pass --scored")
+    choosing = setting == "choose" and bool(negatives) and fitting.settings.fit == "teacher"
+    if choosing and not (by_kind and to_choose.keys() == to_report.keys() == by_kind.keys()):
+        console.warn("too few held-out prompts can be ranked to decide on negatives: they are not used")
         choosing = False
     if not choosing:
-        used = wanted == "always"
+        used = setting == "always"
         fit = fitting.fit("soft", used)
-        return fit, _judges(found, {"reward": fit}), found, {"used": used, "rows": len(negatives) if used else 0}
+        return fit, _judges(by_kind, {"reward": fit}), by_kind, {"used": used, "rows": len(negatives) if used else 0}
     fits = {"without": fitting.fit("soft"), "with": fitting.fit("soft", negatives=True)}
     ranked = rankings.rows_of(to_choose)
     aucs = {
@@ -130,8 +131,8 @@ def _soft(
     return fits[kept], judges, to_report, {"used": kept == "with", "rows": len(negatives), "choice_auc": aucs}
 
 
-def _judges(found: dict[str, rankings.Ranking], fits: dict[str, Fitted]) -> dict[str, rankings.Judge]:
-    ranked = rankings.rows_of(found)
+def _judges(by_kind: dict[str, rankings.Ranking], fits: dict[str, Fitted]) -> dict[str, rankings.Judge]:
+    ranked = rankings.rows_of(by_kind)
     return {name: rankings.reward_judge(ranked, fit.posterior) for name, fit in fits.items()}
 
 

@@ -79,11 +79,11 @@ def calibration(
     kept: dict[str, np.ndarray],
 ) -> dict[str, float]:
     """Shares of held-out residuals inside 1 and 2 sigma, and of sigmas at their floor, over the kept steps."""
-    mu, log_sigma, found = (
+    mu, log_sigma, residuals = (
         np.concatenate([values[key][kept[key]] for key in posterior])
         for values in ({k: p[0] for k, p in posterior.items()}, {k: p[1] for k, p in posterior.items()}, delta)
     )
-    distance = np.abs(found - mu) / np.exp(log_sigma)
+    distance = np.abs(residuals - mu) / np.exp(log_sigma)
     return {
         "inside_1_sigma": float((distance <= 1).mean()),
         "inside_2_sigma": float((distance <= 2).mean()),

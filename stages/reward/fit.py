@@ -70,7 +70,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where what rewards are fitted on lies."""
+    """Paths of what rewards are fitted on."""
 
     selection: Path
     student: Path
@@ -185,12 +185,12 @@ def read_rows(sources: Sources) -> tuple[dict[str, list[Row]], dict[str, Selecti
             )
     config = load_config(student)
     require_context(config, (_lengths(row) for part in rows.values() for row in part), f"the student {student}")
-    given = {"scored": list(selection.rows("scored", topk=False))} if "scored" in selection.parts else {}
+    others = {"scored": list(selection.rows("scored", topk=False))} if "scored" in selection.parts else {}
     opened = {"selection": selection}
     if sources.scored is not None:
         opened["scored"] = scored = _opened_scored(selection, sources)
-        given |= {name: list(scored.rows(name, topk=False)) for name in scored.parts}
-    return rows | _readable(given, Context.of(config)), opened
+        others |= {name: list(scored.rows(name, topk=False)) for name in scored.parts}
+    return rows | _readable(others, Context.of(config)), opened
 
 
 def _opened_scored(selection: Selection, sources: Sources) -> Selection:
@@ -205,7 +205,7 @@ def _opened_scored(selection: Selection, sources: Sources) -> Selection:
 
 
 def _readable(rows: dict[str, list[Row]], context: Context) -> dict[str, list[Row]]:
-    """The rows that the student can read: a reference may be longer than all that the teacher says."""
+    """The rows that the student can read: a reference may be longer than any response of the teacher."""
     readable = {name: [row for row in part if context.holds(*_lengths(row))] for name, part in rows.items()}
     left_out = sum(len(rows[name]) - len(readable[name]) for name in rows)
     if left_out:

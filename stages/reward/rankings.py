@@ -18,7 +18,7 @@ Ranking = list[tuple[Row, bool]]  # responses, and whether each is right; every 
 Judge = Mapping[str, np.ndarray]  # key of a row -> its values [T]
 
 
-def rankings(
+def held_out_rankings(
     scored: Sequence[Row], samples: Sequence[Row], prompts: Sequence[Prompt], task: Task
 ) -> dict[str, Ranking]:
     """What the held-out prompts give to rank, without the kinds that no prompt has both sides of.
@@ -27,7 +27,7 @@ def rankings(
     those that it does not; for a task without a checker, above over below the prompt's median of its headline metric.
     Equal samples of a prompt are one. Raises UserError where the prompts are not those that were answered.
     """
-    found = {"corrupted": rankable([(row, row.origin == "reference") for row in scored])}
+    rankings = {"corrupted": rankable([(row, row.origin == "reference") for row in scored])}
     by_id = {prompt.id: prompt for prompt in prompts}
     judged: dict[str, list[tuple[Row, float]]] = {}
     for row in samples:
@@ -45,23 +45,23 @@ def rankings(
         labelled = [(row, value > 0) for responses in judged.values() for row, value in responses]
     else:
         labelled = above_the_median(judged)
-    found["samples"] = rankable(labelled)
-    return {name: ranking for name, ranking in found.items() if ranking}
+    rankings["samples"] = rankable(labelled)
+    return {name: ranking for name, ranking in rankings.items() if ranking}
 
 
-def halves(found: Mapping[str, Ranking]) -> tuple[dict[str, Ranking], dict[str, Ranking]]:
+def halves(rankings: Mapping[str, Ranking]) -> tuple[dict[str, Ranking], dict[str, Ranking]]:
     """The rankings of every other prompt, to choose by, and of the others, to report."""
-    ids = sorted({row.prompt_id for ranking in found.values() for row, _ in ranking})
+    ids = sorted({row.prompt_id for ranking in rankings.values() for row, _ in ranking})
     sides = []
     for chosen in (set(ids[0::2]), set(ids[1::2])):
-        side = {name: [(row, right) for row, right in r if row.prompt_id in chosen] for name, r in found.items()}
+        side = {name: [(row, right) for row, right in r if row.prompt_id in chosen] for name, r in rankings.items()}
         sides.append({name: ranking for name, ranking in side.items() if ranking})
     return sides[0], sides[1]
 
 
-def rows_of(found: Mapping[str, Ranking]) -> list[Row]:
+def rows_of(rankings: Mapping[str, Ranking]) -> list[Row]:
     """Every row that is ranked, once."""
-    return list({row.key: row for ranking in found.values() for row, _ in ranking}.values())
+    return list({row.key: row for ranking in rankings.values() for row, _ in ranking}.values())
 
 
 def reward_judge(rows: Sequence[Row], posterior: RewardPosterior) -> Judge:
@@ -82,7 +82,7 @@ def teacher_judge(rows: Sequence[Row]) -> Judge:
 
 
 def judge_all(
-    found: Mapping[str, Ranking], judges: Mapping[str, Judge], resamples: int, seed: int
+    rankings: Mapping[str, Ranking], judges: Mapping[str, Judge], resamples: int, seed: int
 ) -> dict[str, dict[str, dict]]:
     """ranking -> judge -> aggregate -> AUC with its interval."""
     return {
@@ -90,11 +90,11 @@ def judge_all(
             judge: audit([Scored(row.prompt_id, right, values[row.key]) for row, right in ranking], resamples, seed)
             for judge, values in judges.items()
         }
-        for name, ranking in found.items()
+        for name, ranking in rankings.items()
     }
 
 
-def mean_auc(found: Mapping[str, Ranking], judge: Judge) -> float:
+def mean_auc(rankings: Mapping[str, Ranking], judge: Judge) -> float:
     """The AUC within prompts of the mean over tokens, averaged over the rankings: what a reward is chosen by."""
-    results = judge_all(found, {"": judge}, resamples=1, seed=0)
+    results = judge_all(rankings, {"": judge}, resamples=1, seed=0)
     return float(np.mean([by_judge[""]["within_mean"]["auc"] for by_judge in results.values()]))

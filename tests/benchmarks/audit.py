@@ -2,7 +2,7 @@
 
 `python -m tests.benchmarks.audit OUT`: for each task the stages up to `reward` run in OUT/TASK with the default
 parameters, but those that README names for the task; then a table of every judge's AUC within prompts. About four
-minutes a task on two cores; a task whose audit OUT already holds is not run again.
+minutes per task on two cores; a task whose audit OUT already holds is not run again.
 """
 
 import json
@@ -40,32 +40,32 @@ def run(task: str, folder: Path) -> None:
 
 
 def lucky(data: Path) -> str:
-    """How many of the arithmetic samples that count as right have a step that is false."""
+    """How many of the arithmetic samples that count as right have a false step."""
     prompts = read_prompts(data / "prompts" / "prompts.parquet", ("validation",))
     references, task = {prompt.id: prompt.references for prompt in prompts}, get_task("arithmetic")
     rows = pl.read_parquet(data / "scored" / "samples-*.parquet").to_dicts()
     right = [row["response"] for row in rows if task.accepts(row["response"], references[row["prompt_id"]])]
     steps = [re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", response) for response in right]
-    false = [any(OPERATIONS[sign](int(a), int(b)) != int(c) for a, sign, b, c in found) for found in steps]
-    return f"{len(right)} of {len(rows):,} arithmetic samples are right, {sum(false)} of them with a step that is false"
+    false = [any(OPERATIONS[sign](int(a), int(b)) != int(c) for a, sign, b, c in equations) for equations in steps]
+    return f"{len(right)} of {len(rows):,} arithmetic samples are right, {sum(false)} of them with a false step"
 
 
 def main(out: Path) -> None:
     columns = ("task", "ranking", "prompts", "judge", "mean over tokens", "sum over tokens", "mean, pooled")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for task in TASKS:
-        results = out / task / "data" / "audit" / "results.json"
-        if not results.is_file():
+        file = out / task / "data" / "audit" / "results.json"
+        if not file.is_file():
             run(task, out / task)
-        found = json.loads(results.read_text())
-        for ranking, judges in found["audit"].items():
+        results = json.loads(file.read_text())
+        for ranking, judges in results["audit"].items():
             for judge, aucs in judges.items():
                 cells = [
                     f"{aucs[how]['auc']:.3f} [{aucs[how]['low']:.3f}, {aucs[how]['high']:.3f}]"
                     for how in ("within_mean", "within_sum", "pooled_mean")
                 ]
-                print(f"| {task} | {ranking} | {found['audited_prompts'][ranking]} | {judge} | {' | '.join(cells)} |")
-        soft, negatives = found["soft"], found["negatives"]
+                print(f"| {task} | {ranking} | {results['audited_prompts'][ranking]} | {judge} | {' | '.join(cells)} |")
+        soft, negatives = results["soft"], results["negatives"]
         print(
             f"| {task} | | | soft fit | -log q {soft['heldout_nll']:.3f}, {soft['inside_1_sigma']:.0%} and "
             f"{soft['inside_2_sigma']:.0%} within 1 and 2 sigma, {soft['sigma_at_floor']:.0%} at the floor | "

@@ -102,20 +102,20 @@ def write_shards(engine: Engine, teacher: Teacher, order: Order, clock=time.perf
 
 
 def take_turns(runs: dict[str, Callable[[], tuple[float, Drawn]]], repetitions: int) -> dict[str, list[float]]:
-    """Tokens a second of each run in each repetition, after one that does not count.
+    """Tokens per second of each run in each repetition, after one that does not count.
 
     Raises ValueError where two runs drew different tokens: their work was not the same.
     """
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(repetitions + 1):
-        found = {name: run() for name, run in runs.items()}
-        (first, (_, expected)), *others = found.items()
+        results = {name: run() for name, run in runs.items()}
+        (first, (_, expected)), *others = results.items()
         for name, (_, drawn) in others:
             if drawn != expected:
                 different = sum(drawn.get(key) != tokens for key, tokens in expected.items())
                 raise ValueError(f"{name} drew other tokens than {first} for {different} of {len(expected)} prompts")
         if repetition:
-            for name, (seconds, drawn) in found.items():
+            for name, (seconds, drawn) in results.items():
                 rates[name].append(sum(map(len, drawn.values())) / seconds)
     return rates
 
@@ -128,8 +128,8 @@ def summary(rates: dict[str, list[float]], against: str) -> dict:
 
     base = np.array(rates[against])
     return {
-        "tokens_per_second": {name: spread(np.array(found)) for name, found in rates.items()},
-        f"ratio_to_{against}": {name: spread(found / base) for name, found in rates.items() if name != against},
+        "tokens_per_second": {name: spread(np.array(values)) for name, values in rates.items()},
+        f"ratio_to_{against}": {name: spread(values / base) for name, values in rates.items() if name != against},
     }
 
 
@@ -138,10 +138,10 @@ def main() -> int:
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--cpu-time", action="store_true")
-    given = parser.parse_args()
-    clock = time.process_time if given.cpu_time else time.perf_counter
-    teacher = Teacher.of(Generate(teacher=given.model, engine="vllm", k=given.k))
-    order = to_draw(given, teacher)
+    options = parser.parse_args()
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    teacher = Teacher.of(Generate(teacher=options.model, engine="vllm", k=options.k))
+    order = to_draw(options, teacher)
     asks, sampling = [item.ask() for item in order.items], order.request.sampling
     context = max(len(ask.prompt_ids) for ask in asks) + sampling.max_tokens
 
@@ -161,7 +161,7 @@ def main() -> int:
 
     def answers(support: str) -> tuple[float, Drawn]:
         engine.llm.reset_prefix_cache()
-        return draw_answers(engine, asks, sampling, given.k, support, clock)
+        return draw_answers(engine, asks, sampling, options.k, support, clock)
 
     def shards() -> tuple[float, Drawn]:
         engine.llm.reset_prefix_cache()
@@ -169,21 +169,21 @@ def main() -> int:
 
     try:
         ours = {support: partial(answers, support) for support in ("sampled", "topk")}
-        rates = take_turns({"bare": bare, **ours, "shards": shards}, given.repetitions)
+        rates = take_turns({"bare": bare, **ours, "shards": shards}, options.repetitions)
     finally:
         here.send(False)
         process.join()
     import torch
 
-    found = summary(rates, "bare")
+    spreads = summary(rates, "bare")
     setting = {
-        "k": given.k, "prompts": len(asks), "prompt_tokens": sum(len(ask.prompt_ids) for ask in asks),
-        "max_tokens": given.tokens, "vocab_size": teacher.description["vocab_size"], "dtype": dtype,
-        "repetitions": given.repetitions, "clock": clock.__name__, "threads": torch.get_num_threads(),
+        "k": options.k, "prompts": len(asks), "prompt_tokens": sum(len(ask.prompt_ids) for ask in asks),
+        "max_tokens": options.tokens, "vocab_size": teacher.description["vocab_size"], "dtype": dtype,
+        "repetitions": options.repetitions, "clock": clock.__name__, "threads": torch.get_num_threads(),
         "machine": platform.machine(), **engine.description,
     }  # fmt: skip
-    met = found["ratio_to_bare"]["sampled"]["median"] >= BAR
-    print(json.dumps({"setting": setting, **found, "bar": BAR, "met": met}, indent=2))
+    met = spreads["ratio_to_bare"]["sampled"]["median"] >= BAR
+    print(json.dumps({"setting": setting, **spreads, "bar": BAR, "met": met}, indent=2))
     return 0 if met else 1
 
 

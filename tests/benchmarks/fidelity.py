@@ -1,4 +1,4 @@
-"""How much of a teacher its top k keeps, and at what size: bytes a token against what is lost, for k and value types.
+"""How much of a teacher its top k keeps, and at what size: bytes per token against what is lost, for k and value types.
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.fidelity MODEL FILE:COLUMN ... --out OUT [--plot docs/fidelity.svg]
 
@@ -87,7 +87,7 @@ def draw(teacher: Teacher, engine, order: Order) -> list[Row]:
 
 @torch.inference_mode()
 def true_distribution(model, rows: Sequence[Row]) -> Truth:
-    """One forward pass of `model` (float32) a row; its softmax in float64."""
+    """One forward pass of `model` (float32) per row; its softmax in float64."""
     logprobs, negentropy = [], []
     for row in rows:
         ids, steps = (
@@ -102,7 +102,7 @@ def true_distribution(model, rows: Sequence[Row]) -> Truth:
 
 
 def loss(truth: Truth, stored: np.ndarray) -> dict[str, float]:
-    """What [N, k] stored log-probabilities lose; KL in nats a token.
+    """What [N, k] stored log-probabilities lose; KL in nats per token.
 
     rounding: KL(true || stored) over the k + 1 outcomes. truncation: KL(true || q) over the vocabulary, where q keeps
     the stored top k and spreads the rest evenly over the other tokens. tail: the true mass outside the top k.
@@ -129,7 +129,7 @@ def loss(truth: Truth, stored: np.ndarray) -> dict[str, float]:
 
 
 def size(path: Path, tokens: int) -> dict[str, float]:
-    """Bytes a token of the file, and of its top-k columns alone."""
+    """Bytes per token of the file, and of its top-k columns alone."""
     groups = (pq.ParquetFile(path).metadata.row_group(i) for i in range(pq.ParquetFile(path).num_row_groups))
     chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
     topk = sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema.startswith("topk_"))
@@ -163,22 +163,22 @@ def plot(points: Sequence[dict], k: int) -> bytes:
     for name in TYPES:
         curves |= curve(name, [point for point in points if point["type"] == name])
     curves |= curve(f"default: float16, k = {k}", [p for p in points if (p["type"], p["k"]) == ("float16", k)])
-    uri = figures.lines(curves, "bytes a token, whole shard", "KL(true || kept), nats a token")
+    uri = figures.lines(curves, "bytes per token, whole shard", "KL(true || kept), nats per token")
     return base64.b64decode(uri.partition(",")[2])
 
 
 def read_truth(out: Path) -> Truth:
-    found = np.load(out / "truth.npz")
-    return Truth(found["logprobs"], found["negentropy"], int(found["vocabulary"]))
+    stored = np.load(out / "truth.npz")
+    return Truth(stored["logprobs"], stored["negentropy"], int(stored["vocabulary"]))
 
 
-def collect(out: Path, given) -> tuple[list[Row], Truth, dict]:
+def collect(out: Path, options) -> tuple[list[Row], Truth, dict]:
     """The responses, their truth and the shards' footer, from OUT where they are there."""
     answers, truth_file = out / "answers.parquet", out / "truth.npz"
     if not truth_file.is_file():
         out.mkdir(parents=True, exist_ok=True)
-        teacher = Teacher.of(Generate(teacher=given.model, engine=given.engine, k=WIDEST, dtype="float32"))
-        order = to_draw(given, teacher)
+        teacher = Teacher.of(Generate(teacher=options.model, engine=options.engine, k=WIDEST, dtype="float32"))
+        order = to_draw(options, teacher)
         engine = start(teacher, order)
         rows, request = draw(teacher, engine, order), order.request
         write(
@@ -193,12 +193,12 @@ def main() -> None:
     parser = arguments(__doc__.split("\n")[0], prompts=64, tokens=128)
     parser.add_argument("--out", type=Path, required=True, help="folder for responses, truth and shards")
     parser.add_argument("--plot", type=Path)
-    given = parser.parse_args()
-    rows, truth, metadata = collect(given.out, given)
-    points = measure(given.out, rows, truth, metadata, SIZES)
+    options = parser.parse_args()
+    rows, truth, metadata = collect(options.out, options)
+    points = measure(options.out, rows, truth, metadata, SIZES)
     default = Params().generate.k
-    if given.plot:
-        given.plot.write_bytes(plot(points, default))
+    if options.plot:
+        options.plot.write_bytes(plot(points, default))
     setting = {
         "rows": len(rows), "tokens": len(truth.negentropy), "vocabulary": truth.vocabulary,
         "entropy": float(-truth.negentropy.mean()), "default_k": default, **metadata["engine"],

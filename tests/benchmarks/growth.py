@@ -70,10 +70,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1000, 3000, 10000])
-    given = parser.parse_args()
-    points = [generate(given.model, given.out, count) for count in given.prompts]
-    if given.plot:
-        plot(points, given.plot)
+    options = parser.parse_args()
+    points = [generate(options.model, options.out, count) for count in options.prompts]
+    if options.plot:
+        plot(points, options.plot)
     first, last = points[0], points[-1]
     measured = ("rows", "tokens", "seconds_asking", "seconds", "bytes", "peak_memory")
     print(json.dumps({"points": points, "ratios": {name: last[name] / first[name] for name in measured}}, indent=2))

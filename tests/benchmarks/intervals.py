@@ -25,7 +25,7 @@ Population = tuple[np.ndarray, np.ndarray]  # statistics [N, D] of two models on
 
 
 def difficulties(rng: np.random.Generator, count: int, pair: str) -> Iterator[np.ndarray]:
-    """Standard normal, one a prompt [count], of each model."""
+    """Standard normal, one per prompt [count], of each model."""
     first, second = rng.normal(size=(2, count))
     yield first
     if pair == "same":
@@ -70,7 +70,7 @@ def translations(exact: float) -> Callable[[np.random.Generator, int, str], Popu
         first, second = difficulties(rng, count, pair)
         least, places = np.quantile(first, 1 - exact), rng.random(size=(count, 40))
 
-        def said(hardness: np.ndarray) -> list[str]:
+        def answers(hardness: np.ndarray) -> list[str]:
             lost = np.ceil(np.clip(2 * (least - hardness), 0, 6)).astype(int)
             return [
                 " ".join(np.delete(refs[0].split(), np.argsort(where[: len(refs[0].split())])[:missing]))
@@ -78,7 +78,7 @@ def translations(exact: float) -> Callable[[np.random.Generator, int, str], Popu
             ]
 
         # The last statistic is the number of segments of a test set; it acts on counts of zero alone.
-        return tuple(metrics.bleu().statistics(said(each), references) for each in (first, second))
+        return tuple(metrics.bleu().statistics(answers(each), references) for each in (first, second))
 
     return draw
 
@@ -123,10 +123,10 @@ def coverage(population: Population, score, prompts: int, repetitions: int, seed
         drawn = rng.integers(len(population[0]), size=prompts)
         statistics = {name: values[drawn] for name, values in zip("ab", population, strict=True)}
         scores, differences = intervals(statistics, score, RESAMPLES, seed, "a")
-        now = [[found["low"], found["high"]] for found in (scores["a"], differences["b"])]
-        for column, found in enumerate((percentiles(statistics, score, weights), now)):
+        now = [[interval["low"], interval["high"]] for interval in (scores["a"], differences["b"])]
+        for column, ends in enumerate((percentiles(statistics, score, weights), now)):
             held[:, column] += [
-                low - 1e-9 <= true <= high + 1e-9 for (low, high), true in zip(found, truth, strict=True)
+                low - 1e-9 <= true <= high + 1e-9 for (low, high), true in zip(ends, truth, strict=True)
             ]
     return held / repetitions
 
@@ -140,19 +140,19 @@ def table(names, sizes: tuple[int, ...], repetitions: int, seed: int, size: int 
         rng = np.random.default_rng(seed)
         populations = [draw(rng, size // 50 if corpus else size, pair) for pair in PAIRS]
         for prompts in sizes:
-            found = [coverage(each, score, prompts, repetitions // (2 if corpus else 1), seed) for each in populations]
-            cells = [found[0][0], found[0][1], found[1][1]]
+            shares = [coverage(each, score, prompts, repetitions // (2 if corpus else 1), seed) for each in populations]
+            cells = [shares[0][0], shares[0][1], shares[1][1]]
             yield f"| {name} | {prompts} | " + " | ".join(f"{100 * a:.0f} / {100 * b:.0f}" for a, b in cells) + " |"
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two cases, small: to see that it runs")
-    parser.add_argument("--repetitions", type=int, default=1000, help="test sets a cell; of BLEU half as many")
+    parser.add_argument("--repetitions", type=int, default=1000, help="test sets per cell; half as many for BLEU")
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    names, sizes = (("accuracy 97%", "ROUGE, about 30"), (40,)) if given.quick else (tuple(CASES), SIZES)
-    for line in table(names, sizes, 200 if given.quick else given.repetitions, given.seed):
+    options = parser.parse_args()
+    names, sizes = (("accuracy 97%", "ROUGE, about 30"), (40,)) if options.quick else (tuple(CASES), SIZES)
+    for line in table(names, sizes, 200 if options.quick else options.repetitions, options.seed):
         print(line, flush=True)
 
 

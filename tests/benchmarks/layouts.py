@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.layouts OUT [--k 50]      # after tests.benchmarks.fidelity, whose OUT this is
 
-Each layout is written to a file of its own, read back and compared; bytes a token are those of the compressed columns.
-For values: the largest error of a probability and KL(true || stored) over the k + 1 outcomes, in nats a token. Prints
-Markdown tables, the last of whole shards with what keeps the schema.
+Each layout is written to a file of its own, read back and compared; bytes per token are of the compressed columns. For
+values: the largest error of a probability and KL(true || stored) over the k + 1 outcomes, in nats per token.
+Prints Markdown tables, the last of whole shards with what keeps the schema.
 """
 
 import argparse
@@ -32,14 +32,14 @@ SPLIT, DELTA, DICTIONARY = "BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED", "dictiona
 
 @dataclass(frozen=True)
 class Layout:
-    """How [N, k] numbers are kept in a column of lists, one a response."""
+    """How [N, k] numbers are kept in a column of lists, one per response."""
 
     name: str
     stored: np.ndarray  # [N, k]
     decode: Callable[[np.ndarray], np.ndarray] = lambda stored: stored
     encoding: str | None = None  # None: plain
     level: int = 1  # of zstd; 1 is what pyarrow takes, and `write_shard`
-    order: str = "row"  # row: a token's k ranks together; rank: a rank's tokens together; columns: a column a rank
+    order: str = "row"  # row: a token's k ranks together; rank: a rank's tokens together; columns: one column per rank
     page: int = 2**20  # bytes
 
 
@@ -62,7 +62,7 @@ def readable_by_duckdb(path: Path) -> bool:
 
 
 def columns(layout: Layout, lengths: np.ndarray) -> dict[str, pa.Array]:
-    """The layout as columns of lists, `lengths` tokens a response."""
+    """The layout as columns of lists, `lengths` tokens per response."""
 
     def lists(values: np.ndarray, width: int) -> pa.Array:
         offsets = np.concatenate([[0], np.cumsum(lengths * width)]).astype(np.int32)
@@ -88,7 +88,7 @@ def stored_in(table: pa.Table, layout: Layout, lengths: np.ndarray) -> np.ndarra
 
 
 def measure(layout: Layout, lengths: np.ndarray, path: Path) -> dict:
-    """Bytes a token, tokens written and read a second, whether DuckDB reads it, and [N, k] as decoded."""
+    """Bytes per token, tokens written and read per second, whether DuckDB reads it, and [N, k] as decoded."""
     table, tokens = pa.table(columns(layout, lengths)), len(layout.stored)
     encodings = {f"{name}.list.element": layout.encoding for name in table.column_names}
 
@@ -130,8 +130,8 @@ def on_a_grid(values: np.ndarray, error: float = 9e-4, coarsest: float = 0.125) 
 
 def by_frequency(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ids renumbered from the most to the least frequent one, and the table that undoes it."""
-    found, counts = np.unique(ids, return_counts=True)
-    table = found[np.argsort(-counts, kind="stable")]
+    distinct, counts = np.unique(ids, return_counts=True)
+    table = distinct[np.argsort(-counts, kind="stable")]
     number = np.empty(ids.max() + 1, np.int32)
     number[table] = np.arange(len(table))
     return number[ids], table
@@ -155,8 +155,8 @@ def of_ids(ids: np.ndarray) -> Iterator[Layout]:
         yield Layout("uint16, byte-split, zstd 9", ids.astype(np.uint16), encoding=SPLIT, level=9)
     yield Layout("int32, ranks together", ids, order="rank")
     yield Layout("int32, ranks together, byte-split, zstd 9", ids, encoding=SPLIT, level=9, order="rank")
-    yield Layout("a column a rank, byte-split, zstd 9", ids, encoding=SPLIT, level=9, order="columns")
-    yield Layout("a column a rank, dictionary, zstd 9", ids, encoding=DICTIONARY, level=9, order="columns")
+    yield Layout("one column per rank, byte-split, zstd 9", ids, encoding=SPLIT, level=9, order="columns")
+    yield Layout("one column per rank, dictionary, zstd 9", ids, encoding=DICTIONARY, level=9, order="columns")
     renumbered, table = by_frequency(ids)
     yield Layout("renumbered by frequency, byte-split, zstd 9", renumbered, lambda n: table[n], SPLIT, 9)
     yield Layout("sorted by id, delta, zstd 9 (loses the ranks)", np.sort(ids, 1), encoding=DELTA, level=9)
@@ -174,7 +174,7 @@ def of_values(values: np.ndarray) -> Iterator[Layout]:
     yield Layout("float16, byte-split", half, encoding=SPLIT)
     yield Layout("float16, dictionary", half, encoding=DICTIONARY)
     yield Layout("float16, ranks together, zstd 9", half, level=9, order="rank")
-    yield Layout("float16, a column a rank, zstd 9", half, level=9, order="columns")
+    yield Layout("float16, one column per rank, zstd 9", half, level=9, order="columns")
     yield Layout("float16 on a grid", grid)
     yield Layout("float16 on a grid, zstd 9", grid, level=9)
     yield Layout("float16 on a grid, zstd 19", grid, level=19)
@@ -182,7 +182,7 @@ def of_values(values: np.ndarray) -> Iterator[Layout]:
     yield Layout("the grid's values in float32, byte-split", grid.astype(np.float32), encoding=SPLIT)
     yield Layout("float16 on a grid, dictionary, zstd 9", grid, encoding=DICTIONARY, level=9)
     yield Layout("float16 on a grid, ranks together, zstd 9", grid, level=9, order="rank")
-    yield Layout("float16 on a grid, a column a rank, zstd 9", grid, level=9, order="columns")
+    yield Layout("float16 on a grid, one column per rank, zstd 9", grid, level=9, order="columns")
 
     def root(top: int, type_: type) -> np.ndarray:
         return np.round(np.exp(values / 2) * top).astype(type_)
@@ -218,7 +218,7 @@ def whole_shards(rows: Sequence[Row], metadata: dict, sizes: Sequence[int]) -> N
         "all ids byte-split, values on a grid": (ids, 1, on_a_grid),
         "all ids byte-split, zstd 9, values on a grid": (ids, 9, on_a_grid),
     }
-    print("\n| whole shard | k | bytes a token | of the top k | written, read: million tokens/s | DuckDB |")
+    print("\n| whole shard | k | bytes per token | of the top k | written, read: million tokens/s | DuckDB |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard.parquet"
@@ -229,32 +229,32 @@ def whole_shards(rows: Sequence[Row], metadata: dict, sizes: Sequence[int]) -> N
                 with written_with(split, level):
                     writing = quickest(lambda made=made: schema.write_shard(path, made, metadata))
                 reading = quickest(lambda: schema.from_table(pq.read_table(path)))
-                found, speed = size(path, tokens), f"{tokens / writing / 1e6:.2f}, {tokens / reading / 1e6:.2f}"
+                of_file, speed = size(path, tokens), f"{tokens / writing / 1e6:.2f}, {tokens / reading / 1e6:.2f}"
                 readable = "yes" if readable_by_duckdb(path) else "no"
-                print(f"| {name} | {k} | {found['bytes']:.1f} | {found['topk_bytes']:.1f} | {speed} | {readable} |")
+                print(f"| {name} | {k} | {of_file['bytes']:.1f} | {of_file['topk_bytes']:.1f} | {speed} | {readable} |")
 
 
 def table(title: str, layouts: Iterator[Layout], lengths: np.ndarray, judge: Callable[[np.ndarray], Sequence]) -> None:
-    """A line a layout; `judge` makes more cells of what was decoded."""
-    print(f"\n| {title} | bytes a token | written, read: million tokens/s | DuckDB | |\n|---|---|---|---|---|")
+    """One line per layout; `judge` makes more cells of what was decoded."""
+    print(f"\n| {title} | bytes per token | written, read: million tokens/s | DuckDB | |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for layout in layouts:
-            found = measure(layout, lengths, Path(folder) / "layout.parquet")
-            speed = f"{found['written'] / 1e6:.2f}, {found['read'] / 1e6:.2f}"
-            cells = (layout.name, f"{found['bytes']:.1f}", speed, "yes" if found["duckdb"] else "no")
-            print(f"| {' | '.join(cells)} | {judge(found['decoded'])} |", flush=True)
+            measured = measure(layout, lengths, Path(folder) / "layout.parquet")
+            speed = f"{measured['written'] / 1e6:.2f}, {measured['read'] / 1e6:.2f}"
+            cells = (layout.name, f"{measured['bytes']:.1f}", speed, "yes" if measured["duckdb"] else "no")
+            print(f"| {' | '.join(cells)} | {judge(measured['decoded'])} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--k", type=int, default=50)
-    given = parser.parse_args()
-    metadata = schema.read_metadata(given.out / "answers.parquet")
-    rows, truth = read(given.out / "answers.parquet", "float32"), read_truth(given.out)
+    options = parser.parse_args()
+    metadata = schema.read_metadata(options.out / "answers.parquet")
+    rows, truth = read(options.out / "answers.parquet", "float32"), read_truth(options.out)
     lengths = np.array([len(row.response_ids) for row in rows])
-    ids = np.concatenate([row.topk_ids for row in rows])[:, : given.k].copy()
-    values = np.concatenate([row.topk_logprobs for row in rows])[:, : given.k].copy()
+    ids = np.concatenate([row.topk_ids for row in rows])[:, : options.k].copy()
+    values = np.concatenate([row.topk_logprobs for row in rows])[:, : options.k].copy()
 
     def exact(decoded: np.ndarray) -> str:
         return "exact" if np.array_equal(decoded, ids) else "the ranks are lost"
@@ -266,7 +266,7 @@ def main() -> None:
 
     table("ids", of_ids(ids), lengths, exact)
     table("values", of_values(values), lengths, errors)
-    whole_shards(rows, metadata, (16, given.k))
+    whole_shards(rows, metadata, (16, options.k))
 
 
 if __name__ == "__main__":

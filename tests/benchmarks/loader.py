@@ -26,7 +26,7 @@ BATCH, STEPS, EPOCH_SEED = 32, 200, 0
 
 
 def main(selection: Path, student: Path) -> dict:
-    """Seconds a batch and a step, and their ratio; the first epoch's start-up is in the mean, not in the median."""
+    """Seconds per batch and per step, and their ratio; the first epoch's start-up is in the mean, not in the median."""
     rows = TeacherRows(Selection(selection), "train", text=False)
     loader = RowLoader(rows, BATCH, EPOCH_SEED, partial(collate, topk=True))
     learner = StudentLearner(load_lm(student).train(), [Divergence("fkl")])
@@ -57,5 +57,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("selection", type=Path)
     parser.add_argument("student", type=Path)
-    given = parser.parse_args()
-    print(json.dumps(main(given.selection, given.student), indent=2))
+    options = parser.parse_args()
+    print(json.dumps(main(options.selection, options.student), indent=2))

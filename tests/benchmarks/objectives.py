@@ -40,7 +40,7 @@ Step = Callable[[], None]
 
 
 class Inputs:
-    """States, a head, labels, a teacher of k tokens a position (its likeliest, or sampled), and frozen rewards."""
+    """States, a head, labels, a teacher of k tokens per position (its likeliest, or sampled), and frozen rewards."""
 
     def __init__(self, vocabulary: int, k: int, sampled: bool):
         torch.manual_seed(0)
@@ -116,7 +116,7 @@ def whole(inputs: Inputs, name: str, x: bool, teacher_logits: torch.Tensor) -> S
 
 
 def median_times(steps: dict[str, Step]) -> dict[str, float]:
-    """Seconds a step: the median of repetitions that take turns, after one that does not count."""
+    """Seconds per step: the median of repetitions that take turns, after one that does not count."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repetition in range(REPETITIONS + 1):
         for name, step in steps.items():
@@ -142,12 +142,12 @@ def peak_above(step: Step) -> int:
 def variants(table: str) -> list[tuple[str, str, bool, str]]:
     """(label, objective, X-, tail) of one of the tables `topk`, `sampled` and `dense`."""
     tail = "sampled" if table == "sampled" else "bucket"
-    found = [(name, name, False, tail) for name in DIVERGENCES] + [("x-fkl", "fkl", True, tail)]
+    cases = [(name, name, False, tail) for name in DIVERGENCES] + [("x-fkl", "fkl", True, tail)]
     if table == "dense":
-        found.append(("x-jsd", "jsd", True, tail))
+        cases.append(("x-jsd", "jsd", True, tail))
     if table == "topk":
-        found += [(f"fkl {other}", "fkl", False, other) for other in TAILS if other != tail]
-    return found
+        cases += [(f"fkl {other}", "fkl", False, other) for other in TAILS if other != tail]
+    return cases
 
 
 def measure(table: str, kind: str, vocabulary: int, k: int, label: str) -> dict:

@@ -42,9 +42,9 @@ def main(out: Path, seeds: Sequence[int] = (0, 1, 2)) -> dict:
                 run("distill", "--set", f"distill.seed={seed}", "--set", "distill.reward=none", *folders)
     named = [option for name, path in models.items() for option in ("--model", f"{name}={path}")]
     run("evaluate", *named, "--out", out / "evaluation")
-    found = json.loads((out / "evaluation" / "results.json").read_text())["metrics"]
+    metrics = json.loads((out / "evaluation" / "results.json").read_text())["metrics"]
     scores = {
-        name: {"accuracy": found[name]["greedy"]["accuracy"]["value"], "kl": found[name]["heldout"]["kl"]["value"]}
+        name: {"accuracy": metrics[name]["greedy"]["accuracy"]["value"], "kl": metrics[name]["heldout"]["kl"]["value"]}
         for name in models
     }
     return {

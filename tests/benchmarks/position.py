@@ -58,15 +58,16 @@ def main() -> None:
     parser.add_argument("text")
     parser.add_argument("k", type=int, nargs="?", default=16)
     parser.add_argument("--plot", type=Path)
-    given = parser.parse_args()
-    p = next_token(given.model, given.text)
-    drawn = systematic(p[None].clone(), given.k, torch.tensor([0.5], dtype=torch.float64))
+    options = parser.parse_args()
+    p = next_token(options.model, options.text)
+    drawn = systematic(p[None].clone(), options.k, torch.tensor([0.5], dtype=torch.float64))
     kept, tau = drawn.places[0], float(drawn.tau)
     _, weights = weighted(p[kept].log()[None], drawn.tau)
-    if given.plot:
-        plot(p, kept, weights[0], tau, given.plot)
+    if options.plot:
+        plot(p, kept, weights[0], tau, options.plot)
     print(json.dumps({
-        "tau": tau, "certain": int((p[kept] > tau).sum()), "mass_of_the_likeliest": float(p.topk(given.k).values.sum()),
+        "tau": tau, "certain": int((p[kept] > tau).sum()),
+        "mass_of_the_likeliest": float(p.topk(options.k).values.sum()),
         "mass_of_the_kept": float(p[kept].sum()), "weights": float(weights.sum()),
     }, indent=2))  # fmt: skip
 

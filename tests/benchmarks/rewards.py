@@ -1,7 +1,7 @@
 """Does every objective learn, and does the reward help? Students on one cached teacher, evaluated side by side.
 
 Run after `dvc repro`, in the project's root: `python -m tests.benchmarks.rewards OUT`. Every objective plain and with
-the frozen reward, and the main ones with every reward and control; about twenty seconds a student on two cores.
+the frozen reward, and the main ones with every reward and control; about twenty seconds per student on two cores.
 Students that OUT already holds are not trained again.
 """
 

@@ -98,10 +98,10 @@ if __name__ == "__main__":
     parser.add_argument("--rows-per-shard", type=int, default=512)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--memory", type=float, help="MiB of rows that may wait in memory")
-    given = parser.parse_args()
-    if given.memory is not None:
+    options = parser.parse_args()
+    if options.memory is not None:
         from pipeline.store import ordering
 
-        ordering.IN_MEMORY = int(given.memory * 2**20)
-    found = main(given.rows, given.tokens, given.k, given.rows_per_shard, given.repeat)
-    print(json.dumps(found, indent=2))
+        ordering.IN_MEMORY = int(options.memory * 2**20)
+    result = main(options.rows, options.tokens, options.k, options.rows_per_shard, options.repeat)
+    print(json.dumps(result, indent=2))

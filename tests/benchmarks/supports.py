@@ -87,9 +87,9 @@ def cells(part: Part) -> list[Cell]:
     if part.name == "text":
         order += [(first, x), (first, plain["jsd"]), (later, x), (later, rest["fkl"] + plain["jsd"])]
         order += [(range(part.seeds), rest["jsd"])]
-    found = [Cell(part.name, objective, *support, seed, reward)
-             for seeds, kinds in order for seed in seeds for objective, support, reward in kinds]  # fmt: skip
-    return [Cell(part.name, "fkl", "start"), *found]
+    students = [Cell(part.name, objective, *support, seed, reward)
+                for seeds, kinds in order for seed in seeds for objective, support, reward in kinds]  # fmt: skip
+    return [Cell(part.name, "fkl", "start"), *students]
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,9 @@ def draw(taught: Taught, support: str, k: int, seed: int) -> Drawn:
             thresholds.append(p.scatter_(-1, top.indices, 0).sum(-1))
             continue
         offset = offsets(k, taught.tokens[rows], top_place(*top), torch.from_numpy(taught.lse[rows]))
-        found = systematic(p, k, (offset + seed * GOLDEN) % 1, top)
-        ids.append(found.places)
-        thresholds.append(found.tau)
+        drawn = systematic(p, k, (offset + seed * GOLDEN) % 1, top)
+        ids.append(drawn.places)
+        thresholds.append(drawn.tau)
     ids = torch.cat(ids).int().numpy()
     logprobs = np.concatenate(
         [np.take_along_axis(taught.logprobs[rows], ids[rows].astype(int), -1) for rows in taught.chunks(2048)]
@@ -138,8 +138,8 @@ def kept_by(support: str, k: int, seed: int, taught: Taught, folder: Path) -> Dr
         part = path.with_name(f"{os.getpid()}-{path.name}")
         np.savez(part, **values)
         part.rename(path)
-    with np.load(path) as found:
-        return Drawn(*(found.get(name) for name in Drawn.__dataclass_fields__))
+    with np.load(path) as stored:
+        return Drawn(*(stored.get(name) for name in Drawn.__dataclass_fields__))
 
 
 def drawn_loss(objective: str, p: Tensor, s: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def loss_of(cell: Cell, student, taught: Taught, folder: Path) -> Callable[[np.n
             return drawn_loss(cell.objective, torch.from_numpy(kept.logprobs[at]).float(), s).mean()
 
         return drawn
-    given = {
+    columns = {
         "topk_ids": kept.ids,
         "topk_logprobs": kept.logprobs,
         "tau": kept.tau,
@@ -188,13 +188,13 @@ def loss_of(cell: Cell, student, taught: Taught, folder: Path) -> Callable[[np.n
         "own": taught.own,
     }
     x, residuals, known = x_term(cell, taught, folder)
-    given = {name: values for name, values in (given | known).items() if values is not None}
+    columns = {name: values for name, values in (columns | known).items() if values is not None}
     divergence = Divergence(cell.objective, BETA, "sampled" if cell.support == "sampled" else "bucket")
     learner = StudentLearner(student, [divergence, *x], residuals)
 
     def sparse(rows: np.ndarray) -> Tensor:
         batch, places = taught.batch(rows)
-        batch |= {name: torch.from_numpy(values[places]) for name, values in given.items()}
+        batch |= {name: torch.from_numpy(values[places]) for name, values in columns.items()}
         batch["topk_ids"] = batch["topk_ids"].long()
         batch["topk_logprobs"] = batch["topk_logprobs"].float()
         tokens = (batch["labels"] >= 0).sum()
@@ -222,7 +222,7 @@ def x_term(cell: Cell, taught: Taught, folder: Path) -> tuple[list[Consistency],
         keys, steps = [row.key for row in rows], np.diff(taught.starts)
         by_key = {name: dict(zip(keys, np.split(v, taught.starts[1:-1]), strict=True)) for name, v in values.items()}
         wrong = shuffled(by_key, {"train": SimpleNamespace(keys=keys, response_tokens=steps)}, cell.seed)
-        values = {name: np.concatenate([given[key] for key in keys]) for name, given in wrong.items()}
+        values = {name: np.concatenate([permuted[key] for key in keys]) for name, permuted in wrong.items()}
     return [Consistency(GivenReward(), LAM)], scaled, values
 
 
@@ -233,10 +233,10 @@ def fitted(taught: Taught, folder: Path) -> dict[str, np.ndarray]:
         rows, settings = rows_of(taught), Reward(phi_kl=[0.1])
         held = len(rows) // 10
         sources = Sources(folder, folder / "student")
-        found = Fitting(settings, 0, sources, rows[held:], rows[:held], [], folder / "runs").fit("sarsa")
-        values = list(per_row(rows, found.posterior))
+        fit = Fitting(settings, 0, sources, rows[held:], rows[:held], [], folder / "runs").fit("sarsa")
+        values = list(per_row(rows, fit.posterior))
         mu, log_sigma = (np.concatenate(each) for each in zip(*values, strict=True))
-        np.savez(path, mu=mu, log_sigma=log_sigma, metrics=json.dumps(found.metrics))
+        np.savez(path, mu=mu, log_sigma=log_sigma, metrics=json.dumps(fit.metrics))
     with np.load(path) as known:
         return {name: known[name].astype(np.float32) for name in ("mu", "log_sigma")}
 
@@ -341,14 +341,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=(), help="words that a cell's name must have, as in fkl- seed0")
     parser.add_argument("--report", action="store_true", help="print tables of the cells that are finished")
     parser.add_argument("--plot", type=Path, help="with --report: SVG of KL against bytes per token")
-    given = parser.parse_args()
-    if given.report:
+    options = parser.parse_args()
+    if options.report:
         from tests.benchmarks.supports_report import report
 
-        print(report(given.out, given.plot))
+        print(report(options.out, options.plot))
         return
     torch.set_num_threads(1)
-    experiment(given.out, given.data, [PARTS[name] for name in given.part], given.only)
+    experiment(options.out, options.data, [PARTS[name] for name in options.part], options.only)
 
 
 if __name__ == "__main__":

@@ -65,12 +65,12 @@ class Taught:
 
     def __init__(self, path: Path):
         """path: without its ending, as `record` has written it."""
-        with np.load(path.with_suffix(".npz")) as found:
-            self.starts, self.lse, self.own = found["starts"], found["lse"], found["own"]
-            tokens = np.split(found["tokens"], self.starts[1:-1])
-            finish = ["stop" if stop else "length" for stop in found["stop"]]
-            self.responses = list(map(Row.bare, found["prompts"], tokens, finish))
-            self.tokens = torch.from_numpy(found["tokens"]).long()
+        with np.load(path.with_suffix(".npz")) as stored:
+            self.starts, self.lse, self.own = stored["starts"], stored["lse"], stored["own"]
+            tokens = np.split(stored["tokens"], self.starts[1:-1])
+            finish = ["stop" if stop else "length" for stop in stored["stop"]]
+            self.responses = list(map(Row.bare, stored["prompts"], tokens, finish))
+            self.tokens = torch.from_numpy(stored["tokens"]).long()
         self.logprobs = np.memmap(path.with_suffix(".f16"), np.float16, "r").reshape(len(self.tokens), -1)
 
     def batch(self, rows: Sequence[int]) -> tuple[dict[str, Tensor], np.ndarray]:
@@ -166,10 +166,10 @@ def read_texts(data: Path, splits: Sequence[str]) -> list[str]:
         for name, field in (("scitldr", "source"), ("gsm8k", "question")):
             file = data / name / f"{split}.jsonl"
             for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-                said = json.loads(line)[field]
-                texts |= dict.fromkeys([said] if isinstance(said, str) else said)
-    found = list(texts)
-    return [found[place] for place in np.random.default_rng(0).permutation(len(found))]
+                content = json.loads(line)[field]
+                texts |= dict.fromkeys([content] if isinstance(content, str) else content)
+    distinct = list(texts)
+    return [distinct[place] for place in np.random.default_rng(0).permutation(len(distinct))]
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int):
@@ -191,19 +191,19 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int):
 def sample(model, prompts: np.ndarray, most: int, end: int, seed: int) -> list[Row]:
     """One response at temperature 1 to each prompt [N, P]."""
     torch.manual_seed(seed)
-    found = []
+    rows = []
     for part in np.array_split(prompts, max(1, len(prompts) // 200)):
         ids = torch.from_numpy(part).long()
-        said = model.eval().generate(
+        responses = model.eval().generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
             max_new_tokens=most, pad_token_id=end, eos_token_id=end,
         )[:, ids.shape[1] :].numpy()  # fmt: skip
-        for prompt, tokens in zip(part, said, strict=True):
+        for prompt, tokens in zip(part, responses, strict=True):
             ends = np.flatnonzero(tokens == end)
             length = int(ends[0]) + 1 if len(ends) else len(tokens)
             finish = "stop" if len(ends) else "length"
-            found.append(Row.bare(prompt, tokens[:length].astype(np.int32), finish))
-    return found
+            rows.append(Row.bare(prompt, tokens[:length].astype(np.int32), finish))
+    return rows
 
 
 def prepare_text(out: Path, data: Path, part: Part, made: Made) -> None:

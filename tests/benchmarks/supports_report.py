@@ -1,4 +1,4 @@
-"""What `tests.benchmarks.supports` has found so far: Markdown tables, whether the bars are met, and the figure."""
+"""What `tests.benchmarks.supports` has measured so far: Markdown tables, whether the bars are met, and the figure."""
 
 import json
 import tempfile
@@ -62,7 +62,7 @@ def _values(cells: Mapping[Cell, dict], measure: str, part: str, objective: str,
     return [cells[cell][measure] for cell in chosen if cell in cells]
 
 
-def _said(values: Sequence[float]) -> str:
+def _shown(values: Sequence[float]) -> str:
     return " ".join(f"{value:.4f}" for value in values)
 
 
@@ -80,7 +80,7 @@ def _table(cells, sizes: Mapping, part: str, objective: str) -> list[str]:
         share = f"{np.mean(kl[:seeds]) / np.mean(dense[:seeds]):.2f}" if seeds else ""
         name, size = NAMES.get(support[0], "the whole distribution"), sizes[part, objective][support]
         slots = support[1] or "all"
-        values = f"{_said(kl)} | {share} | {np.mean(reverse):.4f} | {np.mean(bound):.4f}"
+        values = f"{_shown(kl)} | {share} | {np.mean(reverse):.4f} | {np.mean(bound):.4f}"
         lines.append(f"| {name} | {slots} | {size:,.0f} | {values} |")
     return lines if len(lines) > 2 else []
 
@@ -90,7 +90,7 @@ def _rewards(cells) -> list[str]:
     for reward in ("none", *REWARDS):
         kl, reverse = (_values(cells, m, "text", "fkl", ("sampled", 16), reward) for m in ("kl", "reverse_kl"))
         if kl:
-            lines.append(f"| {reward} | {_said(kl)} | {_said(reverse)} |")
+            lines.append(f"| {reward} | {_shown(kl)} | {_shown(reverse)} |")
     return lines if len(lines) > 3 else []
 
 

@@ -15,7 +15,7 @@ from pipeline.teacher.teacher import Teacher
 
 
 def arguments(description: str, prompts: int, tokens: int) -> ArgumentParser:
-    """What every benchmark of a teacher on real text is given."""
+    """The arguments of every benchmark of a teacher on real text."""
     parser = ArgumentParser(description=description)
     parser.add_argument("model", help="folder of the teacher")
     parser.add_argument("texts", nargs="+", metavar="FILE:COLUMN", help="JSONL files, and which column is the prompt")
@@ -30,24 +30,24 @@ def read_texts(source: str, count: int) -> list[str]:
     file, _, column = source.rpartition(":")
     if not file:
         raise UserError(f"'{source}' names no column: write FILE:COLUMN, as in test.jsonl:question")
-    found = []
+    texts = []
     with open(file, encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
             if column not in row:
                 raise UserError(f"{file} has no column '{column}'; found {', '.join(row)}")
-            found.append(row[column] if isinstance(row[column], str) else " ".join(row[column]))
-            if len(found) == count:
+            texts.append(row[column] if isinstance(row[column], str) else " ".join(row[column]))
+            if len(texts) == count:
                 break
-    return found
+    return texts
 
 
-def to_draw(given: Namespace, teacher: Teacher) -> Order:
+def to_draw(options: Namespace, teacher: Teacher) -> Order:
     """One sample at temperature 1 of every prompt, inside the tokenizer's chat template where it has one."""
     form = PromptFormat("{prompt}", chat=bool(teacher.tokenizer.chat_template))
-    sampling = Sampling(1.0, 1.0, given.tokens, teacher.stops)
+    sampling = Sampling(1.0, 1.0, options.tokens, teacher.stops)
     request = Request("sample", form.template, TEMPLATE_VERSION, 0, sampling, form.chat_identity(teacher.tokenizer))
-    texts = dict.fromkeys(text for source in given.texts for text in read_texts(source, given.prompts))
+    texts = dict.fromkeys(text for source in options.texts for text in read_texts(source, options.prompts))
     prompts = [Prompt(prompt_id(text), text, (), "train") for text in texts]
     read, _ = read_as_models_do(prompts, form, teacher.tokenizer)
     return Order(request, list(items.to_draw("train", read, request, 1)), teacher.k, teacher.support)

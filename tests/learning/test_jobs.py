@@ -69,5 +69,5 @@ def test_a_function_that_is_not_ours_is_not_called():
         {"what": "it", "make": "os:getcwd", "optimisation": {"steps": 1, "batch_size": 1, "learning_rate": 1},
          "seed": 0, "run": "nowhere", "log_every": 1}
     )  # fmt: skip
-    with pytest.raises(ValueError, match="no function of ours"):
+    with pytest.raises(ValueError, match="not a function of this project"):
         train(job)

@@ -114,7 +114,7 @@ def test_an_interrupt_keeps_the_step_whenever_it_comes(student, tmp_path, undist
 
 def test_before_the_first_step_nothing_is_kept_and_the_message_says_so(student, tmp_path, undisturbed):
     code, said = run(student, tmp_path, "best", "on_train_begin", None, function=training, log=tmp_path / "log")
-    assert code == 130 and "Of it nothing is kept yet; run the same command again" in said, said
+    assert code == 130 and "Nothing of it is kept yet; run the same command again" in said, said
     assert not list(tmp_path.rglob("checkpoint-*"))
 
 

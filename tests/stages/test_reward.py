@@ -24,7 +24,7 @@ from pipeline.tasks import get_task
 from stages.generate import generate
 from stages.reward import reward
 from stages.reward.audit import Scored, above_the_median, auc, audit, calibration, rankable
-from stages.reward.rankings import halves, rankings
+from stages.reward.rankings import halves, held_out_rankings
 from stages.score import score
 from tests.conftest import at_once, make_model, make_params, make_prompts
 
@@ -227,7 +227,7 @@ def test_negatives_are_in_the_soft_fit_where_they_are_wanted(cache, teacher, stu
 
 def test_negatives_that_are_not_there_are_missed_and_a_policy_takes_none(cache, teacher, student, tmp_path):
     paths = cache / "selection", student, *(tmp_path / name for name in "abc")
-    with pytest.raises(UserError, match=r"reward\.negatives: always, and there are none"):
+    with pytest.raises(UserError, match=r"reward\.negatives: always needs negatives"):
         reward(make_params(teacher, "reward.negatives=always"), *paths)
     with pytest.raises(UserError, match="takes no negatives"):
         make_params(teacher, "reward.negatives=always", "reward.fit=policy")
@@ -249,7 +249,7 @@ def test_samples_of_another_student_or_of_other_prompts_are_refused(cache, teach
     task, row = get_task("translation"), rows[0]
     strangers = [Prompt(row.prompt_id, "another question", ("w1 w2",), "validation")]
     with pytest.raises(UserError, match="was asked something else than prompt"):
-        rankings([], rows, strangers, task)
+        held_out_rankings([], rows, strangers, task)
 
 
 def test_scored_rows_that_the_student_cannot_read_are_left_out_and_named(cache, teacher, tmp_path, capsys):

@@ -76,7 +76,7 @@ def test_a_student_that_says_nan_is_an_error(broken, teacher, tmp_path):
     with pytest.raises(UserError, match=r"none of 15 rows .* by the student; the first: it has .* not finite"):
         score(make_params(teacher), prompts, broken, tmp_path / "scored")
     generate(make_params(teacher), prompts, tmp_path / "out")
-    with pytest.raises(UserError, match=r"the model .*broken .* has logits that are no numbers"):
+    with pytest.raises(UserError, match=r"the model .*broken .* has logits that are NaN or infinite"):
         evaluate(make_params(teacher), prompts, {"broken": broken}, tmp_path / "out", tmp_path / "evaluation")
 
 

@@ -1,6 +1,6 @@
 """How many bytes a response token takes in a shard, for several k, with everything that a shard holds.
 
-    python -m tests.benchmarks.bytes_a_token SELECTION     # out of `xkd-pipeline generate -k 128`, of either support
+    python -m tests.benchmarks.bytes_per_token SELECTION     # out of `xkd-pipeline generate -k 128`, of either support
 
 Writes the selection's training rows anew for each k up to its own, once as they are and once with their token ids
 spread at random over a vocabulary of 152,064, and prints the sizes and the straight line through them as JSON.
@@ -42,12 +42,12 @@ def main(folder: Path) -> dict:
         ]  # fmt: skip
         for name, these in zip(sizes, (less, wide), strict=True):
             sizes[name][k] = measured(these, k, selection.support)
-    found = {}
+    fits = {}
     for name, values in sizes.items():
         slope, start = np.polyfit(list(values), list(values.values()), 1)
-        found[name] = {"bytes": values, "line": f"{start:.1f} + {slope:.3f} k"}
+        fits[name] = {"bytes": values, "line": f"{start:.1f} + {slope:.3f} k"}
     tokens = {name: sum(len(getattr(row, name)) for row in rows) for name in ("prompt_ids", "response_ids")}
-    return {"support": selection.support, "rows": len(rows), **tokens, **found}
+    return {"support": selection.support, "rows": len(rows), **tokens, **fits}
 
 
 if __name__ == "__main__":

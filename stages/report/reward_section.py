@@ -7,8 +7,8 @@ from pipeline.models import load_tokenizer
 from pipeline.store.selection import Selection
 from pipeline.tasks.intervals import say_interval
 from stages.report import figures
-from stages.report.curves import curve_of
 from stages.report.page import Figure, Section, Table
+from stages.report.results import read_curve
 from stages.report.rewarded import rewarded_prompts
 
 
@@ -33,10 +33,10 @@ def reward_section(audit: dict, layout: Layout, store: str | Path | None, prompt
     section.tables += _rankings(audit)
     if audit["negatives"]["rows"]:
         section.texts.append(_negatives(audit["negatives"]))
-    drawn = {td: curve_of(layout.audit / f"{td}.csv") for td in fits}
+    drawn = {td: read_curve(layout.audit / f"{td}.csv") for td in fits}
     drawn = {td: (curve["step"], curve["reward_nll"]) for td, curve in drawn.items() if curve}
     if drawn:
-        section.figures.append(Figure(figures.lines(drawn, "step", "nats a step"), "Held-out −log q of the fits"))
+        section.figures.append(Figure(figures.lines(drawn, "step", "nats per step"), "Held-out −log q of the fits"))
     rewards = layout.reward / "soft" / "rewards.parquet"
     if rewards.is_file() and layout.start.is_dir():
         tokenizer = load_tokenizer(layout.start)
@@ -66,11 +66,11 @@ def _rankings(audit: dict) -> list[Table]:
                 [
                     judge.replace("_", " "),
                     *(
-                        say_interval(found[how], ".3f", of="auc")
+                        say_interval(aucs[how], ".3f", of="auc")
                         for how in ("within_mean", "within_sum", "pooled_mean", "pooled_sum")
                     ),
                 ]
-                for judge, found in judges.items()
+                for judge, aucs in judges.items()
             ],
             f"AUC: {titles[ranking]}, within {audit['audited_prompts'][ranking]} prompts",
         )
@@ -78,10 +78,11 @@ def _rankings(audit: dict) -> list[Table]:
     ]
 
 
-def _negatives(found: dict) -> str:
+def _negatives(negatives: dict) -> str:
     """How it was decided whether scored negatives are in the soft fit."""
-    told = f"Negatives in the soft fit: {found['rows']:,} scored responses, {'used' if found['used'] else 'not used'}"
-    if "choice_auc" not in found:
-        return told + "."
-    aucs = ", ".join(f"{value:.3f} {name} them" for name, value in found["choice_auc"].items())
-    return f"{told}. Mean AUC of every other held-out prompt: {aucs}; the tables below are of the other prompts."
+    used = "used" if negatives["used"] else "not used"
+    text = f"Negatives in the soft fit: {negatives['rows']:,} scored responses, {used}"
+    if "choice_auc" not in negatives:
+        return text + "."
+    aucs = ", ".join(f"{value:.3f} {name} them" for name, value in negatives["choice_auc"].items())
+    return f"{text}. Mean AUC of every other held-out prompt: {aucs}; the tables below are of the other prompts."
