@@ -7,11 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.objectives.divergences import DIVERGENCES
+from pipeline.objectives.divergences import DIVERGENCES, SUMMANDS
 from pipeline.objectives.head import Head, chunked_loss, token_scores
 from pipeline.objectives.logprobs import TopK
 from pipeline.objectives.outcomes import TAILS, dense
-from pipeline.objectives.sampled import SUMMANDS
 from pipeline.objectives.sparse import sparse_divergence
 from pipeline.objectives.supports import systematic, weighted
 from tests import references
