@@ -127,10 +127,10 @@ def test_each_row_gets_its_own_share_of_what_is_scored(model_path, rows):
 def test_a_prompt_whose_answers_are_all_empty_does_not_count_for_the_divergence(model_path, rows):
     model = load_lm(model_path)
     teacher = LogitSource(load_lm(model_path), "the teacher")
-    for sums in HeldOut(rows, teacher, 3).of(model, model_path).values():
+    for sums in HeldOut(rows, teacher, 3).of(LogitSource(model, "the model")).values():
         assert np.isfinite(sums).all() and (sums[:, 1] > 0).all() and len(sums) == len(rows) // 2
     empty = [row for row in rows if not len(row.response_ids)]
-    found = HeldOut(empty, teacher, 3).of(model, model_path)
+    found = HeldOut(empty, teacher, 3).of(LogitSource(model, "the model"))
     assert found.keys() == {"kl", "reverse_kl", "cross_entropy"}  # nothing is kept of no positions
     assert all(sums.shape == (0, 2) for sums in found.values())
 

@@ -6,7 +6,6 @@ batch is never kept. The cached tokens say it too: sampled supports give an unbi
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -129,7 +128,7 @@ class HeldOut:
         cached = {self.measure: entropies * [0, 1]} if self.measure else {}
         return {"cross_entropy": entropies} | cached | exact, own
 
-    def of(self, model, path: str | Path) -> Sums:
+    def of(self, source: LogitSource) -> Sums:
         """On the teacher's samples: `cross_entropy`, `measure`, and with a live teacher `kl` and `reverse_kl`.
 
         `kl_estimate`, of rows with sampled supports, is unbiased (at a position it can be negative). `kl_bound`, of a
@@ -138,34 +137,33 @@ class HeldOut:
         divergence = sparse_divergence("fkl", tail="sampled" if self.sampled else "bucket") if self.measure else None
 
         def cached(batch: dict[str, Tensor]) -> Iterable[Tensor]:
-            scores = score_tokens(model, batch, divergence)
+            scores = score_tokens(source.model, batch, divergence)
             return -scores.logprob, *(() if divergence is None else (scores.divergence,))
 
-        values = self._measured(self.rows, cached, model.device, self.batch_size, divergence is not None)
+        values = self._measured(self.rows, cached, source.model.device, self.batch_size, divergence is not None)
         names = ("cross_entropy", *((self.measure,) if self.measure else ()))
         sums = dict(zip(names, map(self._sums, values), strict=True))
-        return sums | self._exact(model, path, self.rows, [row.prompt_id for row in self.rows])
+        return sums | self._exact(source, self.rows, [row.prompt_id for row in self.rows])
 
-    def of_own_samples(self, model, path: str | Path, samples: Mapping[str, Answer]) -> Sums:
+    def of_own_samples(self, source: LogitSource, samples: Mapping[str, Answer]) -> Sums:
         """On the model's own samples of the held-out prompts, by prompt id: `kl` and `reverse_kl`."""
         prompts = self.prompts
         rows = [Row.bare(prompts[name], sample.response_ids, sample.finish) for name, sample in samples.items()]
-        return self._exact(model, path, rows, list(samples))
+        return self._exact(source, rows, list(samples))
 
-    def _exact(self, model, path: str | Path, rows: Sequence[Row], ids: Sequence[str]) -> Sums:
-        if self.teacher is None:
+    def _exact(self, source: LogitSource, rows: Sequence[Row], ids: Sequence[str]) -> Sums:
+        if (teacher := self.teacher) is None:
             return {}
-        teacher, source = self.teacher, LogitSource(model, f"the model {path}")
         lengths = [(len(row.prompt_ids), len(row.response_ids)) for row in rows]
         require_context(teacher.model.config, lengths, teacher.what)
         size = self.batch_size if teacher.plain and source.plain else 1
-        measured = self._measured(rows, lambda batch: both_kls(teacher, source, batch), model.device, size)
-        kl, reverse, dropped = measured
+        device = source.model.device
+        kl, reverse, dropped = self._measured(rows, lambda batch: both_kls(teacher, source, batch), device, size)
         outside = float(np.concatenate([*dropped, np.zeros(1)]).max())
         if outside > DROPPED_WARNING:
             console.warn(
-                f"{path} and the teacher have vocabularies of different sizes, and up to {outside:.1e} of the mass at "
-                "a position is on tokens that only one of them has: KL is over those that both have"
+                f"{source.what} and the teacher have vocabularies of different sizes, and up to {outside:.1e} of the mass "
+                "at a position is on tokens that only one of them has: KL is over those that both have"
             )
         return {"kl": self._sums(kl, ids), "reverse_kl": self._sums(reverse, ids)}
 

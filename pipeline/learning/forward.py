@@ -126,10 +126,14 @@ def require_plain_head(model, what: str) -> None:
     The losses run the head themselves, on response positions alone; such a model would be trained on other logits.
     """
     if not has_plain_head(model, what):
-        raise UserError(
-            f"{what} ({type(model).__name__}) changes its logits after its language-model head (scaling or capping, "
-            "as Gemma 2, Cohere and Granite do); such models cannot be trained here yet, but can be teachers"
-        )
+        raise head_is_not_plain(model, what)
+
+
+def head_is_not_plain(model, what: str) -> UserError:
+    return UserError(
+        f"{what} ({type(model).__name__}) changes its logits after its language-model head (scaling or capping, "
+        "as Gemma 2, Cohere and Granite do); such models cannot be trained here yet, but can be teachers"
+    )
 
 
 def per_row(

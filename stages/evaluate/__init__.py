@@ -9,8 +9,8 @@ import polars as pl
 from pipeline import console
 from pipeline.engines.hf import HfEngine
 from pipeline.errors import UserError
-from pipeline.learning.closeness import HeldOut, live_teacher
-from pipeline.learning.forward import require_plain_head
+from pipeline.learning.closeness import HeldOut, LogitSource, live_teacher
+from pipeline.learning.forward import head_is_not_plain
 from pipeline.models import (
     best_device,
     load_lm,
@@ -136,17 +136,19 @@ def _of(
     if held_out.rows:
         require_same_tokenizer(tokenizer_identity, tokenizer, path)
     model = load_lm(path).to(best_device())
-    if held_out.rows:
-        require_plain_head(model, f"the model {path}")
+    what = f"the model {path}"
+    source = LogitSource(model, what) if held_out.rows else None
+    if source and not source.plain:
+        raise head_is_not_plain(model, what)
     ids = PromptFormat.of(params).encode(tokenizer, prompts)
     own = held_out.prompts if held_out.teacher else {}
     lengths = [(len(prompt), params.max_tokens) for prompt in [*ids, *own.values()]]
     lengths += [(len(row.prompt_ids), len(row.response_ids)) for row in held_out.rows]
-    require_context(model.config, lengths, f"the model {path}")
+    require_context(model.config, lengths, what)
     asking = Asking(HfEngine(model, settings.batch_size), tokenizer, params, stop_token_ids(path, tokenizer))
     answers = asking.answers(prompts, ids, name)
-    measures = held_out.of(model, path) if held_out.rows else {}
-    on_own = held_out.of_own_samples(model, path, asking.samples(own, name)) if own else {}
+    measures = held_out.of(source) if source else {}
+    on_own = held_out.of_own_samples(source, asking.samples(own, name)) if own else {}
     return Outcome(answers, measures, on_own, model.num_parameters(), fingerprint(local_folder(path)))
 
 

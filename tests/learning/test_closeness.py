@@ -159,7 +159,7 @@ def test_sampled_rows_say_the_kl_without_bias(teacher, student):
     exact = np.concatenate([kl for kl, _, _ in measured(*pair, given)]).mean()
 
     def estimate(seed: int) -> float:
-        found = HeldOut(sampled_rows(pair[0], given, 4, seed), None, 8).of(pair[1], "s")
+        found = HeldOut(sampled_rows(pair[0], given, 4, seed), None, 8).of(LogitSource(pair[1], "s"))
         assert found.keys() == {"kl_estimate", "cross_entropy"}
         return found["kl_estimate"][:, 0].sum() / found["kl_estimate"][:, 1].sum()
 
@@ -175,4 +175,8 @@ def test_rows_without_any_kept_token_have_their_cross_entropy(teacher, student):
         replace(row, topk_ids=row.topk_ids[:, :0], topk_logprobs=row.topk_logprobs[:, :0], tau=None) for row in rows
     ]
     held_out = HeldOut(rows, None, 8)
-    assert held_out.of(load_lm(student), "s").keys() == {"cross_entropy"} == held_out.of_the_teacher()[0].keys()
+    assert (
+        held_out.of(LogitSource(load_lm(student), "s")).keys()
+        == {"cross_entropy"}
+        == held_out.of_the_teacher()[0].keys()
+    )
