@@ -79,6 +79,17 @@ def test_every_symbol_that_the_derivation_points_to_has_the_code_that_is_shown()
         assert code in inspect.getsource(found), f"{symbol} of {file}.py: {code}"
 
 
+def test_every_step_from_a_prompt_to_a_loss_is_where_the_page_says():
+    text = (ROOT / "docs" / "walk.md").read_text()
+    steps = re.findall(r"^\d+\. \[`", text, re.M)
+    pointers = re.findall(r"\[`([\w.]+)`\]\(\.\./([\w/]+)\.py\)", text)
+    assert len(steps) == 10 and len(pointers) == text.count(".py)") > 20
+    for symbol, file in pointers:
+        module = import_module(file.removesuffix("/__init__").replace("/", "."))
+        found = attrgetter(symbol)(module)
+        assert getattr(found, "__module__", module.__name__) == module.__name__, f"{symbol} is not made in {file}.py"
+
+
 COST = (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")
 
 
