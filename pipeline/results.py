@@ -16,6 +16,7 @@ KL_NAMES = {
     "kl_bound": "KL(T‖S), bound",
     "cross_entropy": "cross-entropy",
 }
+CUT_WARNING = 0.05  # share of responses cut at max_tokens, above which there is a warning
 FORWARD_KLS = ("kl", "kl_estimate", "kl_bound")  # of KL(T‖S), the first that there is: exact, unbiased, too small
 
 

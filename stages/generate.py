@@ -11,7 +11,7 @@ from pipeline.outputs import is_results, require_apart, require_own_file
 from pipeline.params import Params
 from pipeline.prompts import Prompt, PromptFormat, encode_response, read_prompts, read_responses
 from pipeline.prompts.warnings import warn_of_prompts
-from pipeline.results import write_results
+from pipeline.results import CUT_WARNING, write_results
 from pipeline.store.kept_mass import KeptMass, kept_mass_warning, say_kept_mass
 from pipeline.store.replaceable import require_own_selection
 from pipeline.store.requests import open_store
@@ -33,7 +33,6 @@ from pipeline.teacher.summary import Summary, cost_of, parts_of, report
 from pipeline.teacher.teacher import Teacher, sampling_request, scoring_request
 
 ANSWER_K = 0  # tokens per position of answers to test prompts: they are read as text
-CUT_WARNING = 0.05  # share of responses that may be cut at max_tokens without a warning
 
 
 def generate(

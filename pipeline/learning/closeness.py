@@ -162,8 +162,8 @@ class HeldOut:
         outside = float(np.concatenate([*dropped, np.zeros(1)]).max())
         if outside > DROPPED_WARNING:
             console.warn(
-                f"{source.what} and the teacher have vocabularies of different sizes, and up to {outside:.1e} of the mass "
-                "at a position is on tokens that only one of them has: KL is over those that both have"
+                f"{source.what} and the teacher have vocabularies of different sizes, and up to {outside:.1e} of the "
+                "mass at a position is on tokens that only one of them has: KL is over those that both have"
             )
         return {"kl": self._sums(kl, ids), "reverse_kl": self._sums(reverse, ids)}
 

@@ -26,7 +26,7 @@ from pipeline.outputs import begin_results, require_own_results
 from pipeline.params import Params
 from pipeline.prompts import Prompt, PromptFormat, read_prompts
 from pipeline.provenance import fingerprint
-from pipeline.results import KL_NAMES, headline_kl, headline_metric, write_metrics, write_results
+from pipeline.results import CUT_WARNING, KL_NAMES, headline_kl, headline_metric, write_metrics, write_results
 from pipeline.store.kept_mass import KeptMass, kept_mass_warning, say_kept_mass
 from pipeline.store.selection import Selection
 from pipeline.tasks import get_task
@@ -34,8 +34,6 @@ from pipeline.tasks.intervals import say_interval
 from pipeline.tasks.metrics import Metric
 from stages.evaluate.answers import Asking, cached_answers
 from stages.evaluate.scores import Outcome, lengths, scores
-
-CUT_WARNING = 0.05  # share of answers that may be cut at max_tokens without a warning
 
 
 def evaluate(

@@ -175,8 +175,5 @@ def test_rows_without_any_kept_token_have_their_cross_entropy(teacher, student):
         replace(row, topk_ids=row.topk_ids[:, :0], topk_logprobs=row.topk_logprobs[:, :0], tau=None) for row in rows
     ]
     held_out = HeldOut(rows, None, 8)
-    assert (
-        held_out.of(LogitSource(load_lm(student), "s")).keys()
-        == {"cross_entropy"}
-        == held_out.of_the_teacher()[0].keys()
-    )
+    of_student, of_teacher = held_out.of(LogitSource(load_lm(student), "s")), held_out.of_the_teacher()[0]
+    assert of_student.keys() == of_teacher.keys() == {"cross_entropy"}
