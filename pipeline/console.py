@@ -1,4 +1,4 @@
-"""What a person sees: results on stdout; words, questions and progress on stderr; libraries kept quiet.
+"""What a person sees: results on stdout; messages, questions and progress on stderr; libraries kept quiet.
 
 A result is what the command was asked for: its tables, its closing facts, its list. All else goes to stderr, so that a
 pipe or a file gets the results alone. Without a terminal nothing is wrapped or redrawn, unless COLUMNS gives a width.
@@ -24,8 +24,8 @@ from pipeline.errors import Interrupted
 from pipeline.streams import STDERR, STDOUT, Stream
 
 PLAIN = bool(os.environ.get("NO_COLOR"))  # no escape codes at all: no colours, no bold, nothing that is redrawn
-_PATIENCE = 10  # seconds that progress says nothing where it cannot be redrawn: short runs have a closing line alone
-_SILENCE = 30  # seconds without a line there
+_PATIENCE = 10  # seconds before the first line of progress where it cannot be redrawn: short runs only have a last line
+_SILENCE = 30  # most seconds between two such lines
 _NOTHING = Text()
 _INDENT = 2  # of values below their names
 
@@ -36,7 +36,7 @@ def make_console(stream: Stream = STDERR, **options) -> Console:
     return Console(file=stream, stderr=stream is STDERR, highlight=False, **plain, **options)
 
 
-console = make_console()  # words
+console = make_console()  # messages
 results = make_console(STDOUT)
 
 
@@ -53,13 +53,13 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def muted():
-    """Keep what libraries (C++ code included) write to the terminal away from it; show it if the block fails."""
+    """Hide what libraries (C++ code included) write to the terminal; show it if the block fails."""
     STDOUT.flush()
     STDERR.flush()
     saved = os.dup(1), os.dup(2)
-    with tempfile.TemporaryFile() as heard:
-        os.dup2(heard.fileno(), 1)
-        os.dup2(heard.fileno(), 2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 1)
+        os.dup2(captured.fileno(), 2)
         failed = True
         try:
             yield
@@ -74,8 +74,8 @@ def muted():
                 os.dup2(copy, number)
                 os.close(copy)
             if failed:
-                heard.seek(0)
-                say(heard.read().decode(errors="replace")[-4000:])
+                captured.seek(0)
+                say(captured.read().decode(errors="replace")[-4000:])
 
 
 # Progress
@@ -83,7 +83,7 @@ def muted():
 
 @contextmanager
 def progress(description: str, total: int):
-    """Yields `advance(n=1, note=None)`. On a terminal a bar; else a line at each further tenth or half minute."""
+    """Yields `advance(n=1, note=None)`. A bar on a terminal; else a line per tenth or half minute."""
     redrawn = console.is_terminal and not console.is_dumb_terminal
     with (_bar if redrawn else _lines)(description, total) as move:
 
@@ -95,7 +95,7 @@ def progress(description: str, total: int):
 
 
 class _Rate(ProgressColumn):
-    """Items a second."""
+    """Items per second."""
 
     def render(self, task):
         speed = task.finished_speed or task.speed
@@ -114,14 +114,14 @@ def _bar(description: str, total: int):
 
 
 class _Lines:
-    """Lines about how far something is, for logs."""
+    """Progress as lines, for logs."""
 
     def __init__(self, description: str, total: int):
         self.description, self.total = description, total
         self.done, self.note = 0, ""
-        self.before: int | None = None  # what an earlier run had done, which comes at once
+        self.before: int | None = None  # what an earlier run had done, reported by the first call
         self.started = time.monotonic()
-        self.said, self.tenth = self.started, 0  # when the last line was, and at which tenth
+        self.said, self.tenth = self.started, 0  # when the last line was printed, and at which tenth
 
     def move(self, n: int, note: str | None) -> None:
         if self.before is None:
@@ -173,7 +173,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-# Words
+# Messages
 
 
 def say(message: str) -> None:
@@ -198,18 +198,18 @@ def agrees(question: str) -> bool:
 
 
 def result(message: str, mark: str = "", style: str = "") -> None:
-    """One line of results. mark: what stands before it, in that style; further lines begin below the message."""
+    """One line of results. mark: what stands before it, in that style; further lines are indented to the message."""
     _print(results, message, lead=Text(mark, style))
 
 
 def write(text: str) -> None:
-    """A text as it is."""
+    """Write a text to stdout unchanged."""
     STDOUT.write(text)
     STDOUT.flush()
 
 
 def facts(title: str, rows: Sequence[tuple[str, object]]) -> None:
-    """A closing summary of names and values. Words are never broken; a path is one line, so that it can be copied."""
+    """A closing summary of names and values. Words are never broken; a path stays on one line, to be copied."""
     _print(results, title, style="bold")
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
@@ -217,10 +217,10 @@ def facts(title: str, rows: Sequence[tuple[str, object]]) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], names: int = 1) -> None:
-    """A table; the first `names` columns say which row it is, and are left, the others right.
+    """A table; the first `names` columns say which row it is and are left-aligned, the others right-aligned.
 
-    No cell is ever broken. What is too wide becomes two tables with the names in each; where two do not do, the names
-    get lines of their own, with the values below them.
+    No cell is ever broken. A table that is too wide becomes two tables with the names in each; if two are still too
+    wide, the names get lines of their own, with the values below them.
     """
     cells = [list(columns), *([" ".join(str(cell).splitlines()) for cell in row] for row in rows)]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
@@ -248,13 +248,13 @@ def size(count: float) -> str:
 
 
 def _room(console: Console) -> int | None:
-    """Columns of the terminal, or what COLUMNS says; None: as many as are needed."""
-    given = os.environ.get("COLUMNS", "").isdigit()
-    return console.width if given or console.file.isatty() else None
+    """Columns of the terminal, or COLUMNS; None: unlimited."""
+    is_set = os.environ.get("COLUMNS", "").isdigit()
+    return console.width if is_set or console.file.isatty() else None
 
 
 def _print(console: Console, value: object, lead: Text = _NOTHING, style: str = "") -> None:
-    """A value after `lead`. Text is folded between words, below where it begins; a path or a Text never is."""
+    """Print a value after `lead`. Text is folded between words and indented; a path or a Text is never folded."""
     room = _room(console)
     lines: list[str | Text] = [value if isinstance(value, Text) else str(value)]
     if isinstance(value, str) and room and room - lead.cell_len >= 20:
@@ -277,9 +277,9 @@ def _groups(widths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def _draw(rows: Sequence[tuple], widths: tuple, stacked: bool, room: int) -> None:
-    """Rows of names and values, the headings first, with the widths of both."""
+    """Print rows of names and values, the headings first; widths: of both."""
     lines: list[str] = []
-    fits = _INDENT + 2 + sum(widths[1]) < room  # else it begins where it can be seen
+    fits = _INDENT + 2 + sum(widths[1]) < room  # else left-aligned, so that values begin where they can be seen
     for names, values in rows:
         left = "   ".join(_pad(name, width) for name, width in zip(names, widths[0], strict=True))
         right = "   ".join(_pad(value, width, right=fits) for value, width in zip(values, widths[1], strict=True))

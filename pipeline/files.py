@@ -19,11 +19,11 @@ ASIDE = ".aside"  # ending of what was moved out of the way and is no longer rea
 
 
 def require_file(path: Path) -> None:
-    """Raises OSError for what is no regular file: to open a pipe that nobody writes to would never end."""
+    """Raises OSError for what is not a regular file: opening a pipe that nobody writes to would wait for ever."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
-        what = os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "Is no regular file"
-        raise IsADirectoryError(errno.EISDIR, what, str(path))  # for readers the same: something in a file's place
+        what = os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "Is not a regular file"
+        raise IsADirectoryError(errno.EISDIR, what, str(path))  # the same for readers: something is in the file's place
 
 
 def is_in_the_way(path: Path) -> bool:
@@ -38,14 +38,14 @@ def is_in_the_way(path: Path) -> bool:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes. Raises OSError for what is no regular file."""
+    """Hex digest of a file's bytes. Raises OSError for what is not a regular file."""
     require_file(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: Path, errors: str = "strict", characters: int = -1) -> str:
-    """A UTF-8 file, or how it begins. Raises OSError for what is no regular file."""
+    """The text of a UTF-8 file, or its first `characters`. Raises OSError for what is not a regular file."""
     require_file(path)
     with open(path, encoding="utf-8", errors=errors) as file:
         return file.read(characters)
@@ -57,7 +57,7 @@ def canonical_json(value: Any) -> str:
 
 
 def parse_json(text: str, what: str) -> Any:
-    """The value of a JSON text. Raises UserError that begins with `what`, also for what Python cannot hold."""
+    """The value of a JSON text. Raises UserError that begins with `what`, also for values that Python cannot hold."""
     with in_one_line(f"{what} is not JSON"):
         return json.loads(text)
 
@@ -70,7 +70,7 @@ def read_json(path: Path) -> Any:
 
 
 def require_shape(value: Any, kind: type, what: str) -> None:
-    """Raises UserError that begins with `what` where a value is not of the kind: a TypedDict, or another type."""
+    """Raises UserError that begins with `what` where a value is not of type `kind` (a TypedDict or another type)."""
     from pydantic import TypeAdapter, ValidationError
 
     try:
@@ -88,7 +88,7 @@ def digest(value: Any) -> str:
 
 @contextmanager
 def writing_to(folder: Path):
-    """Make the folder, and turn what goes wrong inside the block into a UserError; what was there before stays."""
+    """Make the folder, and turn OSErrors inside the block into UserErrors; what was there before stays."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
@@ -114,7 +114,7 @@ def move_aside(path: Path) -> Path:
 
 
 def replace_file(path: Path, to: Path) -> None:
-    """Rename a file to where another one may be; a folder or a pipe there is moved aside."""
+    """Rename a file, replacing one that is at `to`; a folder or a pipe there is moved aside."""
     if not to.is_symlink() and is_in_the_way(to):
         move_aside(to)
     os.replace(path, to)
@@ -122,9 +122,9 @@ def replace_file(path: Path, to: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, wait: bool = True):
-    """Have a folder for oneself among this machine's processes, waiting for it; where locks are unknown, do without.
+    """Lock a folder among this machine's processes, waiting for it; without a lock where locks are not supported.
 
-    Without `wait`, raises OSError where another one has it, or where locks are unknown.
+    Without `wait`, raises OSError where another process has the lock, or where locks are not supported.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -136,7 +136,7 @@ def locked(folder: Path, wait: bool = True):
 
 
 def write_atomically(folder: Path, write: Callable[[Path], None], name: str | Callable[[Path], str]) -> Path:
-    """Let `write` fill a temporary file in `folder`, then move it to `name` (or to what `name` makes of the file).
+    """Let `write` fill a temporary file in `folder`, then move it to `name` (or to what `name(file)` returns).
 
     Raises UserError where the folder cannot be written (read-only, disk full).
     """
@@ -155,7 +155,7 @@ def write_atomically(folder: Path, write: Callable[[Path], None], name: str | Ca
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or a folder's names, on the disk."""
+    """Flush a file's content, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -172,6 +172,6 @@ def require_writable(folder: Path) -> None:
 
 
 def write_json_atomically(path: Path, value: Any) -> None:
-    """Readable JSON with the keys in their given order, whole or absent."""
+    """Write readable JSON with the keys in their own order, whole or absent."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     write_atomically(path.parent, lambda temporary: temporary.write_text(text, encoding="utf-8"), path.name)

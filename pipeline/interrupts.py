@@ -1,7 +1,7 @@
 """SIGINT, SIGTERM and SIGHUP end a command once and in order.
 
 Before `begin` a signal ends the process at once. From then on the first one raises `Interrupted` where the command is;
-those that come while that is on its way up are only noted, so that what is written because of it is not cut off.
+signals that come while that exception is handled are only noted, so that what is written because of it is not cut off.
 `deferred` holds signals back from a block, `allowed` lets them in again for a part of it.
 """
 
@@ -22,24 +22,24 @@ NOTHING_KEPT = "This run has left nothing to go on from; run the same command ag
 
 
 class _State:
-    """Of this process."""
+    """The state of this process."""
 
     phase = "starting"  # starting: nothing was done yet; running; ended: nothing is to be interrupted any more
     noted: int | None = None  # the first signal that came
     depth = 0  # blocks around the current one that hold signals back
     kept = NOTHING_KEPT
-    announcement = ""  # what a signal that is held back is answered with
+    announcement = ""  # printed when a signal is held back
     installed = False
 
 
 def is_command_line(name: str) -> bool:
-    """Whether the module of this `__name__` is, or is loaded by, the process's own command: no test, no child of it."""
+    """Whether the module of this `__name__` is or was loaded by the process's own command, not by a test or a child."""
     main: ModuleType = sys.modules["__main__"]
     return name == "__main__" or os.path.basename(getattr(main, "__file__", None) or "") == "xkd-pipeline"
 
 
 def install() -> None:
-    """Take over the signals; again where a library took them over since. A SIGHUP that is ignored (nohup) stays so."""
+    """Handle the signals, also again after a library took them over. A SIGHUP that is ignored (nohup) stays ignored."""
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _handle)
@@ -60,9 +60,9 @@ def begun() -> bool:
 
 
 def end() -> None:
-    """From here on nothing is interrupted: what is left is to say how it ended, and for the interpreter to tidy up.
+    """From here on nothing is interrupted: only the closing message and the interpreter's own end are left.
 
-    A command that a signal has ended keeps its exit code whatever else comes.
+    A command that a signal has ended keeps its exit code, whatever other signals come.
     """
     _State.phase = "ended"
     for number in SIGNALS:
@@ -71,12 +71,12 @@ def end() -> None:
 
 
 def noted() -> int | None:
-    """The first signal that came, if one did."""
+    """The first signal that came, or None."""
     return _State.noted
 
 
 def keeps(what: str) -> None:
-    """From here on an interrupt's message says this of what was done so far."""
+    """From here on an interrupt's message says `what` about the work so far."""
     _State.kept = what
 
 
@@ -95,7 +95,7 @@ def check() -> None:
 def deferred(announcement: str = "") -> Iterator[None]:
     """Let the block run to its end: a signal that comes meanwhile is raised after it.
 
-    An error of the block's own goes first. announcement: said at once when a signal comes.
+    An error of the block's own has precedence. announcement: printed at once when a signal comes.
     """
     before = _State.announcement
     _State.depth += 1
@@ -105,14 +105,14 @@ def deferred(announcement: str = "") -> Iterator[None]:
     finally:
         _State.announcement = before
         _State.depth -= 1
-        if _State.noted is not None and _saying.acquire(timeout=1):  # what was to be said first is said first
+        if _State.noted is not None and _saying.acquire(timeout=1):  # let the announcement finish
             _saying.release()
     check()
 
 
 @contextmanager
 def allowed() -> Iterator[None]:
-    """A part of a deferred block, without `yield` in it, that signals interrupt; one that waits does so at once."""
+    """A part of a deferred block, without `yield` in it, that signals do interrupt; a waiting one does so at once."""
     depth = _State.depth
     _State.depth = 0
     try:
@@ -123,7 +123,7 @@ def allowed() -> Iterator[None]:
 
 
 def allowing(items) -> Iterator:
-    """The items; the wait for each of them may be interrupted."""
+    """Yield the items; the wait for each of them may be interrupted."""
     source, none = iter(items), object()
     while True:
         with allowed():
@@ -135,7 +135,7 @@ def allowing(items) -> Iterator:
 
 def _handle(number: int, frame: object) -> None:
     if _State.phase == "starting":
-        with suppress(OSError):  # nobody may be there to read it
+        with suppress(OSError):  # stderr may be closed
             os.write(2, b"warning: interrupted before anything was done\n")
         os._exit(128 + number)
     first = _State.noted is None
@@ -158,10 +158,10 @@ def _announce(what: str) -> None:
 
 
 def _may_raise() -> bool:
-    return _State.phase == "running" and _State.depth == 0 and not _on_its_way()
+    return _State.phase == "running" and _State.depth == 0 and not _is_being_handled()
 
 
-def _on_its_way() -> bool:
+def _is_being_handled() -> bool:
     """Whether an `Interrupted` is being handled: some block cleans up, or writes what is to be kept."""
     error, seen = sys.exc_info()[1], set()
     while error is not None and id(error) not in seen:
@@ -173,9 +173,9 @@ def _on_its_way() -> bool:
 
 
 def _raise_again(unraisable, before=sys.unraisablehook) -> None:
-    """Where an `Interrupted` was raised in a place that nothing gets out of (`__del__`, a callback), try once more.
+    """Send the signal again where an `Interrupted` was raised in a place that swallows it (`__del__`, a callback).
 
-    What else goes wrong in such places once a signal has come (a library's own tidying up) is nobody's concern.
+    Other errors in such places after a signal (a library's own clean-up) are not reported.
     """
     if isinstance(unraisable.exc_value, Interrupted):
         _thread.start_new_thread(_send_soon, (unraisable.exc_value.signal,))

@@ -1,18 +1,18 @@
-"""Where an experiment keeps its files: a root in, every path under data/ and runs/ out, each spelled here alone.
+"""Where an experiment keeps its files: from a root every path under data/ and runs/, each spelled here alone.
 
 `data/README.md` says what each folder holds. Two experiments whose roots differ share nothing but the store.
 """
 
 from pathlib import Path
 
-RESULTS = "results.json"  # what a stage found, what it cost and where that came from
+RESULTS = "results.json"  # what a stage measured, what it cost and what it was made from
 
 
 class Layout:
     """The paths of one experiment."""
 
     def __init__(self, root: str | Path = ".", data: str | Path | None = None):
-        """data: a folder that the stages filled, if it is not the `data` of `root`."""
+        """data: the folder that the stages fill, if it is not the `data` of `root`."""
         self.root = Path(root)
         self.params = self.root / "params.yaml"
         self.runs = self.root / "runs"  # checkpoints of unfinished training
@@ -21,9 +21,9 @@ class Layout:
         self.tokenizer = data / "tokenizer"
         self.teacher, self.start = self.model("teacher"), self.model("student")
         self.selection = data / "teacher"  # what the teacher said
-        self.answers = data / "answers"  # and to the test prompts
-        self.scored = data / "scored"  # what it says of what others said
-        self.samples = data / "samples"  # what the student said
+        self.answers = data / "answers"  # the teacher's answers to the test prompts
+        self.scored = data / "scored"  # the teacher's scores of other responses
+        self.samples = data / "samples"  # the student's samples
         self.reward, self.audit = data / "reward", data / "audit"
         self.student, self.plain = data / "student", data / "plain"
         self.distillation = data / "distill"  # curves
@@ -36,13 +36,13 @@ class Layout:
         return self.data / "models" / role
 
     def results(self, stage: str, role: str = "") -> Path:
-        """The results.json of a stage; role: of `teach`, whose results are of one model each."""
+        """The results.json of a stage; role: for `teach`, which has one per model."""
         folder = {"reward": self.audit, "evaluate": self.evaluation}.get(stage, self.data / stage)
         return folder / role / RESULTS
 
     @property
     def selections(self) -> tuple[Path, ...]:
-        """Of rows in the store."""
+        """The folders of selections."""
         return self.selection, self.answers, self.scored, self.samples
 
 

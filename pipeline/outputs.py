@@ -1,8 +1,8 @@
-"""Where results go: into what is missing, empty or our own, which is checked before any work, and again before writing.
+"""Where results go: to a place that is missing, empty or our own, checked before any work and again before writing.
 
-A folder that is replaced as a whole (a model, a tokenizer, a reward) carries a mark: what it holds, and its files. A
-folder that results are written into file by file is known by the same mark, or by the `results.json` in it, since DVC
-keeps files and not their folder. What a mark says depends on nothing but the files' names.
+A folder that is replaced as a whole (a model, a tokenizer, a reward) has a mark that says what it holds, and its files.
+A folder into which results are written file by file is known by the same mark, or by the `results.json` in it, since
+DVC keeps files and not their folder. The content of a mark depends on nothing but the files' names.
 """
 
 import itertools
@@ -27,7 +27,7 @@ _OF_DVC = {".gitignore"}  # DVC writes it beside files that are its outputs
 
 
 def require_own_folder(folder: Path, holds: str, option: str = "--out") -> None:
-    """Raises UserError unless `folder` can be replaced: it is missing, empty, or what `replacing` made and no more.
+    """Raises UserError unless `folder` can be replaced: it is missing, empty, or holds only what `replacing` made.
 
     holds: what it is to hold (`a model`); a folder of ours that holds something else is not replaced either.
     """
@@ -42,7 +42,7 @@ def require_own_folder(folder: Path, holds: str, option: str = "--out") -> None:
                 f"whole: nothing was changed. Move them away, or choose another {option}"
             )
     if os.path.ismount(place):
-        raise UserError(f"{folder} is where a disk is mounted, and cannot be replaced: give {option} a folder in it")
+        raise UserError(f"{folder} is the mount point of a disk and cannot be replaced: give {option} a folder in it")
     require_can_write(place.parent)
 
 
@@ -50,15 +50,15 @@ def require_own_folder(folder: Path, holds: str, option: str = "--out") -> None:
 def replacing(folder: Path, holds: str, option: str = "--out") -> Iterator[Path]:
     """A new folder to fill; at the end of the block it is marked and takes the place of `folder`: whole or absent.
 
-    Raises UserError as `require_own_folder` does, also where that became so inside the block.
+    Raises UserError as `require_own_folder` does, before and after the block.
     """
     require_own_folder(folder, holds, option)
-    place = Path(os.path.realpath(folder))  # what a link points to is replaced, and not the link
+    place = Path(os.path.realpath(folder))  # replaces what a link points to, not the link
     with writing_to(place.parent):
         _tidy(place, holds)
         made = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
         try:
-            with locked(made):  # from the next one's `_tidy`
+            with locked(made):  # against `_tidy` of another run
                 _write_mark(made, holds, [])
                 yield made
                 _write_mark(made, holds, sorted({*_files(made)} - {MARK}))
@@ -73,7 +73,7 @@ def replacing(folder: Path, holds: str, option: str = "--out") -> Iterator[Path]
 
 
 def _swap(made: Path, place: Path) -> None:
-    """Put a new folder in the place of an earlier one, which comes back where that fails."""
+    """Put a new folder in the place of an earlier one, which is put back where that fails."""
     earlier = made.with_name(f"{made.name}{_EARLIER}")
     moved = place.exists()
     if moved:  # first: a kill must not leave half of it
@@ -88,14 +88,14 @@ def _swap(made: Path, place: Path) -> None:
 
 
 def _tidy(place: Path, holds: str) -> None:
-    """Remove what killed runs have left that were to replace a folder, or put it back where nothing is in its place."""
+    """Remove what killed runs left beside the folder they were to replace; put the folder back if it is gone."""
     left_behind = re.compile(rf"\.{re.escape(place.name)}-[a-z0-9_]{{8}}({_EARLIER})?")
     with locked(place.parent):
         for path in sorted(place.parent.iterdir()):
             name = left_behind.fullmatch(path.name)
             if not name or _read_mark(path).get("holds") != holds:
                 continue
-            with suppress(OSError), locked(path, wait=False):  # else a run is at work on it
+            with suppress(OSError), locked(path, wait=False):  # a run that is at work has the lock
                 if name[1] and not place.exists():
                     path.rename(place)
                 else:
@@ -120,7 +120,7 @@ def begin_results(folder: Path, stage: str, option: str = "--out") -> None:
 
 
 def is_results(path: Path, stage: str) -> bool:
-    """Whether a file is the results.json of a stage; versions before this one did not say of which."""
+    """Whether a file is the results.json of a stage; earlier versions did not say of which stage."""
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         provenance = json.loads(read_text(path))["provenance"]
         return provenance.get("stage", stage) == stage and _MADE_BY in provenance["versions"]
@@ -128,7 +128,7 @@ def is_results(path: Path, stage: str) -> bool:
 
 
 def require_own_file(path: Path, is_ours: Callable[[Path], bool], option: str = "--out") -> None:
-    """Raises UserError unless `path` can be written and is missing, or a file that `is_ours` knows."""
+    """Raises UserError unless `path` can be written and is missing or a file for which `is_ours` is true."""
     if path.is_dir():
         raise UserError(f"{path} is a folder, expected a file: choose another {option}")
     if path.exists() and (is_in_the_way(path) or not is_ours(path)):
@@ -137,7 +137,7 @@ def require_own_file(path: Path, is_ours: Callable[[Path], bool], option: str = 
 
 
 def require_can_write(folder: Path) -> None:
-    """Raises UserError where nothing can be written into `folder`, or it cannot be made; makes nothing itself."""
+    """Raises UserError where nothing can be written into `folder` or it cannot be made; does not make it."""
     there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     with writing_to(there):
         probe = there / f".tmp-{uuid.uuid4().hex}"
@@ -146,45 +146,45 @@ def require_can_write(folder: Path) -> None:
 
 
 def require_apart(whole: Mapping[str, Path | None], others: Mapping[str, Path | None] | None = None) -> None:
-    """Raises UserError where two outputs of a command are one place, or one of them lies in one of `whole`.
+    """Raises UserError where two outputs of a command are the same place, or one lies in one of `whole`.
 
-    Both are option -> path. whole: folders that are replaced as a whole or must be empty at first, and files; others:
-    folders that may hold something else as well.
+    Both map option -> path. whole: folders that are replaced as a whole or must be empty at first, and files; others:
+    folders that may hold other files as well.
     """
-    given = {option: path for option, path in {**whole, **(others or {})}.items() if path is not None}
-    places = {option: Path(os.path.realpath(path)) for option, path in given.items()}
+    paths = {option: path for option, path in {**whole, **(others or {})}.items() if path is not None}
+    places = {option: Path(os.path.realpath(path)) for option, path in paths.items()}
     for (option, place), (other, around) in itertools.permutations(places.items(), 2):
         if place == around:
-            raise UserError(f"{option} and {other} are both {given[option]}: give each a place of its own")
+            raise UserError(f"{option} and {other} are both {paths[option]}: give each a place of its own")
         if other in whole and around in place.parents:
             raise UserError(
-                f"{option} {given[option]} lies in {other} {given[other]}, which must be a place of its own: choose "
+                f"{option} {paths[option]} lies in {other} {paths[other]}, which must be a place of its own: choose "
                 f"another {option}"
             )
 
 
 def entries(folder: Path, option: str, besides=_OF_DVC) -> list[str]:
-    """Names in a folder `besides` some, sorted; none where it is missing. Raises UserError where it is a file."""
+    """Names in a folder except `besides`, sorted; none where it is missing. Raises UserError where it is a file."""
     try:
         return sorted({*os.listdir(folder)} - {*besides})
     except FileNotFoundError:
         return []
     except NotADirectoryError:
-        raise UserError(f"{folder} is, or is in, a file, expected a folder: choose another {option}") from None
+        raise UserError(f"{folder} is a file or lies in one, expected a folder: choose another {option}") from None
 
 
 def not_ours(path: Path, option: str) -> UserError:
-    """The error about a file in the way."""
+    """The error about a file that we did not write."""
     return UserError(
-        f"{path} is not what xkd-pipeline writes under that name, or a version before this one wrote it, or it is "
-        f"damaged: nothing was changed. Move it away, or choose another {option}"
+        f"{path} is not what xkd-pipeline writes under that name, or an earlier version wrote it, or it is damaged: "
+        f"nothing was changed. Move it away, or choose another {option}"
     )
 
 
 def foreign(folder: Path, names: list[str], option: str) -> UserError:
-    """The error about a folder that is none of ours."""
+    """The error about a folder that we did not make."""
     return UserError(
-        f"{folder} was not made by xkd-pipeline, or by a version before this one, which left no mark (it holds "
+        f"{folder} was not made by xkd-pipeline, or by an earlier version, which left no mark (it holds "
         f"{_some(names)}): nothing was changed. Move it away, or choose another {option}"
     )
 
@@ -194,7 +194,7 @@ def _require_mark(folder: Path, holds: str, names: list[str], option: str) -> di
     if not mark:
         raise foreign(folder, names, option)
     if mark.get("holds") != holds:
-        raise UserError(f"{folder} holds {mark.get('holds')}, and {holds} would be written: choose another {option}")
+        raise UserError(f"{folder} holds {mark.get('holds')}, but {holds} would be written: choose another {option}")
     return mark
 
 
@@ -211,7 +211,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _read_mark(folder: Path) -> dict:
-    """What the mark in a folder says; empty where there is none of ours."""
+    """The content of the mark in a folder; empty where there is no mark of ours."""
     with suppress(OSError, ValueError, RecursionError):
         mark = json.loads(read_text(folder / MARK))
         if isinstance(mark, dict) and mark.get("made_by") == _MADE_BY:

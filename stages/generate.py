@@ -13,7 +13,7 @@ from pipeline.prompts import Prompt, PromptFormat, encode_response, read_prompts
 from pipeline.prompts.warnings import warn_of_prompts
 from pipeline.results import CUT_WARNING, write_results
 from pipeline.store.kept_mass import KeptMass, kept_mass_warning, say_kept_mass
-from pipeline.store.replaceable import require_own_selection
+from pipeline.store.ownership import require_own_selection
 from pipeline.store.requests import open_store
 from pipeline.store.selection import Part, write_selection
 from pipeline.tasks import Task, get_task

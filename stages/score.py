@@ -15,7 +15,7 @@ from pipeline.params import Params
 from pipeline.prompts import PromptFormat, read_prompts
 from pipeline.provenance import fingerprint
 from pipeline.results import write_results
-from pipeline.store.replaceable import require_own_selection
+from pipeline.store.ownership import require_own_selection
 from pipeline.store.requests import open_store
 from pipeline.store.selection import write_selection
 from pipeline.store.storage import Storage

@@ -220,7 +220,8 @@ def test_a_full_disk_under_stdout_is_said_and_changes_the_exit_code():
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (
-        done.returncode == 1 and done.stderr == "warning: not all could be printed on stdout: No space left on device\n"
+        done.returncode == 1
+        and done.stderr == "warning: could not print everything on stdout: No space left on device\n"
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.provenance import code_of, imports, says_nothing
+from pipeline.provenance import code_of, has_no_code, imports
 from tests.conftest import ROOT
 
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -55,8 +55,8 @@ def test_stages_holds_the_stages_of_dvc_and_nothing_else():
 def test_imports_run_downwards_and_no_stage_imports_another():
     for file in files("pipeline", "stages"):
         for other in imports(file):
-            assert room(other) >= room(file) or says_nothing(other), f"{file} imports {other}"
-            if room(file) == room(other) == ROOMS.index(("stages/",)) and not says_nothing(other):
+            assert room(other) >= room(file) or has_no_code(other), f"{file} imports {other}"
+            if room(file) == room(other) == ROOMS.index(("stages/",)) and not has_no_code(other):
                 assert Path(file).parts[1].removesuffix(".py") == Path(other).parts[1].removesuffix(".py")
 
 
@@ -76,6 +76,6 @@ def test_dvc_lists_the_code_that_a_stage_runs_and_no_other(name):
     needed = code_of(f"stages.{module_of(name)}")
     listed = [dep for dep in definition(name)["deps"] if not dep.startswith("data/")]
     covered = [file for dep in listed for file in ([dep] if dep.endswith(".py") else files(dep))]
-    covered = [file for file in covered if not says_nothing(file)]
+    covered = [file for file in covered if not has_no_code(file)]
     assert sorted(set(covered)) == sorted(needed)
     assert len(covered) == len(set(covered)), "listed twice"

@@ -27,7 +27,7 @@ from pipeline.outputs import (
     require_own_results,
 )
 from pipeline.params.file import load_params
-from pipeline.store.replaceable import require_own_selection
+from pipeline.store.ownership import require_own_selection
 from pipeline.store.selection import Selection
 from pipeline.upkeep.export import export, splits_of_selection
 from stages.distill import distill
@@ -276,7 +276,7 @@ def test_a_folder_is_replaced_at_the_end_or_stays(tmp_path):
             (made / word).write_text(word)
     with pytest.raises(ZeroDivisionError), replacing(folder, "a thing") as made:
         (made / "third").write_text(str(1 / 0))
-    with pytest.raises(UserError, match="holds a thing, and a model would be written"), replacing(folder, "a model"):
+    with pytest.raises(UserError, match="holds a thing, but a model would be written"), replacing(folder, "a model"):
         pass
     with pytest.raises(UserError, match="did not write"), replacing(folder, "a thing") as made:
         (there / "notes.txt").write_text("mine")
@@ -469,7 +469,7 @@ def test_a_mounted_disk_is_not_replaced_by_a_model(tmp_path):
     with small_disk(tmp_path / "disk", "1m"):
         for output in (("teach", "--out"), ("distill", "--out"), ("reward", "--out"), ("prepare", "--tokenizer")):
             said = refused(*command_writing_to(tmp_path / "disk", *output), cwd=tmp_path)
-            assert "where a disk is mounted" in said and f"give {output[1]} a folder in it" in said
+            assert "the mount point of a disk" in said and f"give {output[1]} a folder in it" in said
 
 
 # Outputs of one command
@@ -529,13 +529,13 @@ def test_results_of_an_earlier_version_are_replaced_and_what_it_did_not_mark_is_
         write_json_atomically(results, {"provenance": {"seed": 0, "versions": versions}})
         (results.parent / "metrics.json").write_text("{}")
         if "other" in versions:
-            with pytest.raises(UserError, match="or a version before this one wrote it"):
+            with pytest.raises(UserError, match="or an earlier version wrote it"):
                 require_own_results(results.parent, "evaluate")
         else:
             begin_results(results.parent, "evaluate")
             assert (results.parent / MARK).is_file()
     model_of_somebody(tmp_path / "model", teacher)
-    with pytest.raises(UserError, match="or by a version before this one, which left no mark"):
+    with pytest.raises(UserError, match="or by an earlier version, which left no mark"):
         require_own_model(tmp_path / "model")
 
 

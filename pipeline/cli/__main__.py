@@ -1,8 +1,8 @@
-"""Where a process of the `xkd-pipeline` command begins."""
+"""Entry point of the `xkd-pipeline` command."""
 
 from pipeline import interrupts
 
-if interrupts.is_command_line(__name__):  # before the imports below, which take longer than somebody's second thought
+if interrupts.is_command_line(__name__):  # before the imports below, which take seconds
     interrupts.install()
 
 from pipeline.cli.app import main

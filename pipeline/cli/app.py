@@ -1,4 +1,4 @@
-"""The `xkd-pipeline` command: one thin command a stage. Heavy libraries are imported inside the commands."""
+"""The `xkd-pipeline` command: one thin command per stage. Heavy libraries are imported inside the commands."""
 
 import errno
 import json
@@ -32,9 +32,9 @@ from pipeline.cli.options import (
     StudentOption,
     TokensOption,
     example,
-    keep_default,
     load,
     placed,
+    protect_default,
     require_unicode,
 )
 from pipeline.cli.tools import COMMANDS
@@ -83,11 +83,11 @@ def prepare(
     tokenizer_out: Annotated[Path | None, placed("tokenizer", "--tokenizer", "Tokenizer folder to write.")] = None,
     root: RootOption = HERE,
 ) -> None:
-    """Draw prompts with references in disjoint splits, from a built-in task or a data set, and their tokenizer."""
+    """Draw prompts with references in disjoint splits, from a built-in task or a data set, and make their tokenizer."""
     loaded, layout = load(params, set, root), Layout(root)
     results = layout.results("prepare") if out == layout.prompts else None
-    keep_default(ctx, "out", out, results)
-    keep_default(ctx, "tokenizer_out", tokenizer_out)
+    protect_default(ctx, "out", out, results)
+    protect_default(ctx, "tokenizer_out", tokenizer_out)
     from stages.prepare import prepare as run
 
     run(loaded, out, tokenizer_out, results)
@@ -113,7 +113,7 @@ def teach(
     loaded, layout = load(params, set, root), Layout(root)
     results = None if out else layout.results("teach", role)
     out = out or layout.model(role)
-    keep_default(ctx, "out", out, results)
+    protect_default(ctx, "out", out, results)
     from stages.teach import teach as run
 
     run(loaded, role, prompts, tokenizer, out, runs, results)
@@ -140,7 +140,7 @@ def generate(
         Path | None,
         typer.Option(
             "--results",
-            help="File for what the run found and took.  [dim]default: data/generate/results.json, else none[/dim]",
+            help="File for the run's results and costs.  [dim]default: data/generate/results.json, else none[/dim]",
         ),
     ] = None,
     answers: Annotated[
@@ -157,8 +157,8 @@ def generate(
         str | None,
         typer.Option("--responses", help="Responses made elsewhere (.jsonl, .parquet): scored, not sampled."),
     ] = None,
-    samples: Annotated[int | None, typer.Option("--samples", "-n", help="Responses a training prompt.")] = None,
-    k: Annotated[int | None, typer.Option("--k", "-k", help="Tokens kept at every position.")] = None,
+    samples: Annotated[int | None, typer.Option("--samples", "-n", help="Responses per training prompt.")] = None,
+    k: Annotated[int | None, typer.Option("--k", "-k", help="Tokens kept per position.")] = None,
     support: Annotated[
         str | None, typer.Option("--support", help="Which tokens: sampled (an unbiased draw) or topk.")
     ] = None,
@@ -183,15 +183,15 @@ def generate(
 ) -> None:
     """Run the teacher on what the store does not hold yet, and select this experiment's rows.
 
-    Every answer is kept in plain Parquet files under the store and never asked for twice: not by a rerun, not after
+    Every answer is kept in plain Parquet files in the store and never asked for twice: not by a rerun, not after
     a crash, not by another experiment. Exit code 3: rows were left out (see generate.max_skipped).
     """
-    given = {
+    options = {
         "generate.teacher": teacher, "generate.engine": engine, "generate.samples": samples, "generate.k": k,
         "generate.support": support, "generate.responses": responses,
         "generate.temperature": temperature, "max_tokens": max_tokens, "template": template,
     }  # fmt: skip
-    quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in given.items() if value is not None}
+    quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in options.items() if value is not None}
     overrides = [*(set or []), *(f"{key}={value}" for key, value in quoted.items())]
     loaded, layout = load(params, overrides, root), Layout(root)
     assumed = {"tokens": tokens, "rate": rate, "gpus": gpus, "memory": gpu_memory}
@@ -200,13 +200,13 @@ def generate(
         raise UserError("--tokens, --rate, --gpus and --gpu-memory are for planning: add --dry-run")
     form = Form.of(as_json, as_csv)
     if form is not Form.TEXT and not dry_run:
-        raise UserError("--json and --csv are for what a dry run finds: add --dry-run")
+        raise UserError("--json and --csv print what a dry run finds: add --dry-run")
     own = out == layout.selection
     default = layout.results("generate") if results is None and own else None
     default_answers = layout.answers if answers is None and own else None
     answers = answers or default_answers
     if not dry_run:
-        keep_default(ctx, "out", out, default, default_answers)
+        protect_default(ctx, "out", out, default, default_answers)
     _limit_threads(loaded.generate.teacher)
     if dry_run:
         from pipeline.cli.dry_run import Assumptions
@@ -242,12 +242,12 @@ def score(
 ) -> None:
     """Have the teacher score references, corrupted references and the student's samples, into the same store.
 
-    References are what the objective sft learns, the others are negatives for the reward's fit and for its audit.
+    The objective sft learns references; the others are negatives for the reward's fit and for its audit.
     """
     loaded, layout = load(params, set, root), Layout(root)
     own = out == layout.scored
     results, default_samples = (layout.results("score"), layout.samples) if own else (None, None)
-    keep_default(ctx, "out", out, results, None if samples_out else default_samples)
+    protect_default(ctx, "out", out, results, None if samples_out else default_samples)
     _limit_threads(loaded.generate.teacher)
     from stages.score import score as run
 
@@ -257,7 +257,7 @@ def score(
 
 
 class LeftOut(UserError):
-    """The run went to its end without some rows."""
+    """The run finished, but left some rows out."""
 
 
 def _require_few_skipped(skipped: int, most: int) -> None:
@@ -269,21 +269,21 @@ def _require_few_skipped(skipped: int, most: int) -> None:
 
 
 def _scored(option: Path | None, selection: Path, student: Path, layout: Layout) -> Path | None:
-    """`--scored`, else the pipeline's own where it is there and belongs to what else is read."""
-    own = (selection, student) == (layout.selection, layout.start) and _is_there(layout.scored)
+    """`--scored`, else the pipeline's own if it exists and selection and student are the pipeline's own too."""
+    own = (selection, student) == (layout.selection, layout.start) and _is_written(layout.scored)
     return layout.scored if option is None and own else option
 
 
-def _is_there(selection: Path) -> bool:
+def _is_written(selection: Path) -> bool:
     from pipeline.store.manifest import MANIFEST
 
     return (selection / MANIFEST).is_file()
 
 
 def _limit_threads(teacher: str) -> None:
-    """One thread for tiny teachers on a CPU: with more, vLLM loses most of its speed to waiting (4 times on 2 cores).
+    """One thread for tiny teachers on a CPU: with more, vLLM mostly waits (4 times slower on 2 cores).
 
-    Must happen before torch is imported; an OMP_NUM_THREADS of the user's stays.
+    Must run before torch is imported; an OMP_NUM_THREADS of the user's stays.
     """
     from pipeline.models.loading import resolve
 
@@ -313,9 +313,9 @@ def reward(
 ) -> None:
     """Fit the reward that explains the cached teacher, and audit it on held-out prompts."""
     loaded, layout = load(params, set, root), Layout(root)
-    # a reward of its own does not write over the pipeline's audit
+    # a reward that is not the pipeline's own does not write over its audit
     default = layout.audit if out == layout.reward else sibling(out, "audit")
-    keep_default(ctx, "out", out, None if audit else default)
+    protect_default(ctx, "out", out, None if audit else default)
     from stages.reward import reward as run
 
     scored = _scored(scored, selection, student, layout)
@@ -359,9 +359,9 @@ def distill(
     """Train the student on the cached teacher. Killed and started again, it goes on from its last checkpoint."""
     loaded, layout = load(params, [*(set or []), "distill.reward=none"] if plain else set, root), Layout(root)
     out = out or (layout.plain if plain else layout.student)
-    # a student of its own does not write over the pipeline's metrics
+    # a student that is not the pipeline's own does not write over its metrics
     default = layout.distillation if out == layout.student else sibling(out, "metrics")
-    keep_default(ctx, "out", out, None if metrics else default)
+    protect_default(ctx, "out", out, None if metrics else default)
     from stages.distill import distill as run
     from stages.distill import leave_out
 
@@ -415,10 +415,10 @@ def evaluate(
             if not (name and mark and folder):
                 raise UserError(f"--model {entry}: expected NAME=FOLDER")
             models[name] = Path(folder)
-    keep_default(ctx, "out", out)
+    protect_default(ctx, "out", out)
     from stages.evaluate import evaluate as run
 
-    if answers is None and selection == layout.selection and _is_there(layout.answers):
+    if answers is None and selection == layout.selection and _is_written(layout.answers):
         answers = layout.answers
     run(loaded, prompts, models, selection, out, store, answers)
 
@@ -449,7 +449,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about an experiment: tables, curves, rewarded tokens, samples, costs."""
     loaded = load(params, set, root)
-    keep_default(ctx, "out", out)
+    protect_default(ctx, "out", out)
     from stages.report import report as run
 
     run(loaded.report, Layout(root, data), out, store, also or ())
@@ -464,14 +464,14 @@ app.add_typer(cache)
 def main() -> None:
     """Run the command line; a UserError becomes a short message and exit code 2 (3 for rows left out).
 
-    Ctrl-C, SIGTERM and SIGHUP end it in order, with exit code 130, 143 and 129: what was made so far is written first.
+    Ctrl-C, SIGTERM and SIGHUP end it in order, with exit code 130, 143 and 129, after writing what was made so far.
     """
     interrupts.install()
     if console.PLAIN:
         from typer import rich_utils
 
         rich_utils.COLOR_SYSTEM, rich_utils.FORCE_TERMINAL = None, False
-    sys.exit(_exit_code())  # after all handlers: what an error holds (loaders with processes of their own) is freed
+    sys.exit(_exit_code())  # after all handlers, so that what an error holds (loaders with processes) is freed
 
 
 def _exit_code() -> int:
@@ -484,7 +484,7 @@ def _exit_code() -> int:
         console.warn(f"interrupted. {error.kept}")
         return 128 + error.signal
     except Exception as error:
-        if number := interrupts.noted():  # what the signal broke: a library's process that got it too
+        if number := interrupts.noted():  # the signal broke something, such as a library's process that got it too
             console.warn(f"interrupted ({reason_of(error)}). {interrupts.interrupted().kept}")
             return 128 + number
         if not isinstance(error, OSError) or error.filename is None:
@@ -498,7 +498,7 @@ def _say_error(message: str) -> None:
 
 
 def _run() -> int:
-    """The exit code of the command; 1 where what it was asked to print was not read to its end."""
+    """The exit code of the command; 1 where its output was not read to the end."""
     code, together = 0, _is_one_file(1, 2)
     try:
         try:
@@ -512,13 +512,13 @@ def _run() -> int:
         code = int(ended.code or 0)
     STDOUT.flush()
     lost = STDOUT.failure
-    if lost is None or lost.errno == errno.EIO:  # how a terminal ends; the run does not
+    if lost is None or lost.errno == errno.EIO:  # the terminal is gone; the run goes on
         return code
     if lost.errno != errno.EPIPE:
-        console.warn(f"not all could be printed on stdout: {lost.strerror}")
+        console.warn(f"could not print everything on stdout: {lost.strerror}")
     elif together:  # the reader of both has seen enough
         return code
-    # What a stage was asked for is its files.
+    # The output of a stage is its files.
     is_stage = next((word for word in sys.argv[1:] if not word.startswith("-")), "") in _STAGES
     return code if is_stage else code or 1
 

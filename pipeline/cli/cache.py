@@ -1,4 +1,4 @@
-"""`xkd-pipeline cache ...`: look at the teacher store, verify it, tidy it, take something out of it."""
+"""`xkd-pipeline cache ...`: list the teacher store, verify it, remove what nobody uses, export from it."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,8 +8,8 @@ import typer
 from pipeline import console
 from pipeline.cli.cache_listings import (
     GARBAGE_COLUMNS,
-    REFERENCE_COLUMNS,
     SHARD_COLUMNS,
+    USER_COLUMNS,
     describe,
     request_columns,
     say_user,
@@ -47,15 +47,15 @@ def ls(
     from pipeline.upkeep.catalogue import catalogue
 
     storage = open_store(store)
-    found = list(catalogue(storage, request))
-    listing = Listing(request_columns(), found)
+    requests = list(catalogue(storage, request))
+    listing = Listing(request_columns(), requests)
     if form is not Form.TEXT:
         return listing.write(form)
-    if not found:
+    if not requests:
         return console.result(f"{storage.name} holds nothing{f' that begins with {request}' if request else ''}")
     listing.show(f"teacher store {storage.name}")
-    total = sum(info.size for info in found)
-    console.result(f"{len(found)} requests, {sum(info.rows for info in found):,} rows, {console.size(total)}")
+    total = sum(info.size for info in requests)
+    console.result(f"{len(requests)} requests, {sum(info.rows for info in requests):,} rows, {console.size(total)}")
 
 
 @cache.command(epilog=example("xkd-pipeline cache show 3f2a", "xkd-pipeline cache show 3f2a --csv"))
@@ -68,19 +68,19 @@ def show(
 ) -> None:
     """Show one request: its teacher, what was asked, engines and versions, every shard, and who uses it.
 
-    CSV has the shards.
+    CSV lists the shards only.
     """
     form = Form.of(as_json, as_csv)
     from pipeline.store.kept_mass import kept_mass_warning, say_kept_mass
     from pipeline.store.requests import open_store
-    from pipeline.store.users import references
+    from pipeline.store.users import users_of
     from pipeline.upkeep.catalogue import catalogue, find_request, kept_masses, to_json
 
     storage = open_store(store)
     name = find_request(storage, request)
     (info,) = [info for info in catalogue(storage, name) if info.name == name]
-    masses = [] if form is Form.CSV else kept_masses(storage, info)  # CSV has the shards alone
-    users = [user for user in references(storage)[0] if name in (f"{user.teacher}/{each}" for each in user.requests)]
+    masses = [] if form is Form.CSV else kept_masses(storage, info)  # CSV lists the shards only
+    users = [user for user in users_of(storage)[0] if name in (f"{user.teacher}/{each}" for each in user.requests)]
     shards = Listing(SHARD_COLUMNS, sorted(info.shards, key=lambda shard: shard.modified or 0.0))
     if form is not Form.TEXT:
         described = describe(info, storage, users) | {"kept_mass": [kept for kept, _ in masses]}
@@ -101,8 +101,8 @@ def show(
             *(("used by", say_user(user)) for user in users),
         ],
     )
-    if masses and (word := kept_mass_warning(masses[-1][0])):  # the widest, or samples, which say it all
-        console.warn(word)
+    if masses and (warning := kept_mass_warning(masses[-1][0])):  # the last: samples if any, else the largest k
+        console.warn(warning)
     console.result(f"teacher {to_json(info.teacher)}")
     console.result(f"request {to_json(info.request)}")
     shards.show("shards")
@@ -127,7 +127,7 @@ def verify(
 ) -> None:
     """Read every byte and every row, and set aside what is damaged: `generate` then makes exactly that again.
 
-    Exit code 1: something was found.
+    Exit code 1: there are problems.
     """
     from pipeline.store.requests import open_store
     from pipeline.upkeep.catalogue import files_by_request
@@ -136,18 +136,18 @@ def verify(
     storage = open_store(store)
     total = sum(map(len, files_by_request(storage, request).values()))
     with console.progress("verifying", total) as advance:
-        found = list(verify_store(storage, request, not dry_run, advance))
+        problems = list(verify_store(storage, request, not dry_run, advance))
     selections = selection or [folder for folder in Layout(root).selections if folder.is_dir()]
     for folder in selections:
-        found += verify_selection(folder, store, not dry_run)
-    looked = f"{total:,} files of {storage.name}" + "".join(f", {folder}" for folder in selections)
-    if not found:
-        well = f"all is well: {looked}" if total or selections else f"nothing to verify: {storage.name} is empty"
+        problems += verify_selection(folder, store, not dry_run)
+    verified = f"{total:,} files of {storage.name}" + "".join(f", {folder}" for folder in selections)
+    if not problems:
+        well = f"all is well: {verified}" if total or selections else f"nothing to verify: {storage.name} is empty"
         return console.result(well)
-    for problem in found:
+    for problem in problems:
         state = " (set aside)" if problem.aside else ""
         console.result(f"{problem.file}: {problem.what}{state}. Then: {problem.repair}")
-    console.result(f"{len(found)} problems in {looked}")
+    console.result(f"{len(problems)} problems in {verified}")
     raise typer.Exit(1)
 
 
@@ -163,7 +163,7 @@ def gc(
     keep: Annotated[
         list[Path] | None,
         typer.Option(
-            "--keep", help="Further selection whose rows are kept (one that came from elsewhere); repeatable."
+            "--keep", help="Another selection whose rows are kept (one that came from elsewhere); repeatable."
         ),
     ] = None,
     forget: Annotated[
@@ -171,8 +171,8 @@ def gc(
         typer.Option(
             "--forget",
             metavar="SELECTION",
-            help="Selection whose rows are no longer kept on its account, as the list shows it; `all`: every one that "
-            "is not at its place any more; repeatable.",
+            help="Selection that no longer keeps its rows, named as in the list; `all`: every one that is not at its "
+            "place any more; repeatable.",
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
@@ -180,43 +180,43 @@ def gc(
 ) -> None:
     """Show what no selection refers to, and remove it once you agree.
 
-    Selections leave word in the store when they are made. Kept is what one of them reads, all that an unfinished run,
-    a selection on another machine or one that is not at its place (deleted, moved, on a disk that is not there) refers
-    to, and what is being written. `--forget` gives a selection up.
+    The store records every selection that is made from it. Kept are the rows that a selection reads; whole requests for
+    an unfinished run, a selection on another machine or one that is not at its place (deleted, moved, on a disk that is
+    not mounted); and what is being written. `--forget` gives a selection up.
     """
     from pipeline.store.manifest import MANIFEST
     from pipeline.store.requests import open_store
-    from pipeline.store.users import named, references
+    from pipeline.store.users import named, users_of
     from pipeline.upkeep.collect import garbage, in_use
 
     storage = open_store(store)
     own = [folder for folder in Layout(root).selections if (folder / MANIFEST).is_file()]
-    given = [*own, *(keep or [])]
-    forgotten = named(references(storage)[0], forget or [])
-    absent = [reference for reference in forgotten if reference.absent]
-    users = in_use(storage, given, forgotten)
-    found = list(garbage(storage, users))
-    kept = sorted({*map(say_user, users.kept), *map(str, given)})
+    selections = [*own, *(keep or [])]
+    forgotten = named(users_of(storage)[0], forget or [])
+    absent = [user for user in forgotten if user.absent]
+    used = in_use(storage, selections, forgotten)
+    files = list(garbage(storage, used))
+    kept = sorted({*map(say_user, used.kept), *map(str, selections)})
     console.result(f"kept is what these refer to: {', '.join(kept) or 'nothing is known to refer to this store'}")
-    if users.absent:
+    if used.absent:
         title = "selections that are not at their place; `--forget SELECTION` gives one up, `--forget all` all of them"
-        Listing(REFERENCE_COLUMNS, list(users.absent)).show(title)
-    if not found:
+        Listing(USER_COLUMNS, used.absent).show(title)
+    if not files:
         console.result(f"nothing to remove in {storage.name}")
         return
-    Listing(GARBAGE_COLUMNS, found).show(f"nothing refers to these files of {storage.name}")
-    total = f"{len(found)} files, {console.size(sum(each.size for each in found))}"
+    Listing(GARBAGE_COLUMNS, files).show(f"nothing refers to these files of {storage.name}")
+    total = f"{len(files)} files, {console.size(sum(file.size for file in files))}"
     if not yes and not console.agrees(f"Remove {total}?"):
         console.result(f"nothing was removed; `--yes` removes {total}")
         return
     # Meanwhile somebody may have begun to use some of it, or an absent selection may have come back.
-    forgotten = [reference for reference in forgotten if reference.absent or reference not in absent]
-    agreed = {each.name for each in found}
-    found = [each for each in garbage(storage, in_use(storage, given, forgotten)) if each.name in agreed]
-    for each in found:
-        storage.remove(each.name)
-    storage.remove_empty({each.name.rpartition("/")[0] for each in found})
-    console.result(f"removed {len(found)} files, {console.size(sum(each.size for each in found))}")
+    forgotten = [user for user in forgotten if user.absent or user not in absent]
+    agreed = {file.name for file in files}
+    files = [file for file in garbage(storage, in_use(storage, selections, forgotten)) if file.name in agreed]
+    for file in files:
+        storage.remove(file.name)
+    storage.remove_empty({file.name.rpartition("/")[0] for file in files})
+    console.result(f"removed {len(files)} files, {console.size(sum(file.size for file in files))}")
 
 
 @cache.command(

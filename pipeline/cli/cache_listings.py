@@ -1,4 +1,4 @@
-"""What `xkd-pipeline cache` lists: the columns of its tables, and a request as programs get it."""
+"""What `xkd-pipeline cache` lists: the columns of its tables, and a request as JSON has it."""
 
 import time
 from datetime import datetime
@@ -12,8 +12,8 @@ def _time(seconds: float | None) -> datetime | None:
     return None if seconds is None else datetime.fromtimestamp(seconds)
 
 
-def _date(found: datetime) -> str:
-    return f"{found:%Y-%m-%d %H:%M}"
+def _date(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M}"
 
 
 def _days_since(seconds: float | None) -> float | None:
@@ -21,7 +21,7 @@ def _days_since(seconds: float | None) -> float | None:
 
 
 def request_columns() -> list[Column]:
-    """What is said of every request: in the table in words, to programs by its values."""
+    """What is said of every request: words in the table, values in JSON and CSV."""
     from pipeline.upkeep.catalogue import describe_request
 
     def asked(name: str):
@@ -42,7 +42,7 @@ def request_columns() -> list[Column]:
         Column(
             "bytes_per_token",
             lambda info: info.size / info.tokens if info.tokens else None,
-            "bytes a token",
+            "bytes per token",
             "{:,.0f}".format,
         ),
         Column("left_out", attrgetter("skipped")),
@@ -61,7 +61,7 @@ SHARD_COLUMNS = [
     Column("bytes", attrgetter("size"), "size", console.size),
     Column("changed", lambda shard: _time(shard.modified), show=_date),
 ]
-REFERENCE_COLUMNS = [
+USER_COLUMNS = [
     Column("selection", attrgetter("selection")),
     Column("host", attrgetter("host")),
     Column("last_recorded", lambda user: _time(user.recorded), show=_date),
@@ -75,7 +75,7 @@ GARBAGE_COLUMNS = [
 
 
 def describe(info, storage, users) -> dict[str, object]:
-    """A request and what is known about it, but for its shards."""
+    """A request and what is known about it, without its shards."""
     return {
         "request": info.name,
         "store": storage.name,

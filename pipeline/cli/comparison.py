@@ -14,13 +14,13 @@ from stages.report.experiments import Scored, differ, models_of, read_experiment
 
 
 def compare(names: list[str], layout: Layout, form: Form = Form.TEXT) -> Listing:
-    """Print one row for each result and model, and return them; names as for `read_experiments`."""
+    """Print one row per result and model, and return them; names as for `read_experiments`."""
     experiments = read_experiments(names, layout)
     if differ(experiments):
         console.warn("these results are of different prompts, tasks or teachers: their numbers do not compare")
     for experiment in experiments:
-        if word := kept_mass_warning(experiment.evaluation.get("kept_mass")):
-            console.warn(f"{experiment.name}: {word}")
+        if warning := kept_mass_warning(experiment.evaluation.get("kept_mass")):
+            console.warn(f"{experiment.name}: {warning}")
     rows = models_of(experiments)
     listing = Listing(list(_columns(rows)), rows, names=2)
     if form is Form.TEXT:
@@ -31,7 +31,7 @@ def compare(names: list[str], layout: Layout, form: Form = Form.TEXT) -> Listing
 
 
 def _columns(rows: Sequence[Scored]) -> Iterator[Column]:
-    """What is said of every model: the one place that lists it."""
+    """The columns of the comparison, listed here alone."""
     yield Column("result", lambda row: row.experiment.name)
     yield Column("model", lambda row: row.model)
     yield Column("objective", lambda row: row.experiment.objective_of(row.model))
@@ -47,7 +47,7 @@ def _columns(rows: Sequence[Scored]) -> Iterator[Column]:
     shown = {"kl", "reverse_kl"} if exact else set(FORWARD_KLS)
     for mode, key in (("heldout", ""), ("own", "own_")):
         for name, heading in KL_NAMES.items():
-            heading = heading if mode == "heldout" and name in shown else None  # the others are for programs
+            heading = heading if mode == "heldout" and name in shown else None  # the others are in JSON and CSV only
             yield _measure(key + name, partial(_read, mode, name), ".3f", heading)
     yield Column("kept_mass", _kept_mass, "kept mass", "{:.3f}".format)
     yield Column("cut", lambda row: row.answers("cut"), "cut", "{:.0%}".format)

@@ -1,4 +1,4 @@
-"""Is this machine fit for the pipeline? What was found, and what to do about it."""
+"""`doctor`: is this machine fit for the pipeline, and if not, what to do about it."""
 
 import importlib.util
 import os
@@ -25,7 +25,7 @@ _MIN_DISK, _MIN_MEMORY = 5 * _GIB, 2 * _GIB
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; `advice` says what to do where it is not ok."""
+    """One thing that was checked; `advice` says what to do where it is not ok."""
 
     what: str
     state: str  # ok | look | bad
@@ -34,7 +34,7 @@ class Finding:
 
 
 def examine(store: str | Path | None = None, folder: Path = Path()) -> Iterator[Finding]:
-    """All findings; `bad` ones stop the pipeline, `look` ones cost time or quality. folder: of the experiment."""
+    """All findings; `bad` ones stop the pipeline, `look` ones cost time or quality. folder: the experiment's."""
     yield _engine()
     yield _accelerator()
     yield _threads()
@@ -61,8 +61,8 @@ def _engine() -> Finding:
             "or use --engine hf"
         )
         return Finding("engine", BAD, f"vLLM cannot be imported: {reason}", advice)
-    found = {name: number for name, number in versions().items() if name.startswith(("vllm", "ray"))}
-    return Finding("engine", OK, ", ".join(f"{name} {number}" for name, number in found.items()))
+    engines = {name: number for name, number in versions().items() if name.startswith(("vllm", "ray"))}
+    return Finding("engine", OK, ", ".join(f"{name} {number}" for name, number in engines.items()))
 
 
 def _quiet() -> dict[str, str]:
@@ -84,11 +84,11 @@ def _accelerator() -> Finding:
 def _threads() -> Finding:
     process = psutil.Process()
     cores = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdigit() and int(wanted) > cores:
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdigit() and int(threads) > cores:
         advice = f"threads wait for each other: set OMP_NUM_THREADS to {cores} or less"
-        return Finding("threads", LOOK, f"OMP_NUM_THREADS is {wanted} on {cores} cores", advice)
-    return Finding("threads", OK, f"{cores} cores" + (f", OMP_NUM_THREADS is {wanted}" if wanted else ""))
+        return Finding("threads", LOOK, f"OMP_NUM_THREADS is {threads} on {cores} cores", advice)
+    return Finding("threads", OK, f"{cores} cores" + (f", OMP_NUM_THREADS is {threads}" if threads else ""))
 
 
 def _memory() -> Finding:
@@ -125,7 +125,7 @@ def _disk(what: str, folder: Path) -> Finding:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
     if free < _MIN_DISK:
-        advice = "free some: models, checkpoints and shards need a few GiB"
+        advice = "free some space: models, checkpoints and shards need a few GiB"
         return Finding(what, LOOK, f"{free / _GIB:.1f} GiB free at {there}", advice)
     return Finding(what, OK, f"{free / _GIB:.1f} GiB free")
 
@@ -133,10 +133,10 @@ def _disk(what: str, folder: Path) -> Finding:
 def _versioning() -> Finding:
     missing = [name for name in ("git", "dvc") if shutil.which(name) is None]
     if missing:
-        advice = "source .venv/bin/activate (dvc is installed there); git comes from your system's packages"
+        advice = "run source .venv/bin/activate (dvc is installed there); git comes from your system's packages"
         return Finding("versioning", LOOK, f"not on the path: {', '.join(missing)}", advice)
     inside = subprocess.run(["git", "rev-parse", "--is-inside-work-tree"], capture_output=True).returncode == 0
     if not inside:
-        advice = "dvc exp needs one: clone the project, or git init"
+        advice = "dvc exp needs one: clone the project, or run git init"
         return Finding("versioning", LOOK, "not inside a git repository", advice)
     return Finding("versioning", OK, f"git and dvc {version('dvc')}")

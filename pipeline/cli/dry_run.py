@@ -1,7 +1,7 @@
-"""What `generate` would find in the store and what the rest would take, without a model being run or even here.
+"""What `generate` would find in the store and what the rest would take, without running a model.
 
-A teacher whose weights are not here cannot be looked up, for they decide which teacher it is: a configuration and, if
-there is one, a tokenizer are then enough.
+A teacher whose weights are not on this machine cannot be looked up, since they decide which teacher it is: for the
+rest a configuration and, if there is one, a tokenizer are enough.
 """
 
 import zlib
@@ -33,7 +33,7 @@ from pipeline.teacher.summary import Summary
 from pipeline.teacher.teacher import Teacher
 from stages.generate import answers_of, orders_of, prompts_to_ask
 
-CHARACTERS = 4  # a token of English text, where there is no tokenizer
+CHARACTERS = 4  # per token of English text, where there is no tokenizer
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
 _UNKNOWN = "unknown"  # identity of a teacher without weights
 
@@ -42,15 +42,15 @@ _UNKNOWN = "unknown"  # identity of a teacher without weights
 class Assumptions:
     """What is assumed where the store and the prompts do not say."""
 
-    tokens: float | None = None  # response tokens to plan for, in place of a file of prompts, which is then not read
-    rate: float | None = None  # response tokens a second and GPU
+    tokens: float | None = None  # response tokens to plan for, instead of a file of prompts
+    rate: float | None = None  # response tokens per second and GPU
     gpus: int | None = None  # None: as few as hold one copy
-    memory: float = 80  # GiB a GPU
+    memory: float = 80  # GiB per GPU
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is missing of one request takes, with responses as long as they may be, and as long as they are expected."""
+    """What the missing rows of one request take, with responses of the greatest and of the expected length."""
 
     plan: Plan
     held: Held
@@ -63,7 +63,7 @@ class Gpus:
     """What one copy of the teacher takes, and how many GPUs are used."""
 
     model: ModelMemory
-    longest: int  # tokens of a sequence
+    longest: int  # tokens of the longest sequence
     copy: int  # GPUs
     used: int
 
@@ -77,12 +77,12 @@ def dry_run(
     form: Form = Form.TEXT,
     answers: bool = False,
 ) -> Summary:
-    """Say what is cached, what is missing and what that takes; nothing is written but a URL's mirror.
+    """Say what is cached, what is missing and what that takes; writes nothing but a URL's mirror.
 
     answers: with the teacher's answers to the test prompts.
     """
     if assumed.tokens and params.generate.responses:
-        raise UserError("--tokens plans what a teacher is to say, and generate.responses gives it: leave one out")
+        raise UserError("--tokens plans responses of the teacher, but generate.responses gives them: leave one out")
     prompts = [] if assumed.tokens else prompts_to_ask(params, prompts_path)
     teacher = _teacher(params.generate)
     read, _ = read_as_models_do(prompts, PromptFormat.of(params), teacher.tokenizer)
@@ -115,14 +115,14 @@ _REQUEST_COLUMNS = [
 
 
 def _of_plans(columns: Sequence[Column], counted: bool) -> Iterator[Column]:
-    """The columns, of estimates. counted: without prompts nothing but the request's name is known."""
+    """The columns for estimates. counted: false without prompts, when only the request's name is known."""
     for number, column in enumerate(columns):
         known = counted or number == 0
         yield replace(column, read=lambda row, read=column.read, known=known: read(row.plan) if known else None)
 
 
 def _cost_columns(gpus: Gpus | None, assumed: Assumptions) -> Iterator[Column]:
-    """What programs get: every quantity at `max_tokens` and as expected."""
+    """For JSON and CSV: every quantity at `max_tokens` and as expected."""
     quantities: dict[str, Callable[[Need], float | None]] = {
         "responses": lambda need: need.responses,
         "prompt_tokens": lambda need: None if assumed.tokens else need.prompt_tokens,
@@ -139,7 +139,7 @@ def _cost_columns(gpus: Gpus | None, assumed: Assumptions) -> Iterator[Column]:
 def _described(
     params: Params, teacher: Teacher, estimates: Sequence[Estimate], gpus: Gpus | None, assumed: Assumptions
 ) -> dict[str, object]:
-    """What programs get beside the requests."""
+    """For JSON: what stands beside the requests."""
     identity, mean = teacher.description["identity"], estimates[0].held.mean
     return {
         "teacher": {
@@ -160,7 +160,7 @@ def _described(
 
 
 class _Characters:
-    """In the place of a tokenizer that is not here: every CHARACTERS characters are a token."""
+    """Instead of a tokenizer that is not on this machine: every CHARACTERS characters are a token."""
 
     chat_template, eos_token_id = "unknown", 0
 
@@ -180,11 +180,11 @@ class _Characters:
 
 
 def _teacher(settings: Generate) -> Teacher:
-    """The teacher where its weights are here, else what its configuration and, if it has one, its tokenizer say."""
+    """The teacher, or without its weights what its configuration and, if it has one, its tokenizer say."""
     folder = local_folder(settings.teacher, weights=False)
     if settings.engine == "text" or has_weights(folder):
-        found = settings.teacher if Path(settings.teacher).is_dir() else str(folder)
-        return Teacher.of(settings.model_copy(update={"teacher": found}))
+        source = settings.teacher if Path(settings.teacher).is_dir() else str(folder)
+        return Teacher.of(settings.model_copy(update={"teacher": source}))
     config = load_config(folder)
     dtype = number_type(config, settings.dtype)
     has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
@@ -203,7 +203,7 @@ def _teacher(settings: Generate) -> Teacher:
 
 
 def _need(plan: Plan, held: Held, length: float) -> Need:
-    """What is missing of a plan, where every response that is to be drawn has `length` tokens."""
+    """What the missing rows of a plan take, where every response that is to be drawn has `length` tokens."""
 
     def tokens(item: Item) -> float:
         return held.lengths.get(item.key, length) if item.response_ids is None else len(item.response_ids)
@@ -219,7 +219,7 @@ def _stored_as(order: Order, held: Held, responses: float, prompt_tokens: float,
 
 
 def _estimates(params: Params, plans: Sequence[Plan], assumed: Assumptions) -> list[Estimate]:
-    """Of every request; tokens to plan for are the first one's."""
+    """One per request; with --tokens only of the first request, which the tokens are planned for."""
     held = [Held.of(plan.index, plan.order.k, plan.order.support) for plan in plans]
     lengths = params.max_tokens, held[0].mean or params.max_tokens
     if not assumed.tokens:
@@ -239,8 +239,8 @@ def _gpus(params: Params, teacher: Teacher, plans: Sequence[Plan], assumed: Assu
     gpus = Gpus(model, longest, copy, (assumed.gpus or copy) // copy * copy)
     if not gpus.used:
         raise UserError(
-            f"--gpus {assumed.gpus}: one copy of the teacher has {_takes(gpus)}, which needs {copy} GPUs of "
-            f"{assumed.memory:g} GiB. Give more of them, or say with --gpu-memory that they are larger"
+            f"--gpus {assumed.gpus}: one copy of the teacher needs {copy} GPUs of {assumed.memory:g} GiB, for "
+            f"{_takes(gpus)}. Give more of them, or say with --gpu-memory that they are larger"
         )
     return gpus
 
@@ -261,7 +261,7 @@ def _show_cost(
     facts = [
         ("expected length", f"{held.mean:,.1f} tokens, the mean of {len(held.lengths):,} stored responses" if held.mean
          else f"max_tokens ({params.max_tokens:,}): the store has no response to this request"),
-        ("bytes a token", f"{needs[1].store / needs[1].response_tokens:,.0f}, from {by}"),
+        ("bytes per token", f"{needs[1].store / needs[1].response_tokens:,.0f}, from {by}"),
     ]  # fmt: skip
     if isinstance(teacher.tokenizer, _Characters) and not assumed.tokens:
         facts.append(("prompt tokens", f"{CHARACTERS} characters each: {teacher.source} has no tokenizer"))
@@ -277,13 +277,13 @@ def _show_cost(
 
 def _of_gpus(settings: Generate, dtype: str, gpus: Gpus, assumed: Assumptions) -> Iterator[tuple[str, str]]:
     model = gpus.model
-    yield "teacher", f"{model.parameters:,} parameters in {dtype}, {console.size(model.cache)} of cache a token"
+    yield "teacher", f"{model.parameters:,} parameters in {dtype}, {console.size(model.cache)} of cache per token"
     sequences = f"{SEQUENCES} sequences of {gpus.longest:,} tokens"
     yield "one copy", f"{_count(gpus.copy)} of {assumed.memory:g} GiB: {_takes(gpus)} ({sequences})"
     if settings.quantization:
         yield "weights", f"counted in {dtype}: {settings.quantization} takes less, and may need fewer GPUs"
-    without = "not given: with --rate TOKENS_A_SECOND_AND_GPU, which a run on a few prompts prints, there are hours"
-    yield "rate", without if assumed.rate is None else f"{assumed.rate:,g} response tokens a second and GPU, as given"
+    unknown = "unknown: add --rate TOKENS_PER_SECOND_AND_GPU, which a run on a few prompts prints, for GPU-hours"
+    yield "rate", unknown if assumed.rate is None else f"{assumed.rate:,g} response tokens per second and GPU (--rate)"
 
 
 def _takes(gpus: Gpus) -> str:
@@ -302,7 +302,7 @@ def _count(gpus: int) -> str:
 def _show_store(teacher: Teacher, plans: Sequence[Plan]) -> None:
     identity = teacher.description["identity"]
     if identity == _UNKNOWN:
-        why = f"not looked up: {teacher.source} has no weights, which say what teacher it is; everything is missing"
+        why = f"not looked up: {teacher.source} has no weights, which identify the teacher; everything is missing"
         console.facts("store", [("teacher", why)])
     else:
         console.facts("store", [("teacher", identity), *((plan.order.request.kind, plan.folder) for plan in plans)])

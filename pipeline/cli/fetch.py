@@ -62,7 +62,7 @@ def fetch_smollm2(out: Path) -> None:
 
 
 def _convert(file: Path):
-    """The model in float32 and its tokenizer, without marks of quantisation."""
+    """The model in float32 and its tokenizer, without settings of quantisation."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 

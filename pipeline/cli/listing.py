@@ -1,8 +1,8 @@
-"""What a command found out, as a table for people, or as JSON or CSV for programs.
+"""What a command lists, as a table for people, or as JSON or CSV for programs.
 
-The rows are any objects; a column says how its value is read from one, and how that is shown. To programs numbers
+The rows are any objects; a column says how its value is read from one, and how that is shown. For programs numbers
 are numbers: an interval is three of them (`KEY`, `KEY_low`, `KEY_high`), a size is in bytes, a time is ISO 8601, and
-what is not known is null, or empty.
+what is unknown is null (JSON) or empty (CSV).
 """
 
 import csv
@@ -21,7 +21,7 @@ from pipeline.streams import STDOUT
 
 
 class Form(StrEnum):
-    """Who the answer is for."""
+    """How a listing is printed."""
 
     TEXT = "text"
     JSON = "json"
@@ -29,14 +29,14 @@ class Form(StrEnum):
 
     @classmethod
     def of(cls, as_json: bool, as_csv: bool) -> "Form":
-        """By the options of these names. Raises UserError where both are given."""
+        """From the options --json and --csv. Raises UserError where both are given."""
         if as_json and as_csv:
             raise UserError("--json and --csv: give one of them")
         return cls.JSON if as_json else cls.CSV if as_csv else cls.TEXT
 
 
 def shown(value: object) -> str:
-    """A value in a table, where its column says nothing else."""
+    """A value in a table, unless its column has a `show` of its own."""
     if isinstance(value, int):
         return f"{value:,}"
     return ", ".join(map(str, value)) or "-" if isinstance(value, list | tuple) else str(value)
@@ -62,12 +62,12 @@ class Column:
 
     @property
     def keys(self) -> list[str]:
-        """Of what programs get."""
+        """The keys of this column in JSON and CSV."""
         bounds = [f"{self.key}_low", f"{self.key}_high"] if self.interval else []
         return [self.key, *bounds] if self.key else []
 
     def values(self, row: object) -> list[Any]:
-        """What programs get of a row, in the order of `keys`."""
+        """A row's values in JSON and CSV, in the order of `keys`."""
         value = self.read(row)
         if self.interval:
             return [plain((value or {}).get(name)) for name in ("value", "low", "high")]
@@ -76,14 +76,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Listing:
-    """Rows under columns; the first `names` columns of the table say which row it is."""
+    """Rows and columns; the first `names` columns of the table say which row it is."""
 
     columns: Sequence[Column]
     rows: Sequence[Any]
     names: int = 1
 
     def records(self) -> list[dict[str, Any]]:
-        """What programs get: one flat dictionary a row, all with the same keys."""
+        """For JSON and CSV: one flat dictionary per row, all with the same keys."""
         columns = [column for column in self.columns if column.key]
         return [
             {key: value for column in columns for key, value in zip(column.keys, column.values(row), strict=True)}
@@ -91,35 +91,35 @@ class Listing:
         ]
 
     def show(self, title: str) -> None:
-        """The table."""
+        """Print the table."""
         columns = [column for column in self.columns if column.heading is not None]
         cells = [[column.cell(row) for column in columns] for row in self.rows]
         console.table(title, [column.title for column in columns], cells, self.names)
 
     def write(self, form: Form, name: str = "rows", beside: Mapping[str, Any] | None = None) -> None:
-        """The records as JSON or CSV. beside: in JSON, what stands next to them; they are then called `name`."""
+        """Print the records as JSON or CSV. beside: in JSON, further entries, with the records under the key `name`."""
         if form is Form.CSV:
             return console.write(self._csv())
-        found = self.records() if beside is None else {**beside, name: self.records()}
+        content = self.records() if beside is None else {**beside, name: self.records()}
         is_unicode = (STDOUT.encoding or "").lower().startswith("utf")
-        console.write(json.dumps(plain(found), indent=2, ensure_ascii=not is_unicode, allow_nan=False) + "\n")
+        console.write(json.dumps(plain(content), indent=2, ensure_ascii=not is_unicode, allow_nan=False) + "\n")
 
     def _csv(self) -> str:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow([key for column in self.columns for key in column.keys])
         for record in self.records():
-            writer.writerow([_word(value) for value in record.values()])
+            writer.writerow([_csv_cell(value) for value in record.values()])
         return text.getvalue()
 
 
-def _word(value: Any) -> Any:
-    """A value in one cell of CSV."""
+def _csv_cell(value: Any) -> Any:
+    """A value in one CSV cell; a list becomes its items with spaces between them."""
     return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def plain(value: Any) -> Any:
-    """A value that JSON knows."""
+    """A value that JSON can hold."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, datetime):

@@ -1,4 +1,4 @@
-"""The options that several commands share, and the folder of an experiment that their defaults lie in."""
+"""The options that several commands share, and the experiment's folder, in which their defaults lie."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from pipeline.layout import Layout
 from pipeline.params import Params
 from pipeline.params.file import load_params
 
-# Options that change nothing of what is made at their output, or say where it goes.
+# Options that do not change what is made, or only say where it goes.
 _NO_INPUTS = {
     "root",
     "plain",
@@ -93,13 +93,13 @@ TokensOption = Annotated[
         "--tokens",
         callback=_finite,
         min=1,
-        help="With --dry-run: response tokens to plan for, in place of a prompt file.",
+        help="With --dry-run: response tokens to plan for, instead of a prompt file.",
     ),
 ]
 RateOption = Annotated[
     float | None,
     typer.Option(
-        "--rate", callback=_finite, min=0.01, help="With --dry-run: response tokens a second and GPU, for GPU-hours."
+        "--rate", callback=_finite, min=0.01, help="With --dry-run: response tokens per second and GPU, for GPU-hours."
     ),
 ]
 GpusOption = Annotated[
@@ -108,23 +108,23 @@ GpusOption = Annotated[
 ]
 GpuMemoryOption = Annotated[
     float | None,
-    typer.Option("--gpu-memory", callback=_finite, min=1, help="With --dry-run: GiB a GPU.  [dim]default: 80[/dim]"),
+    typer.Option("--gpu-memory", callback=_finite, min=1, help="With --dry-run: GiB per GPU.  [dim]default: 80[/dim]"),
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON, and nothing else on stdout: numbers as numbers, sizes in bytes.")
 ]
-CsvOption = Annotated[bool, typer.Option("--csv", help="Print CSV, likewise: a line of names, then one a row.")]
+CsvOption = Annotated[bool, typer.Option("--csv", help="Print CSV, likewise: a line of names, then one line per row.")]
 
 
 def require_unicode(arguments: Iterable[str]) -> None:
-    """Raises UserError for an argument or a folder whose bytes are not UTF-8: no file of ours could hold it."""
+    """Raises UserError for an argument or a folder whose name is not UTF-8: our files could not hold it."""
     places = [*arguments, os.environ.get("XKD_STORE", ""), os.getcwd()]
     if bad := next((text for text in places if not is_printable(text)), None):
         raise UserError(f"{shown(bad)} is not valid UTF-8: give it another name, or write it in UTF-8")
 
 
 def load(params: Path | None, overrides: list[str] | None, root: Path) -> Params:
-    """The parameters of a command: its file, else the root's, and what `--set` changes; the teacher is in the root."""
+    """A command's parameters: its file, else the root's, changed by `--set`; the default teacher is in the root."""
     loaded = load_params(file_of(params, root), overrides or [])
     if loaded.generate.teacher == str(Layout().teacher):
         loaded.generate.teacher = str(Layout(root).teacher)
@@ -137,16 +137,17 @@ def file_of(params: Path | None, root: Path) -> Path | None:
     return own if params is None and own.exists() else params
 
 
-def keep_default(ctx: typer.Context, output: str, path: Path, *beside: Path | None) -> None:
-    """Raises UserError where a command that was given inputs would replace what is at an output's default place.
+def protect_default(ctx: typer.Context, output: str, path: Path, *beside: Path | None) -> None:
+    """Raises UserError where a command with inputs of the user's would replace what is at an output's default place.
 
-    Whoever names the output may. output: its parameter, and `path` its value; beside: other defaults that follow it.
+    A user who names the output may replace it. output: its parameter, and `path` its value; beside: other defaults that
+    follow it.
     """
     options = {parameter.name: parameter for parameter in ctx.command.params if parameter.param_type_name == "option"}
-    given = [name for name in options if _is_given(ctx, name)]
-    if output in given:
+    typed = [name for name in options if _is_typed(ctx, name)]
+    if output in typed:
         return
-    changed = [each for name in given if name not in _NO_INPUTS for each in _as_typed(options[name], ctx.params[name])]
+    changed = [each for name in typed if name not in _NO_INPUTS for each in _as_typed(options[name], ctx.params[name])]
     there = next((place for place in (path, *beside) if place and _holds_something(place)), None)
     if changed and there is not None:
         option, kind = options[output].opts[0], "FILE" if path.suffix else "FOLDER"
@@ -156,7 +157,7 @@ def keep_default(ctx: typer.Context, output: str, path: Path, *beside: Path | No
         )
 
 
-def _is_given(ctx: typer.Context, name: str) -> bool:
+def _is_typed(ctx: typer.Context, name: str) -> bool:
     source = ctx.get_parameter_source(name)
     return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
 

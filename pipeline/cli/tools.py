@@ -1,4 +1,4 @@
-"""Commands that are no stages: parameters, a teacher without a hub, comparing results, looking at the machine."""
+"""Other commands: print the parameters, fetch a teacher without a hub, compare results, check the machine."""
 
 import os
 import stat
@@ -32,15 +32,15 @@ from pipeline.params.file import is_params_file, load_params, to_yaml
 def params(
     params: ParamsOption = None,
     set: SetOption = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Parameter file to write, in place of stdout.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Parameter file to write instead of stdout.")] = None,
     root: RootOption = HERE,
 ) -> None:
-    """Print the complete parameter file, every value with its meaning; with --out write it, also over the one read."""
+    """Print the complete parameter file, every value with its meaning; --out writes it, also over the one read."""
     _require_not_stdout(file_of(params, root))
     loaded = load_params(file_of(params, root), set or [])
     if out is None:
         return console.write(to_yaml(loaded))
-    place = Path(os.path.realpath(out))  # what a link points to is replaced, and not the link
+    place = Path(os.path.realpath(out))  # replaces what a link points to, not the link
     require_own_file(place, lambda file: file.is_file() and is_params_file(file))
     write_atomically(place.parent, lambda file: file.write_text(to_yaml(loaded), encoding="utf-8"), place.name)
     console.say(f"{out} written")
@@ -48,10 +48,10 @@ def params(
 
 def _require_not_stdout(read: Path | None) -> None:
     """Raises UserError where the shell has emptied the parameter file for what this command prints."""
-    with suppress(OSError):  # stdout is closed, or there is no such file, which is said elsewhere
+    with suppress(OSError):  # stdout is closed, or there is no such file, which `load_params` reports
         printed = os.fstat(1)
         if read is not None and stat.S_ISREG(printed.st_mode) and os.path.samestat(printed, os.stat(read)):
-            raise UserError(f"{read} would be read, and the shell has emptied it for the output: use --out {read}")
+            raise UserError(f"{read} is to be read, but the shell has emptied it for the output: use --out {read}")
 
 
 def fetch(

@@ -47,9 +47,9 @@ def build_from_config(config, tokenizer, seed: int):
 
 
 def keep_layers(model, layers: int):
-    """The same model with `layers` of its blocks, evenly spaced and with the first and the last among them, in place.
+    """Cut a model in place to `layers` of its blocks, evenly spaced, the first and the last among them; returns it.
 
-    Raises UserError where it has not more blocks than that, or keeps them in an unknown place.
+    Raises UserError where it does not have more blocks than that, or they are not in `layers`.
     """
     from torch import nn
 
@@ -57,7 +57,7 @@ def keep_layers(model, layers: int):
     if not isinstance(blocks, nn.ModuleList):
         raise UserError(f"cannot cut layers of {type(model).__name__}: its blocks are not in `layers`")
     if layers >= len(blocks):
-        raise UserError(f"cannot keep {layers} layers of a model with {len(blocks)}")
+        raise UserError(f"cannot cut a model with {len(blocks)} layers to {layers}: give fewer")
     kept = [len(blocks) - 1] if layers == 1 else [round(i * (len(blocks) - 1) / (layers - 1)) for i in range(layers)]
     model.base_model.layers = nn.ModuleList(blocks[i] for i in kept)
     for number, block in enumerate(model.base_model.layers):

@@ -12,7 +12,7 @@ from pipeline.models.tokenizers import load_tokenizer, tokenizer_identity
 from pipeline.models.weights import unread_files, weight_files
 
 _NOT_IDENTITY = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "id2label", "label2id"}
-_CARD_CHARACTERS = 2**16  # of a model card that are looked at
+_CARD_CHARACTERS = 2**16  # of a model card that are read
 
 
 def weights_digest(folder: Path) -> str:
@@ -43,7 +43,7 @@ def describe_model(source: str | Path, dtype: str, quantization: str = "") -> di
         )
     config, tokenizer = load_config(folder), tokenizer_identity(load_tokenizer(folder))
     dtype = number_type(config, dtype)
-    # The file, not the loaded object: that also holds the defaults of the installed transformers.
+    # The file, not the loaded object, which also holds the defaults of the installed transformers.
     settings = {key: value for key, value in read_json(folder / "config.json").items() if key not in _NOT_IDENTITY}
     quantized = {"quantization": quantization} if quantization else {}
 
@@ -53,7 +53,7 @@ def describe_model(source: str | Path, dtype: str, quantization: str = "") -> di
     if unread := unread_files(folder):
         former = identity_of(_digest_of([*weight_files(folder), *unread]))
         console.warn(
-            f"{', '.join(file.name for file in unread)} in {folder} is not read by loading and does not count for the "
+            f"{', '.join(file.name for file in unread)} in {folder} is not read by loading and not part of the "
             f"teacher's identity, which is {identity_of(weights)}: rows that an earlier version stored as {former} are "
             "not used"
         )
@@ -77,9 +77,9 @@ def number_type(config, dtype: str) -> str:
 
 
 def licence_of(folder: Path) -> str | None:
-    """The licence that a model's card states in its front matter, if any: a text, or several joined by commas.
+    """The licence in the front matter of a model's card, if any: a text, or several joined by commas.
 
-    The front matter is parsed and not constructed: dates stay text, tags do nothing, aliases are not followed.
+    The front matter is parsed but no objects are made: dates stay text, tags do nothing, aliases are not followed.
     """
     try:
         card = read_text(folder / "README.md", "replace", _CARD_CHARACTERS)

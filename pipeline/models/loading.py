@@ -28,14 +28,14 @@ def link_model(folder: Path, source: str | Path, weights: str) -> None:
 
 
 def read_link(source: str | Path) -> dict:
-    """What a link stands for, `source`, and the digest of its `weights`; anything else is itself, with None."""
+    """The `source` that a link stands for and the digest of its `weights`; for anything else itself and None."""
     link = Path(source) / _LINK
     if not os.path.lexists(link):
         return {"source": source, "weights": None}
-    found = read_json(link)
-    if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("source", "weights")):
+    entries = read_json(link)
+    if not isinstance(entries, dict) or not all(isinstance(entries.get(key), str) for key in ("source", "weights")):
         raise UserError(f"{link} does not say which model it stands for (source, weights): make the link again")
-    return found
+    return entries
 
 
 def resolve(source: str | Path) -> str | Path:
@@ -44,7 +44,7 @@ def resolve(source: str | Path) -> str | Path:
 
 
 def source_of(source: str | Path) -> str:
-    """A model's name for people: hub name, or folder without what is above it, of what a link stands for."""
+    """A model's name for people, also of what a link stands for: hub name, or the last part of a folder's path."""
     named = resolve(source)
     return Path(named).name if named != source and Path(named).is_dir() else str(named)
 
@@ -96,7 +96,7 @@ def load_lm(source: str | Path, dtype: str = "float32"):
 
     folder = local_folder(source)
     weight_files(folder)
-    read_generation_config(folder)  # from_pretrained passes over one that is broken
+    read_generation_config(folder)  # from_pretrained ignores a broken one
     config = load_config(folder)
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     model, info = load_pretrained(lm_class(config), folder, "model", **options)
@@ -116,9 +116,9 @@ def load_lm(source: str | Path, dtype: str = "float32"):
 
 
 def require_loadable(source: str | Path) -> None:
-    """Raises UserError where `load_lm` would, for engines that load by themselves; no weights are read.
+    """Raises UserError where `load_lm` would, for engines that load by themselves; reads no weights.
 
-    Quantized weights are left to the engine: transformers may lack what reads them.
+    Quantized weights are left to the engine: transformers may not be able to read them.
     """
     folder = local_folder(source)
     weight_files(folder)
@@ -129,7 +129,7 @@ def require_loadable(source: str | Path) -> None:
 
 
 def _require_plain_decoding(generation_config, source: str | Path) -> None:
-    """Raises UserError where a model's answers are not what its own probabilities say."""
+    """Raises UserError where a model's answers do not follow its own probabilities."""
     for name in ("forced_bos_token_id", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"):
         if getattr(generation_config, name, None) is not None:
             raise UserError(
@@ -147,7 +147,7 @@ def load_pretrained(auto_class, source: str | Path, what: str, **options) -> Any
         raise UserError(
             f"no {what} at {source}" + (": not a folder, and not a hub name" if isinstance(source, str) else "")
         )
-    where = "" if local.is_dir() else " (no folder of that name here, so it was looked for on the hub)"
+    where = "" if local.is_dir() else " (no folder of that name, so it was looked up on the hub)"
     with in_one_line(f"cannot load the {what} of {source}{where}"):
         return auto_class.from_pretrained(str(source), trust_remote_code=False, **options)
 
@@ -157,39 +157,39 @@ def read_generation_config(folder: Path) -> dict:
     path = folder / "generation_config.json"
     if not os.path.lexists(path):
         return {}
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__}, expected settings")
-    return found
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds a {type(settings).__name__}, expected settings")
+    return settings
 
 
 def stop_token_ids(source: str | Path, tokenizer) -> tuple[int, ...]:
-    """Tokens that end a response: the tokenizer's EOS and those of the model's generation_config.
+    """Ids of tokens that end a response: the tokenizer's EOS and those of the model's generation_config.
 
-    Raises UserError for an `eos_token_id` that no token of the model has.
+    Raises UserError for an `eos_token_id` outside the model's vocabulary.
     """
     folder = local_folder(source, weights=False)
     eos = read_generation_config(folder).get("eos_token_id")
-    given = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    size = load_config(folder).get_text_config().vocab_size if given else 0
-    for token in given:
+    tokens = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    size = load_config(folder).get_text_config().vocab_size if tokens else 0
+    for token in tokens:
         if type(token) is not int or not 0 <= token < size:
             raise UserError(
                 f"{folder / 'generation_config.json'} has eos_token_id {token!r}, expected ids from 0 to {size - 1}"
             )
-    return tuple(sorted({tokenizer.eos_token_id, *given}))
+    return tuple(sorted({tokenizer.eos_token_id, *tokens}))
 
 
 @dataclass(frozen=True)
 class Context:
-    """Most tokens a model can attend to, if its configuration says: of prompt and response together or of `each`."""
+    """Most tokens a model can attend to, None if unknown: of prompt and response together, or of `each` of them."""
 
     tokens: int | None
     each: bool = False
 
     @classmethod
     def of(cls, config) -> "Context":
-        """An encoder reads the prompt, and its decoder the response alone."""
+        """From a configuration. An encoder reads the prompt, and its decoder only the response."""
         tokens = getattr(config.get_text_config(), "max_position_embeddings", None)
         return cls(tokens, bool(config.is_encoder_decoder))
 
@@ -199,11 +199,11 @@ class Context:
 
 
 def local_folder(source: str | Path, weights: bool = True) -> Path:
-    """The folder of a model, which a hub name is downloaded to (configuration, tokenizer and, if wanted, weights)."""
+    """The folder of a model; a hub name is downloaded (configuration, tokenizer and, with `weights`, the weights)."""
     source = resolve(source)
     if Path(source).is_dir():
         return Path(source)
-    load_config(source)  # a clear error for what is neither a folder nor on the hub
+    load_config(source)  # a clear error if it is neither a folder nor on the hub
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", *["*.safetensors"] * weights]

@@ -1,4 +1,4 @@
-"""Model folders: whole or absent, and never in the place of other things."""
+"""Saving model folders: whole or absent, and never over files that are not ours."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def replacing_model(folder: Path):
 
 
 def save_note(folder: Path, note: str) -> None:
-    """In the place of a model that is not made: why, for people. An earlier model goes."""
+    """Replace a model folder with a README that says why there is no model."""
     with replacing_model(folder) as made:
         (made / "README.md").write_text(note + "\n", encoding="utf-8")
 
@@ -26,7 +26,7 @@ def save_note(folder: Path, note: str) -> None:
 def save_model(folder: Path, model, tokenizer, card: str, stops: tuple[int, ...] | None = None) -> None:
     """A plain Hugging Face folder: safetensors, configuration, tokenizer, model card; whole or absent.
 
-    stops: tokens that end a response, by default the tokenizer's EOS.
+    stops: ids of tokens that end a response, by default the tokenizer's EOS.
     """
     with replacing_model(folder) as made:
         model.generation_config.eos_token_id = list(stops or (tokenizer.eos_token_id,))

@@ -29,7 +29,7 @@ def word_tokenizer(words: list[str]):
 
 
 def tokenizer_identity(tokenizer) -> str:
-    """Digest of what a fast tokenizer does to text, and of its special tokens; padding and truncation apart."""
+    """Digest of what a fast tokenizer does to text, and of its special tokens, without padding and truncation."""
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{type(tokenizer).__name__} is not a fast tokenizer: a tokenizer.json is needed")
     state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -52,9 +52,9 @@ def load_tokenizer(source: str | Path):
 
 def require_same_tokenizer(teacher_identity: str, student_tokenizer, student: str | Path) -> None:
     """Raises UserError unless the cached teacher's tokenizer is the student's."""
-    found = tokenizer_identity(student_tokenizer)[:16]
-    if found != teacher_identity:
+    identity = tokenizer_identity(student_tokenizer)[:16]
+    if identity != teacher_identity:
         raise UserError(
-            f"the tokenizer of {student} ({found}) is not the teacher's ({teacher_identity}): token ids would mean "
+            f"the tokenizer of {student} ({identity}) is not the teacher's ({teacher_identity}): token ids would mean "
             "different things. Use a student of the teacher's family, or build one with the teacher's tokenizer"
         )

@@ -1,7 +1,7 @@
-"""The files that hold a model's weights: exactly those that loading reads, whichever engine does it.
+"""The files that hold a model's weights: exactly those that every engine loads.
 
 transformers reads `model.safetensors`, else the files that `model.safetensors.index.json` names; vLLM reads every
-`.safetensors` file that an index, if there is one, does not rule out, and `consolidated*.safetensors` before all
+`.safetensors` file that an index, if there is one, does not exclude, and `consolidated*.safetensors` before all
 others. A folder for which the two differ is refused.
 """
 
@@ -16,7 +16,7 @@ from pipeline.files import read_json
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _SHOWN = 5  # names in a message
-# The causal mask and the value it put in: buffers that GPT-2, GPT-Neo, GPT-J and others of their time were saved with.
+# The causal mask and its fill value: buffers that GPT-2, GPT-Neo, GPT-J and others of their time were saved with.
 _MASK = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
 
 
@@ -24,8 +24,8 @@ def weight_files(folder: Path) -> list[Path]:
     """The weight files of a local folder, each with tensors of its own.
 
     Raises UserError that names the file or tensor: where there are none (other formats than safetensors are not
-    loaded), where an engine would read other files than another one, where an adapter would be applied, and where the
-    index does not fit its files.
+    loaded), where engines would read different files, where an adapter would be applied, and where the index does not
+    fit its files.
     """
     present = weight_names(folder)
     if (folder / _ADAPTER).exists():
@@ -53,22 +53,22 @@ def weight_files(folder: Path) -> list[Path]:
             "move one of them away"
         )
     if preferred := {name for name in present - read if name.startswith("consolidated")}:
-        raise UserError(f"{folder} has {_named(preferred)}, which vLLM would load in place of the others: move it away")
+        raise UserError(f"{folder} has {_named(preferred)}, which vLLM would load instead of the others: move it away")
     files = [folder / name for name in sorted(read)]
     _require_distinct_tensors(files, weight_map)
     return files
 
 
 def weight_names(folder: Path) -> set[str]:
-    """Names of the files of weights in a local folder, read or not.
+    """Names of the weight files in a local folder, read or not.
 
-    Raises UserError where one is no file, or where config.json sends transformers to a file of another name.
+    Raises UserError where one is not a file, or where config.json sends transformers to a file of another name.
     """
-    found = sorted(folder.glob("*.safetensors"))
-    if strange := [path.name for path in found if not path.is_file()]:
+    paths = sorted(folder.glob("*.safetensors"))
+    if strange := [path.name for path in paths if not path.is_file()]:
         raise UserError(
-            f"{folder} has {_named(strange)}, where files of weights are looked for, and that is no regular file (but "
-            "a folder, a pipe or a link that leads nowhere): move it away"
+            f"{folder} has {_named(strange)}, named as a weight file but not a regular file (it is a folder, a pipe or "
+            "a link that leads nowhere): move it away"
         )
     config = read_json(folder / _CONFIG) if os.path.lexists(folder / _CONFIG) else None
     if isinstance(config, dict) and config.get("transformers_weights") is not None:
@@ -76,7 +76,7 @@ def weight_names(folder: Path) -> set[str]:
             f"{folder / _CONFIG} has transformers_weights {shown(repr(config['transformers_weights']))}: transformers "
             f"would load that file and vLLM would not. Call the file {_SINGLE} and take the entry out"
         )
-    return {path.name for path in found}
+    return {path.name for path in paths}
 
 
 def unread_files(folder: Path) -> list[Path]:
@@ -85,15 +85,16 @@ def unread_files(folder: Path) -> list[Path]:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor -> file name, out of the index."""
+    """Tensor -> file name, from the index."""
     path = folder / _INDEX
     index = read_json(path)
-    found = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    is_map = isinstance(weight_map, dict) and bool(weight_map)
+    if not is_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{path} has no weight_map of tensors to files")
-    if outside := {name for name in found.values() if Path(name).name != name}:
+    if outside := {name for name in weight_map.values() if Path(name).name != name}:
         raise UserError(f"{path} names {_named(outside)}, which is not a file beside it")
-    return found
+    return weight_map
 
 
 def _require_distinct_tensors(files: list[Path], weight_map: dict[str, str] | None) -> None:
@@ -117,15 +118,15 @@ def _require_distinct_tensors(files: list[Path], weight_map: dict[str, str] | No
 def require_complete(info: dict, folder: Path) -> None:
     """Raises UserError where weights lack a tensor that the model has, which would be random, or have one more.
 
-    info: what transformers says of a loading (`output_loading_info`), without what it knows to be of no use. Attention
-    masks that were saved as tensors are of no use either.
+    info: what transformers says about loading (`output_loading_info`), without tensors that it ignores on purpose.
+    Attention masks that were saved as tensors are ignored too.
     """
     lacking = set(info.get("missing_keys", ()))
     added = set(info.get("unexpected_keys", ()))
     added -= _masks(folder, {name for name in added if _MASK.search(name)})
     wrong = [f"lack {_named(lacking)}"] * bool(lacking) + [f"have more than the model: {_named(added)}"] * bool(added)
     if wrong:
-        random = "A tensor that is absent would be filled with random values: s" if lacking else "S"
+        random = "A missing tensor would be filled with random values: s" if lacking else "S"
         raise UserError(
             f"the weights of {folder} are not those of its configuration: they {' and '.join(wrong)}. {random}ave the "
             "model again, or correct its config.json"
@@ -133,15 +134,15 @@ def require_complete(info: dict, folder: Path) -> None:
 
 
 def _masks(folder: Path, names: set[str]) -> set[str]:
-    """Those of the tensors that have the shape of a causal mask, [1, 1, n, n], or of a single value."""
+    """Which of the tensors have the shape of a causal mask, [1, 1, n, n], or of a single value."""
     from safetensors import safe_open
 
-    found = set()
+    masks = set()
     for path in weight_files(folder) if names else ():
         with safe_open(path, "numpy") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in names & set(file.keys())}
-        found |= {name for name, shape in shapes.items() if not shape or shape == [1, 1, shape[-1], shape[-1]]}
-    return found
+        masks |= {name for name, shape in shapes.items() if not shape or shape == [1, 1, shape[-1], shape[-1]]}
+    return masks
 
 
 def _named(names: Iterable[str]) -> str:

@@ -18,9 +18,9 @@ __all__ = [
 
 class Evaluate(Section):
     kl: Literal["live", "cache"] = "live"
-    """KL to the teacher: live runs it over held-out samples (exact), cache reads it off the cached tokens."""
+    """KL to the teacher: live runs it over held-out samples (exact), cache estimates it from the cached tokens."""
     samples: Annotated[Integer, Field(gt=1)] = 4
-    """Sampled responses a prompt, for quality under sampling and for diversity."""
+    """Sampled responses per prompt, for quality under sampling and for diversity."""
     sampled_prompts: Positive = 200
     """Test prompts that are also sampled, from the first."""
     temperature: Temperature = 1.0

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-LEAST_TEMPERATURE = 0.01  # vllm takes what is between 0 and this for this
+LEAST_TEMPERATURE = 0.01  # vllm raises smaller positive values to this
 
 
 def _not_a_switch(value: Any) -> Any:
@@ -22,7 +22,7 @@ def _temperature(value: float) -> float:
     return value
 
 
-# Numbers of every section are of these types: true is not 1, what is not finite is refused, and -0.0 is the same as 0.
+# Numbers of every section are of these types: true is not 1, values must be finite, and -0.0 becomes 0.
 Integer = Annotated[int, BeforeValidator(_not_a_switch)]
 Float = Annotated[
     float, BeforeValidator(_not_a_switch), Field(allow_inf_nan=False), AfterValidator(lambda value: value + 0.0)
@@ -47,11 +47,11 @@ class Optimisation(Section):
     steps: Positive
     """Optimiser steps."""
     batch_size: Positive
-    """Sequences a step."""
+    """Sequences per step."""
     learning_rate: PositiveFloat
     """Peak learning rate of AdamW, decayed by a cosine."""
     accumulation: Positive = 1
-    """Micro-batches that a step's batch is split into, to save memory; the result is the same."""
+    """Micro-batches per step, to save memory; the result is the same."""
 
     @model_validator(mode="after")
     def _splits_evenly(self):

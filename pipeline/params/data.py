@@ -25,13 +25,13 @@ class DataSet(Section):
     test_split: str = "test"
     """Its split for the final scores."""
     prompt: str = "{prompt}"
-    """Text of a prompt, made of columns; {a.b} looks inside a column, {a|b} is the first that a row has."""
+    """Text of a prompt, made of columns; {a.b} looks inside a column, {a|b} is the first of these that a row has."""
     references: Columns = ["references"]
-    """Columns of references, each a text or a list; of several, those that a row has."""
+    """Columns of references, each a text or a list; a row may lack some of several."""
     remove: str = ""
-    """Regular expression of what is removed from references."""
+    """Regular expression; what it matches is removed from references."""
     shots: Count = 0
-    """Examples of the training split that are put in front of every prompt; they are used for nothing else."""
+    """Examples of the training split that are put before every prompt; they are used for nothing else."""
     shot: str = "{prompt}\n{reference}\n\n"
     """Form of one such example."""
     max_prompt_tokens: Count = 0
@@ -60,7 +60,7 @@ class Prepare(Section):
     task: Literal["arithmetic", "translation", "summarisation", "gsm8k"] = "arithmetic"
     """Metrics and, without a data set, the prompts; gsm8k (as in lm-eval) has no built-in prompts."""
     dataset: DataSet = DataSet()
-    """A data set in place of the built-in prompts; the sizes below are then upper limits."""
+    """A data set instead of the built-in prompts; the sizes below are then upper limits."""
     tokenizer: str = ""
     """Folder or hub name of the tokenizer; empty: one made of the built-in task's words."""
     teach: Count = 24000
@@ -79,7 +79,7 @@ class Prepare(Section):
         if not self.dataset.path and self.task == "gsm8k":
             raise ValueError("task gsm8k has no built-in prompts: set dataset.path")
         if not self.dataset.path and self.teach == 0:
-            raise ValueError("teach is 0: a built-in task needs prompts that its teacher learns from")
+            raise ValueError("teach is 0, but the teacher of a built-in task needs prompts to learn from")
         return self
 
 
@@ -115,9 +115,9 @@ class Teach(Section):
     split: Literal["teach", "train"]
     """Split whose references are learned."""
     pairs: Positive
-    """How many of its pairs, from the first."""
+    """Number of its pairs that are learned, from the first."""
     dropout: Dropout = 0.0
-    """Dropout while it learns, in place of its configuration's rates, with which it is saved."""
+    """Dropout during training, instead of the rates in its configuration, which is saved unchanged."""
     optimisation: TeachOptimisation
     save_every: Positive = 200
     """Steps between checkpoints that a killed run resumes from."""
@@ -125,7 +125,7 @@ class Teach(Section):
     @model_validator(mode="after")
     def _layers_of_a_base(self):
         if self.layers and not self.base:
-            raise ValueError("layers cuts a base: set base, or model.layers for a new model")
+            raise ValueError("layers cuts a base model: set base, or model.layers for a new model")
         return self
 
 

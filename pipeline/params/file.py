@@ -1,4 +1,4 @@
-"""Parameters from and to text: defaults, then a YAML file, then single values; clear refusals of slips.
+"""Parameters from and to text: defaults, then a YAML file, then single values; clear messages about mistakes.
 
 `xkd-pipeline params` prints the complete file; `dvc exp run -S key=value` and `--set key=value` change single values.
 """
@@ -32,7 +32,7 @@ def load_params(path: Path | None = None, overrides: list[str] | tuple[str, ...]
 
 
 def is_params_file(path: Path) -> bool:
-    """Whether a file is one, complete or partial, without a slip in it."""
+    """Whether a file is a parameter file, complete or partial, without a mistake in it."""
     try:
         load_params(path)
     except UserError:
@@ -46,7 +46,7 @@ def _read(path: Path) -> dict:
         raise UserError(f"no parameter file at {path}: {'not a file' if path.exists() else 'nothing is there'}")
     with in_one_line(f"{path} cannot be read"):
         if path.stat().st_size > _LONGEST:
-            raise UserError(f"{path} has more than {_LONGEST:,} bytes: that is no parameter file")
+            raise UserError(f"{path} has more than {_LONGEST:,} bytes: not a parameter file")
         text = path.read_text(encoding="utf-8")
     tree = _parse(text, f"{path} is not valid YAML")
     if tree is None:
@@ -57,7 +57,7 @@ def _read(path: Path) -> dict:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as far as parameters need it, which is bounded: no aliases (a few can stand for billions of values), no
+    """YAML as far as parameters need it, within bounds: no aliases (a few can stand for billions of values), limited
     depth, no numbers that take long to read, no text that cannot be written."""
 
     depth = 0
@@ -111,7 +111,7 @@ def _apply(tree: dict, override: str) -> None:
 
 
 def _takes_text(path: Sequence[str]) -> bool:
-    """Whether a parameter is a text, or one of several: then what is given is meant as it stands, braces included."""
+    """Whether a parameter is a text, or one of several: then a value is taken as it stands, braces included."""
     section: Any = Params
     for part in path:
         if not (isinstance(section, type) and issubclass(section, Section) and part in section.model_fields):
@@ -127,16 +127,16 @@ def _is_quoted(value: str) -> bool:
     return len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
 
 
-def _merge(default: Any, given: Any) -> Any:
+def _merge(default: Any, partial: Any) -> Any:
     """Fill a partial tree with defaults; keys that no default has are kept for the schema to refuse."""
-    if isinstance(default, dict) and isinstance(given, dict):
+    if isinstance(default, dict) and isinstance(partial, dict):
         return {
-            key: _merge(default[key], given[key])
-            if key in default and key in given
-            else given.get(key, default.get(key))
-            for key in [*default, *(k for k in given if k not in default)]
+            key: _merge(default[key], partial[key])
+            if key in default and key in partial
+            else partial.get(key, default.get(key))
+            for key in [*default, *(k for k in partial if k not in default)]
         }
-    return given
+    return partial
 
 
 def _validate(tree: dict, source: str) -> Params:
@@ -156,12 +156,12 @@ def _explain(problem: dict) -> str:
     if problem["type"] == "string_type" and isinstance(value, dict):
         hint = "a text that begins with { needs quotes: '{...}'"
     whole_section = isinstance(value, dict) and problem["type"] == "value_error"
-    found = "" if whole_section else f", found {shown(repr(value))}"
-    return f"  {key}: {problem['msg']}{found}" + (f"; {hint}" if hint else "")
+    shown_value = "" if whole_section else f", found {shown(repr(value))}"
+    return f"  {key}: {problem['msg']}{shown_value}" + (f"; {hint}" if hint else "")
 
 
 def _place(unknown: Sequence) -> str:
-    """Where a parameter of this name is, or one of a similar name, or what there is in its section."""
+    """Advice on an unknown parameter: where one of this or a similar name is, or what its section has."""
     *parents, name = map(str, unknown)
     prefix, tree = ".".join([*parents, ""]), Params().model_dump()
     same = [key for key in _keys(tree) if key.rpartition(".")[2] == name]
@@ -174,7 +174,7 @@ def _place(unknown: Sequence) -> str:
 
 
 def _keys(tree: dict, prefix: str = "") -> Iterator[str]:
-    """Every section and parameter, each with the sections that it is in."""
+    """Dotted names of all sections and parameters."""
     for name, value in tree.items():
         yield prefix + name
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What to write in place of names that papers, other tools and our own tables use."""
+"""What to write instead of names that papers, other tools and our own tables use."""
 
 import re
 from typing import get_args
@@ -19,9 +19,9 @@ _OBJECTIVES = {
 
 
 def hint_for(key: str, value: object) -> str:
-    """How to say a value that a parameter does not take; empty where nothing is known of it."""
+    """What to write instead of a value that a parameter does not take; empty where we do not know."""
     if key == "distill.objective" and isinstance(value, str):
         for pattern, hint in _OBJECTIVES.items():
-            if found := re.fullmatch(pattern, value.lower().replace("-", "_")):
-                return hint.format(**found.groupdict())
+            if match := re.fullmatch(pattern, value.lower().replace("-", "_")):
+                return hint.format(**match.groupdict())
     return ""

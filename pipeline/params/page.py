@@ -1,4 +1,4 @@
-"""Writes docs/parameters.md out of the schema: `python -m pipeline.params.page > docs/parameters.md`."""
+"""Writes docs/parameters.md from the schema: `python -m pipeline.params.page > docs/parameters.md`."""
 
 from collections.abc import Iterator
 from typing import Literal, get_args, get_origin
@@ -11,13 +11,13 @@ from pipeline.params.base import Section
 _HEAD = """# Parameters
 
 Every parameter with its default, for `params.yaml`, `--set KEY=VALUE` and `dvc exp run -S KEY=VALUE` alike. Written
-out of the schema (`python -m pipeline.params.page`). What the larger choices mean: [experiments.md](experiments.md)
+from the schema (`python -m pipeline.params.page`). What the larger choices mean: [experiments.md](experiments.md)
 and [data-sets.md](data-sets.md).
 """
 
 
 def page() -> str:
-    """The page: a table for what is in no section, then one for each section."""
+    """The page: a table of the parameters outside sections, then one table per section."""
     params = Params()
     alone = [line for name in Params.model_fields if not _is_section(params, name) for line in _lines(params, name, "")]
     tables = [("", alone)]

@@ -17,10 +17,10 @@ from pipeline.params.base import (
 )
 
 TOKEN_OBJECTIVES = ("sft", "seqkd")  # losses on tokens alone, without a teacher's distribution
-# Of `distill`: how a run is watched, how fast it goes (but for the rounding of sums) and what is trained beside it, not
-# what comes out of it. DVC does not follow them there, and a killed run goes on with others.
+# Parameters of `distill` that do not change its result (apart from the rounding of sums): how a run is logged, how fast
+# it goes and what is trained beside it. DVC does not track them, and a killed run can go on with other values.
 OBSERVING = frozenset({"chunk", "log_every", "plain", "report_to", "workers"})
-X_TERM = frozenset({"reward", "lam", "kl_weight", "td", "residual"})  # of `distill`, without effect on the plain loss
+X_TERM = frozenset({"reward", "lam", "kl_weight", "td", "residual"})  # of `distill`: no effect on the plain loss
 
 
 class Residual(Section):
@@ -38,13 +38,13 @@ class Reward(Section):
     soft: Residual = Residual(q_source="logprobs", gamma=1.0, terminal="zero")
     """Residuals of the posterior that is audited and ranked with (TD form `soft`); by default it includes EOS."""
     head: Literal["action", "state"] = "action"
-    """mu from an output for every action at s_t, or from the state that has consumed the action."""
+    """mu from an output per action at s_t, or from the state after the action."""
     encoder: Literal["separate", "own"] = "separate"
-    """States of a small model of the reward's own, started as the student, or the student's own, only read."""
+    """States of a copy of the student that is trained with the reward, or of the student, which is not changed."""
     fit: Literal["teacher", "policy"] = "teacher"
-    """Explain the teacher's own cached Q-values, or those of a policy trained along on its samples (AVA)."""
+    """Explain the teacher's own cached Q-values, or those of a policy that is trained with it on its samples (AVA)."""
     lam: NonNegativeFloat = 0.03
-    """Weight of the TD term in that policy's loss; acts only with fit: policy."""
+    """Weight of the TD term in that policy's loss; only used with fit: policy."""
     negatives: Literal["choose", "never", "always"] = "choose"
     """Scored negatives in the soft fit: choose fits with and without, and keeps what ranks held-out prompts better."""
     sigma_min: PositiveFloat = 0.3
@@ -63,7 +63,7 @@ class Reward(Section):
     def _policies_see_no_negatives(self):
         if self.fit == "policy" and self.negatives == "always":
             raise ValueError(
-                "fit: policy learns to speak as the teacher, so it takes no negatives: set negatives: never"
+                "fit: policy learns to imitate the teacher, so it takes no negatives: set negatives: never"
             )
         return self
 
@@ -89,24 +89,24 @@ class Distill(Section):
     nll_weight: NonNegativeFloat = 0.0
     """Weight of the negative log-likelihood of the teacher's tokens, added to the loss."""
     reward: Literal["none", "frozen", "joint", "scratch", "zero", "shuffled"] = "frozen"
-    """none: the plain loss; else X-: the fitted posterior, that trained on, a new one, or a control without meaning."""
+    """none: the plain loss; else X-: the fitted posterior, one trained further, a new one, or a useless control."""
     plain: bool = True
-    """Train the plain loss too, from the same start on the same cache: what the X term is to be compared with."""
+    """Also train with the plain loss, from the same start on the same cache, to compare the X term with."""
     lam: NonNegativeFloat = 0.01
     """Weight of the TD consistency term."""
     kl_weight: NonNegativeFloat = 1.0
-    """Weight of KL(q || prior); acts only with reward: scratch."""
+    """Weight of KL(q || prior); only used with reward: scratch."""
     td: Literal["sarsa", "soft"] = "sarsa"
     """Form of the TD residual."""
     residual: Residual = Residual(q_source="logits", gamma=1.0, terminal="drop")
-    """Must be what the reward was fitted with."""
+    """Must be the residual that the reward was fitted with."""
     optimisation: Optimisation = Optimisation(steps=1600, batch_size=32, learning_rate=3e-3)
     chunk: Count = 0
-    """Response positions that go through the language-model head at once; 0: as many as make 64 MiB of logits."""
+    """Response positions that go through the language-model head at once; 0: as many as fill 64 MiB of logits."""
     workers: Count = 0
-    """Processes that decode the cached rows beside the training; 0: the training's own."""
+    """Extra processes that decode the cached rows; 0: the training process itself."""
     window: Positive = 1
-    """Batches that are sorted by length together, which saves padding; 1: batches of all lengths, which teach more."""
+    """Batches that are sorted by length together, which saves padding; 1: batches mix lengths, which teaches more."""
     log_every: Positive = 20
     """Steps between logged points of the training curve."""
     evaluate_every: Positive = 100
@@ -114,25 +114,27 @@ class Distill(Section):
     save_every: Positive = 100
     """Steps between checkpoints that a killed run resumes from; the last step has one too."""
     seed: Count = 0
-    """Added to the seed in this stage: another run on the same cached teacher and reward."""
+    """Added to the seed in this stage: for another run on the same cached teacher and reward."""
     best: Literal["", "loss", "kd", "nll"] = ""
     """Keep the student with the lowest held-out value of this term (save_every = evaluate_every); empty: the last."""
     patience: Count = 0
-    """Held-out evaluations without improvement of it before training stops; 0: train to the end."""
+    """Held-out evaluations without improvement of `best` before training stops; 0: train to the end."""
     dropout: Dropout = 0.0
-    """Dropout of the student while it learns, in place of its configuration's rates, with which it is saved."""
+    """Dropout of the student during training, instead of the rates in its configuration, which is saved unchanged."""
     lora: Lora = Lora()
     """Train low-rank adapters (LoRA, arXiv 2106.09685) and merge them into the student at the end."""
     report_to: list[str] = []
-    """Trackers that follow the run (tensorboard, wandb, mlflow, dvclive, ...); each must be installed."""
+    """Trackers to log the run to (tensorboard, wandb, mlflow, dvclive, ...); each must be installed."""
 
     @model_validator(mode="after")
     def _best_is_watched(self):
         if self.patience and not self.best:
-            raise ValueError("patience waits for the best held-out value: set best to loss, kd or nll as well")
+            raise ValueError(
+                "patience counts evaluations without a better held-out value: set best to loss, kd or nll as well"
+            )
         if self.best and self.save_every != self.evaluate_every:
             raise ValueError(
-                "best keeps one of the checkpoints, and must have one of every evaluation: set save_every "
+                "best keeps one of the checkpoints, so every evaluation needs one: set save_every "
                 f"({self.save_every}) to evaluate_every ({self.evaluate_every})"
             )
         if self.best == "kd" and self.objective in TOKEN_OBJECTIVES:
@@ -154,9 +156,9 @@ class Distill(Section):
         reverse = name in ("rkl", "jsd with beta: 1")
         if self.tail == "teacher_renorm" and reverse:
             raise ValueError(
-                f"objective {name} is infinite with tail: teacher_renorm, where the teacher gives nothing to what is "
-                "outside its top k and the student always does; its sum over the k alone pushes 63 % of the mass out "
-                "of them: use tail: bucket (or renorm)"
+                f"objective {name} is infinite with tail: teacher_renorm, where the teacher has no mass outside its "
+                "top k and the student always has some; its sum over the k alone pushes 63 % of the mass out of them: "
+                "use tail: bucket (or renorm)"
             )
         if self.tail == "truncate" and (reverse or self.objective == "skew_rkl"):
             raise ValueError(

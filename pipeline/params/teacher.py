@@ -20,7 +20,7 @@ _TEXTS = {"safetensors_load_strategy"}
 
 
 def _option(name: str, value: bool | int | float | str) -> bool | int | float | str:
-    """The value of an engine option. Raises ValueError where it is of another kind than the option."""
+    """The value of an engine option. Raises ValueError where it is of the wrong type."""
     if name in _SWITCHES or name in _TEXTS:
         if not isinstance(value, bool if name in _SWITCHES else str):
             raise ValueError(f"{name} must be {'true or false' if name in _SWITCHES else 'a text'}, not {value!r}")
@@ -51,31 +51,31 @@ class Generate(Section):
     engine_options: dict[EngineOption, bool | int | float | str] = {}
     """Arguments for vLLM that change no answer, such as {gpu_memory_utilization: 0.8, max_num_seqs: 256}."""
     responses: str = ""
-    """File (.jsonl or .parquet) of prompt and response made elsewhere: scored by the teacher in place of sampling."""
+    """File (.jsonl or .parquet) of prompts and responses made elsewhere: scored by the teacher instead of sampling."""
     accept: Literal["all", "correct"] = "all"
     """Training responses to select: all, or those that the task's checker finds correct (rejection sampling)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number type of the teacher's weights; auto is the one they are stored in."""
+    """Number type of the teacher's weights; auto: the one they are stored in."""
     samples: Annotated[Integer, Field(gt=0, le=32767)] = 2
-    """Responses a training prompt."""
+    """Responses per training prompt."""
     validation_samples: Annotated[Integer, Field(gt=0, le=32767)] = 1
-    """Responses a held-out prompt."""
+    """Responses per held-out prompt."""
     corrupted: Count = 2
-    """Corrupted copies of each held-out prompt's first reference, scored for the reward's audit."""
+    """Corrupted copies of the first reference per held-out prompt, scored for the reward's audit."""
     k: Count = 16
-    """Tokens kept at every position; 0: none, only the log-probability of the response's own."""
+    """Tokens kept per position; 0: none, only the log-probability of the response's own."""
     support: Literal["sampled", "topk"] = "sampled"
-    """Which: a draw that stands for all tokens without bias, or the most likely ones."""
+    """Which tokens are kept: a draw that stands for all of them without bias, or the most likely ones."""
     temperature: Annotated[TemperatureOrGreedy, Field(le=2)] = 1.0
     """Sampling temperature, at least 0.01; 0 is greedy."""
     top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling."""
     rows_per_shard: Positive = 256
-    """Samples a stored file; a killed run loses at most as many, and what the engine is working on."""
+    """Samples per stored file; a killed run loses at most as many, and what the engine is working on."""
     max_skipped: Count = 0
     """Rows that may be left out (too long, failed) before the stage counts as failed."""
     materialize: bool = True
-    """Copy the selected rows into data/teacher, so that `dvc push` shares them; else read them from the store."""
+    """Copy the selected rows into data/teacher, so that `dvc push` shares them; false: read them from the store."""
 
     @field_validator("engine_options")
     @classmethod
@@ -91,7 +91,7 @@ class Generate(Section):
     @model_validator(mode="after")
     def _a_sample_has_tokens(self):
         if self.support == "sampled" and self.k == 0:
-            raise ValueError("support sampled keeps at least one token a position: set k, or support to topk")
+            raise ValueError("support sampled keeps at least one token per position: set k, or support to topk")
         return self
 
     @model_validator(mode="after")
@@ -105,13 +105,13 @@ class Score(Section):
     """References of the training prompts are always scored."""
 
     samples: Count = 1
-    """Samples of the student's starting point a training prompt, as negatives for the reward's fit."""
+    """Samples of the student's starting point per training prompt, as negatives for the reward's fit."""
     corrupted: Count = 1
-    """Corrupted copies of a training prompt's first reference, as negatives too."""
+    """Corrupted copies of the first reference per training prompt, as negatives too."""
     prompts: Count = 1000
-    """Training prompts that get negatives, from the first; 0: all."""
+    """Number of training prompts that get negatives, from the first; 0: all."""
     validation_samples: Count = 8
-    """Samples of the student a held-out prompt: the reward's audit ranks the right over the wrong ones."""
+    """Samples of the student per held-out prompt; the reward's audit must rank the right over the wrong ones."""
     temperature: Temperature = 1.0
     """Temperature of the student's samples, at least 0.01."""
     batch_size: Positive = 128

@@ -1,4 +1,4 @@
-"""Prompt files: what the models are asked, with references. One way in, one way out."""
+"""Prompt files: what the models are asked, with references; reading, writing and rendering."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -43,14 +43,14 @@ class PromptFormat:
 
     template: str
     chat: bool = False
-    system: str = ""  # the system message; empty: none is given, and the chat template may add its own
+    system: str = ""  # the system message; empty: none, and the chat template may add its own
 
     @classmethod
     def of(cls, params: Params) -> "PromptFormat":
         return cls(params.template, params.chat, params.system)
 
     def texts(self, tokenizer, prompts: Sequence[Prompt]) -> list[str]:
-        """The texts that the model reads. Raises UserError where a chat template is wanted and none works."""
+        """The texts that the model reads. Raises UserError where `chat` is true and no chat template works."""
         texts = [render(self.template, prompt.prompt) for prompt in prompts]
         if not self.chat:
             return texts
@@ -62,7 +62,7 @@ class PromptFormat:
         return [*lead, {"role": "user", "content": text}]
 
     def prints_the_date(self, tokenizer) -> bool:
-        """Whether another day's prompts are other ones."""
+        """Whether prompts differ from day to day because the chat template prints the date."""
         if self.chat:
             self._require_template(tokenizer)
         return self.chat and prints_the_date(tokenizer, self._chat(self.template))
@@ -72,13 +72,13 @@ class PromptFormat:
         return self.encode_texts(tokenizer, self.texts(tokenizer, prompts))
 
     def encode_texts(self, tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-        """The same for texts that `texts` made."""
+        """`encode` for texts that `texts` made."""
         if not texts:
             return []
         return [np.asarray(ids, np.int32) for ids in tokenizer(texts, add_special_tokens=not self.chat)["input_ids"]]
 
     def chat_identity(self, tokenizer) -> str | None:
-        """Digest of chat template and system message; None without."""
+        """Digest of chat template and system message; None without a chat."""
         if not self.chat:
             return None
         self._require_template(tokenizer)
@@ -86,7 +86,7 @@ class PromptFormat:
 
     @staticmethod
     def _require_template(tokenizer) -> None:
-        """Raises UserError where there is no chat template, or none that can be read: text, or texts by name."""
+        """Raises UserError where there is no readable chat template: a text, or texts by name."""
         template = tokenizer.chat_template
         if not template:
             raise UserError("chat is true, but the tokenizer has no chat template: set chat to false")
@@ -146,8 +146,8 @@ def read_prompts(path: Path, splits: Sequence[str] | None = None) -> list[Prompt
             )
         if prompt.prompt in texts:
             raise UserError(
-                f"{path}: row {number} repeats the prompt of row {texts[prompt.prompt]}: its samples would be the same "
-                "ones. Keep one of the rows, and ask for more samples if more are wanted"
+                f"{path}: row {number} repeats the prompt of row {texts[prompt.prompt]}, so its samples would be the "
+                "same. Keep one of the rows, and raise generate.samples for more samples"
             )
         ids[prompt.id] = texts[prompt.prompt] = number
         if splits is None or prompt.split in splits:
@@ -157,31 +157,31 @@ def read_prompts(path: Path, splits: Sequence[str] | None = None) -> list[Prompt
 
 @dataclass(frozen=True)
 class GivenResponse:
-    """A response by another tool."""
+    """A response that was made elsewhere."""
 
     response: str
-    ends: bool  # by itself; false where its tool cut it off
+    ends: bool  # by itself; false where it was cut off
 
 
 def read_responses(path: Path) -> dict[str, list[GivenResponse]]:
-    """Prompt text -> responses of a Parquet or JSONL file, in file order; equal ones of a prompt count once.
+    """Prompt text -> responses of a Parquet or JSONL file, in file order; equal responses to a prompt count once.
 
     Columns `prompt` (before any template) and `response` are required; `finish` may be stop or length. Raises
-    UserError that names the file and the row of what is missing.
+    UserError that names the file and the row where something is missing.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no file of responses at {path}")
-    found: dict[str, list[GivenResponse]] = {}
+    responses: dict[str, list[GivenResponse]] = {}
     for number, row in enumerate(_read_rows(path), start=1):
-        prompt, response = (_text(row, column, path, number) for column in ("prompt", "response"))
+        prompt, text = (_text(row, column, path, number) for column in ("prompt", "response"))
         finish = row.get("finish") or "stop"
         if finish not in ("stop", "length"):
             raise UserError(f"{path}: row {number} has finish '{shown(finish)}'; known: stop, length")
-        given = GivenResponse(response, finish == "stop")
-        if given not in found.setdefault(prompt, []):
-            found[prompt].append(given)
-    return found
+        response = GivenResponse(text, finish == "stop")
+        if response not in responses.setdefault(prompt, []):
+            responses[prompt].append(response)
+    return responses
 
 
 def _read_rows(path: Path) -> list[dict]:
@@ -207,7 +207,7 @@ def _read_rows(path: Path) -> list[dict]:
 
 
 def _text(row: dict, column: str, path: Path, number: int) -> str:
-    """The text in a column. Raises UserError where there is none."""
+    """The text in a column. Raises UserError where it is missing or empty."""
     if column not in row:
         raise UserError(f"{path}: row {number} has no column '{column}'; found {shown(', '.join(row)) or 'nothing'}")
     text = row[column]
@@ -218,10 +218,10 @@ def _text(row: dict, column: str, path: Path, number: int) -> str:
 
 
 def _require_text(text: object, path: Path, number: int, column: str) -> None:
-    """Raises UserError for what is no text, or one that no file can hold and no tokenizer read."""
+    """Raises UserError for a value that is not a text, or not valid Unicode."""
     if not isinstance(text, str):
-        found = "null" if text is None else f"{shown(repr(text))} ({type(text).__name__})"
-        raise UserError(f"{path}: row {number}: '{column}' must be text, found {found}")
+        value = "null" if text is None else f"{shown(repr(text))} ({type(text).__name__})"
+        raise UserError(f"{path}: row {number}: '{column}' must be text, found {value}")
     if not is_printable(text):
         raise UserError(
             f"{path}: row {number} has half a surrogate pair in '{column}': {shown(text)}. It is not valid Unicode: "
@@ -231,19 +231,19 @@ def _require_text(text: object, path: Path, number: int, column: str) -> None:
 
 def _parse(row: dict, path: Path, number: int) -> Prompt:
     text = _text(row, "prompt", path, number)
-    given = row.get("references")
-    references = given if isinstance(given, list) else [] if given in (None, "") else [given]
+    value = row.get("references")
+    references = value if isinstance(value, list) else [] if value in (None, "") else [value]
     for reference in references:
         _require_text(reference, path, number, "references")
     split = row.get("split") or "train"
     if split not in SPLITS:
         raise UserError(f"{path}: row {number} has split '{shown(split)}'; known: {', '.join(SPLITS)}")
-    # An id is only a name: one that is not valid Unicode is kept as escapes, and its row is not lost.
+    # An id is only a name: one that is not valid Unicode is kept with escapes, so that its row is not lost.
     identity = prompt_id(text) if row.get("id") is None else printable(str(row["id"]))
     return Prompt(identity, text, tuple(references), split)
 
 
 def encode_response(tokenizer, text: str, ends: bool = True) -> np.ndarray:
-    """Token ids of a response: no leading special tokens; EOS at the end where it ends by itself; int32."""
+    """Token ids of a response: no leading special tokens; EOS at the end if it ends by itself; int32."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return np.asarray([*ids, tokenizer.eos_token_id] if ends else ids, np.int32)

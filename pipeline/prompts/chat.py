@@ -1,9 +1,9 @@
-"""Chat templates: programs that come with a model, run with a bound on their time, their memory and their text.
+"""Chat templates: programs that come with a model, run with bounds on their time, memory and text.
 
 The sandbox of transformers keeps them from files and the network. It bounds neither loops nor `x ~ x`, and no Python
-code around it can stop one operation in C (`"x" * 10**10`). So they run in a forked process, which the system's own
-limits end. Forking is safe here, whatever threads torch or tokenizers have: the child runs Python and jinja alone, no
-tensor and no tokenizer, leaves by `_exit`, and is ended by its timer should it ever wait for a lock of another thread.
+code around it can stop one operation in C (`"x" * 10**10`). So they run in a forked process, which the system's
+limits end. Forking is safe here, whatever threads torch or tokenizers have: the child runs only Python and jinja, no
+tensor and no tokenizer, leaves by `_exit`, and is ended by its timer should it ever wait for another thread's lock.
 """
 
 import gc
@@ -22,18 +22,18 @@ from typing import BinaryIO
 from pipeline.errors import UserError, reason_of
 
 SECONDS = 10  # for one rendering
-TEXT = 2**20  # characters that a rendering may be longer than four times its messages
-MEMORY = 2**29  # bytes that renderings may take beyond what the process has, and 64 a character of the longest chat
-_HEADER = struct.Struct("!?Q")  # whether it is the text, or why there is none; bytes of it
+TEXT = 2**20  # characters that a rendering may have beyond four times those of its messages
+MEMORY = 2**29  # bytes that renderings may add to those of the process, and 64 per character of the longest chat
+_HEADER = struct.Struct("!?Q")  # true: the text follows, false: the reason why there is none; its bytes
 _PLACE = struct.Struct("!Q")
-_BUFFER = 2**16  # bytes, of the pipe
+_BUFFER = 2**16  # bytes of the pipe
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 
 Chat = list[dict[str, str]]
 
 
 def prints_the_date(tokenizer, chat: Chat) -> bool:
-    """Whether the template's text is another one on another day."""
+    """Whether the template's text differs from day to day."""
     days = datetime(2001, 2, 3, 4, 5, 6), datetime(2024, 11, 25, 17, 58, 59)
     one, other = (render_chats(tokenizer, [chat], ["of no data"], strftime_now=day.strftime) for day in days)
     return one != other
@@ -42,7 +42,7 @@ def prints_the_date(tokenizer, chat: Chat) -> bool:
 def render_chats(tokenizer, chats: Sequence[Chat], names: Sequence[str], **variables) -> list[str]:
     """The text of each chat, as `apply_chat_template(chat, add_generation_prompt=True, tokenize=False)` gives it.
 
-    names: of the chats' prompts, for messages; variables: what the template reads beside the messages. Raises
+    names: of the chats' prompts, for errors; variables: what the template reads beside the messages. Raises
     UserError that names tokenizer and prompt where the template fails or exceeds the bounds. On systems without /proc
     only time and text are bounded.
     """
@@ -57,7 +57,7 @@ def render_chats(tokenizer, chats: Sequence[Chat], names: Sequence[str], **varia
                 texts.append(answer[1].decode())
         finally:
             pipe.close()
-            os.kill(process, signal.SIGKILL)  # one that has ended keeps its id and its status until it is waited for
+            os.kill(process, signal.SIGKILL)  # one that has ended keeps id and status until it is waited for
             _, status = os.waitpid(process, 0)
         if len(texts) == len(chats):
             return texts
@@ -72,7 +72,7 @@ def render_chats(tokenizer, chats: Sequence[Chat], names: Sequence[str], **varia
 def _forked(work: Callable[[BinaryIO], None]) -> tuple[int, BinaryIO]:
     """A process that does `work` with the writing end of a pipe: its id, and the reading end.
 
-    Signals are held back meanwhile: in the child the handlers of ours must not run.
+    Signals are held back meanwhile: our handlers must not run in the child.
     """
     reading, writing = os.pipe()
     held_back = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
@@ -82,7 +82,7 @@ def _forked(work: Callable[[BinaryIO], None]) -> tuple[int, BinaryIO]:
             _run(work, reading, writing, held_back)
     except OSError as error:
         os.close(reading)
-        raise UserError(f"no process can be started to render chat templates in: {error.strerror}") from error
+        raise UserError(f"cannot start a process to render chat templates in: {error.strerror}") from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
         os.close(writing)
@@ -90,14 +90,14 @@ def _forked(work: Callable[[BinaryIO], None]) -> tuple[int, BinaryIO]:
 
 
 def _run(work: Callable[[BinaryIO], None], reading: int, writing: int, signals: set) -> None:
-    """The child's whole life: it never returns, and flushes nothing that the parent had buffered."""
+    """All that the child runs: never returns, and flushes nothing that the parent had buffered."""
     code = 1
     try:
         for number in _ENDING:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, signals)
         os.close(reading)
-        gc.freeze()  # what the parent made is not looked through, which would copy it
+        gc.freeze()  # no garbage collection of the parent's objects, which would copy their memory
         with os.fdopen(writing, "wb", _BUFFER) as pipe:
             work(pipe)
         code = 0
@@ -110,19 +110,19 @@ def _run(work: Callable[[BinaryIO], None], reading: int, writing: int, signals: 
 
 
 def _answer_all(tokenizer, chats: Sequence[Chat], variables: dict, place: mmap.mmap, pipe: BinaryIO) -> None:
-    """Write the answers, up to the first that is none. Every rendering has its own time.
+    """Write the answers, up to the first failure. Every rendering has its own time limit.
 
-    place: shared memory that says which chat is being rendered, so that answers can be written many at once.
+    place: shared memory that says which chat is being rendered, so that many answers can be written at once.
     """
     sizes = [sum([len(message["content"]) for message in chat]) for chat in chats]
     _limit_memory(MEMORY + 64 * max(sizes))
     for number, (chat, size) in enumerate(zip(chats, sizes, strict=True)):
         _PLACE.pack_into(place, 0, number)
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
-        fine, text = _render(tokenizer, chat, variables, TEXT + 4 * size)
-        pipe.write(_HEADER.pack(fine, len(text)))
+        is_text, text = _render(tokenizer, chat, variables, TEXT + 4 * size)
+        pipe.write(_HEADER.pack(is_text, len(text)))
         pipe.write(text)
-        if not fine:
+        if not is_text:
             return
 
 
@@ -135,7 +135,7 @@ def _limit_memory(more: int) -> None:
 
 
 def _render(tokenizer, chat: Chat, variables: dict, longest: int) -> tuple[bool, bytes]:
-    """The text and true, or why there is none and false."""
+    """(True, the text) or (False, the reason why there is none)."""
     try:
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **variables)
         if len(text) > longest:
@@ -145,7 +145,7 @@ def _render(tokenizer, chat: Chat, variables: dict, longest: int) -> tuple[bool,
         return False, b"its text is not valid Unicode"
     except MemoryError:
         return False, b"it takes too much memory"
-    except Exception as error:  # of the template's own, or of its language
+    except Exception as error:  # an error of the template's own, or of jinja
         return False, reason_of(error).encode()
 
 
@@ -154,9 +154,9 @@ def _read_answer(pipe: BinaryIO) -> tuple[bool, bytes] | None:
     header = pipe.read(_HEADER.size)
     if len(header) < _HEADER.size:
         return None
-    fine, size = _HEADER.unpack(header)
+    is_text, size = _HEADER.unpack(header)
     text = pipe.read(size)
-    return (fine, text) if len(text) == size else None
+    return (is_text, text) if len(text) == size else None
 
 
 def _why_it_ended(status: int) -> str:

@@ -47,30 +47,30 @@ def load_records(path: str, config: str = "") -> dict[str, Any]:
             form = _FORMATS.get(Path(local.name.removesuffix(".gz")).suffix)
             if form is None:
                 raise UserError(f"{path}: data sets are read from {', '.join(_FORMATS)} files and from folders")
-            found = datasets.load_dataset(form, data_files=str(local))
+            splits = datasets.load_dataset(form, data_files=str(local))
         elif local.is_dir() and ((local / "state.json").is_file() or (local / "dataset_dict.json").is_file()):
-            found = datasets.load_from_disk(str(local))
-        elif local.is_dir():  # a hub data set's configuration means nothing here
-            found = _parallel(local) or _tables(local)
+            splits = datasets.load_from_disk(str(local))
+        elif local.is_dir():  # `config` is for hub data sets only
+            splits = _parallel(local) or _tables(local)
         elif local.exists():
             raise UserError(f"{path} is neither a file nor a folder: data sets are read from these")
         elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-            found = datasets.load_dataset(path, config or None)
+            splits = datasets.load_dataset(path, config or None)
         else:
             raise UserError(f"no data set at {path}: not a file, not a folder, and not a hub name")
     except UserError:
         raise
     except Exception as error:  # readers of many formats, and the network
         cause = error.__cause__ or error
-        where = "" if local.exists() else " (nothing of that name here, so it was looked for on the hub)"
+        where = "" if local.exists() else " (no file or folder of that name, so it was looked up on the hub)"
         raise UserError(f"cannot read the data set {path}{where}: {reason_of(cause)}") from error
-    return dict(found) if isinstance(found, Mapping) else {"train": found}
+    return dict(splits) if isinstance(splits, Mapping) else {"train": splits}
 
 
 def find_split(records: Mapping[str, Any], name: str) -> str | None:
-    """The split of this name, or the only one that says the same in its own: `dev` or `val.tok` for `validation`.
+    """The split of this name, or the only one with a name of the same meaning: `dev` or `val.tok` for `validation`.
 
-    Raises UserError where several do.
+    Raises UserError where several have one.
     """
     if name in records:
         return name
@@ -98,7 +98,7 @@ def _tables(folder: Path) -> dict[str, Rows]:
 
 
 def _parallel(folder: Path) -> dict[str, Rows]:
-    """Text files that only their last suffix tells apart (train.en and train.de, or train.en.gz): it is the column.
+    """Text files that differ in their last suffix only (train.en and train.de, or train.en.gz), which is the column.
 
     Empty where there are none, or where the folder has files of another format.
     """
@@ -117,13 +117,13 @@ def _side_by_side(files: Mapping[str, Path]) -> Iterator[Record]:
     lengths = {files[column]: len(lines) for column, lines in columns.items()}
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{path} has {length:,}" for path, length in lengths.items())
-        raise UserError(f"parallel files must have as many lines as each other, and {counts}")
+        raise UserError(f"parallel files must have equally many lines, but {counts}")
     for texts in zip(*columns.values(), strict=True):
         yield dict(zip(columns, texts, strict=True))
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a text file, which end with a line feed and with nothing else that Unicode has for it."""
+    """The lines of a text file; only a line feed ends one, not the other line ends of Unicode."""
     opened = gzip.open if path.suffix == ".gz" else open
     with (
         in_one_line(f"{path} cannot be read as UTF-8 text"),
@@ -133,7 +133,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def value_at(record: Record, column: str) -> Any:
-    """The value of a column; `a.b` looks inside column a. Raises LookupError with the columns that are there."""
+    """The value of a column; `a.b` looks inside column a. Raises LookupError that lists the columns."""
     if column in record:
         return record[column]
     value: Any = record
@@ -176,7 +176,7 @@ def fill(template: str, record: Record) -> str:
 
 
 def texts_at(record: Record, columns: Sequence[str]) -> list[str]:
-    """The references in those columns that the record has, each a text or a list of texts; empty ones are left out."""
+    """The references in those columns that the record has, each a text or a list of texts; without empty ones."""
     lists = [value if isinstance(value, list) else [value] for value in _values_at(record, columns)]
     texts = [_text(value, ", ".join(columns)) for value in chain.from_iterable(lists)]
     return [text for text in texts if text.strip()]
@@ -184,9 +184,11 @@ def texts_at(record: Record, columns: Sequence[str]) -> list[str]:
 
 def _text(value: Any, column: str) -> str:
     if isinstance(value, Mapping):
-        raise LookupError(f"column '{column}' is no text; inside it are {_columns(value)}: write COLUMN.NAME for one")
+        raise LookupError(
+            f"column '{column}' is not a text; inside it are {_columns(value)}: write COLUMN.NAME for one"
+        )
     if isinstance(value, bytes):
-        raise LookupError(f"column '{column}' is no text: found {shown(value)}")
+        raise LookupError(f"column '{column}' is not a text: found {shown(value)}")
     if isinstance(value, list):
         return " ".join(_text(each, column) for each in value)
     return "" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""What is odd about prompts as models read them, said before a teacher is asked."""
+"""Warnings about prompts as models read them, printed before a teacher is asked."""
 
 from collections.abc import Sequence
 
@@ -14,16 +14,16 @@ def warn_of_prompts(
     """Warn of a chat template that prints the date, and of prompts with unknown tokens. read: their token ids."""
     if form.prints_the_date(tokenizer):
         console.warn(
-            f"the chat template of {tokenizer.name_or_path} prints the date: tomorrow's prompts will be others, and "
+            f"the chat template of {tokenizer.name_or_path} prints the date: tomorrow's prompts will differ, and "
             "what is stored will not be found. Write a fixed date into the template"
         )
     unknown = tokenizer.unk_token_id
     if unknown in (None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-        return  # without an unknown token of its own it knows all text
+        return  # without an unknown token of its own it can encode any text
     read = form.encode(tokenizer, prompts) if read is None else read
-    found = [prompt.id for prompt, ids in zip(prompts, read, strict=True) if unknown in ids]
-    if found:
+    affected = [prompt.id for prompt, ids in zip(prompts, read, strict=True) if unknown in ids]
+    if affected:
         console.warn(
-            f"{len(found):,} of {len(prompts):,} prompts have text that the tokenizer does not know: models read "
-            f"{tokenizer.unk_token} in its place. The first is '{found[0]}'"
+            f"{len(affected):,} of {len(prompts):,} prompts have text that the tokenizer does not know: models read "
+            f"{tokenizer.unk_token} instead. The first is '{affected[0]}'"
         )

@@ -1,4 +1,4 @@
-"""Is a shard what it should be? A quick check whenever a store is read, and a thorough one of every row."""
+"""Is a shard what it should be? A quick check whenever a store is read, and a thorough check of every row."""
 
 import errno
 import re
@@ -28,7 +28,7 @@ from pipeline.store.schema import (
 )
 
 SHARD = re.compile(r"part-([0-9a-f]{16})\.parquet")
-# What the bytes of a file can make a reader raise, beside OSError. Anything else is an error of our own code, or too
+# What a reader can raise because of a file's bytes, beside OSError. Anything else is an error of our own code, or too
 # little memory, and must never set a shard aside.
 UNREADABLE = (
     Malformed, pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, pa.ArrowKeyError, pa.ArrowIndexError,
@@ -38,8 +38,8 @@ _NOT_A_FILE = (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
 _ROWS_AT_ONCE = 512
 _ORIGINS, _FINISHES = {"teacher", "reference", "student", "corrupted"}, {"stop", "length"}
 _NEVER_NULL = [name for name in SCHEMA.names if name not in ("logprobs", "lse", *SUPPORT)]
-_ROUNDING = 0.05  # of log-probabilities: in float16, and between two ways of adding up
-_WEIGHTS = 5e-3  # what the weights of a position may differ from 1 by: float16 is off by 2^-11 of a log-probability
+_ROUNDING = 0.05  # of log-probabilities: float16, and two ways of adding up
+_WEIGHTS = 5e-3  # how far from 1 the weights of a position may sum: float16 is off by 2^-11 of a log-probability
 
 
 class Damaged(Exception):
@@ -48,7 +48,7 @@ class Damaged(Exception):
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of a shard that passed: tokens a position, which ones, and the key of every row."""
+    """What is known of a shard that passed: tokens per position, which ones, and the key of every row."""
 
     k: int
     support: str | None
@@ -56,7 +56,7 @@ class Header:
 
 
 def check_shard(path: Path, teacher: str, request: str) -> Header:
-    """Check a shard's bytes against its name, and what it says of itself against its rows and the folder it lies in.
+    """Check a shard's bytes against its name, and its footer against its rows and the folder it lies in.
 
     teacher, request: the identities that name the folder. Raises Damaged, and UserError for a file that may be whole
     but cannot be read now.
@@ -87,33 +87,32 @@ def check_shard(path: Path, teacher: str, request: str) -> Header:
     return Header(metadata["k"], metadata["support"], keys.to_pylist())
 
 
-def _count_fault(found: pq.FileMetaData, footer: dict) -> str | None:
+def _count_fault(metadata: pq.FileMetaData, footer: dict) -> str | None:
     """What the footer counts that the columns do not hold, or None."""
     rows, tokens, k = footer.get("rows"), footer.get("tokens"), footer["k"]
-    if rows != found.num_rows or rows == 0:
-        return f"its footer counts {rows} rows, and it has {found.num_rows}"
+    if rows != metadata.num_rows or rows == 0:
+        return f"its footer counts {rows} rows, but it has {metadata.num_rows}"
     values: Counter[str] = Counter()
-    for group in map(found.row_group, range(found.num_row_groups)):
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
             values[column.path_in_schema.split(".")[0]] += column.num_values
-    empty = values["response_ids"] - (
-        -1 if tokens is None else tokens
-    )  # responses of no tokens; each counts as a value
+    # Responses without tokens: each counts as a value.
+    empty = values["response_ids"] - (-1 if tokens is None else tokens)
     if not 0 <= empty <= rows:
         return f"its footer counts {tokens} tokens, which its responses do not have"
     if any(values[name] != (tokens * k + empty if k else rows) for name in ("topk_ids", "topk_logprobs")):
-        return f"it has not the {k} tokens a position that its footer promises"
+        return f"it does not have the {k} tokens per position that its footer promises"
     support, steps = footer["support"], values["response_ids"]  # a null counts as a value too
     if values["logprobs"] != (steps if support else rows) or values["lse"] not in (steps if support else rows, rows):
-        return "it has not one log-probability and normaliser for each token"
+        return "it does not have one log-probability and normaliser per token"
     tau, tail = (values.get(name, rows) for name in SUPPORT)
     if tau != (steps if support == "sampled" else rows) or tail not in (steps if support == "topk" else rows, rows):
-        return f"it has not the tau and the tail of its support, {support or 'text alone'}"
+        return f"it does not have the tau and tail of its support, {support or 'text alone'}"
     return None
 
 
 def row_faults(path: Path) -> Iterator[str]:
-    """What is wrong with the rows of a readable shard: keys that are not of their tokens, values that cannot be."""
+    """What is wrong with the rows of a readable shard: keys that do not fit their tokens, impossible values."""
     seen, number = set(), -1
     try:
         metadata = read_metadata(path)
@@ -133,10 +132,10 @@ def row_faults(path: Path) -> Iterator[str]:
 
 
 class RowCheck:
-    """The rows of one file: are they what the footer says, and can the teacher have said that?"""
+    """Checks the rows of one file: are they what the footer says, and can a teacher have said that?"""
 
     def __init__(self, request: dict, identity: str, k: int, vocabulary: int, support: str | None):
-        """request: the footer's; identity: its digest, which the keys of samples depend on."""
+        """request: the footer's; identity: its digest, on which the keys of samples depend."""
         self.request, self.identity, self.k, self.vocabulary, self.support = request, identity, k, vocabulary, support
         sampling = request.get("sampling") or {}
         self.longest = sampling.get("max_tokens") if request.get("kind") == "sample" else None
@@ -146,21 +145,21 @@ class RowCheck:
         if absent := [name for name in _NEVER_NULL if getattr(row, name) is None]:
             return f"has no {' and no '.join(absent)}"
         if row.key != self._key(row):
-            return "has a key that is not of its tokens"
+            return "has a key that does not fit its tokens"
         if row.origin not in _ORIGINS or row.finish not in _FINISHES:
-            return f"has origin '{row.origin}' and finish '{row.finish}', which are none"
+            return f"has an unknown origin or finish: '{row.origin}', '{row.finish}'"
         steps = len(row.response_ids)
         if self.longest is not None and steps > self.longest:
-            return f"has {steps} tokens, and at most {self.longest} were asked for"
+            return f"has {steps} tokens, but at most {self.longest} were asked for"
         ids = np.concatenate([row.topk_ids.ravel(), row.response_ids, row.prompt_ids])
         if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.vocabulary:
             return f"has token ids outside the vocabulary of {self.vocabulary}"
         if steps and (row.topk_ids.shape != (steps, self.k) or row.topk_logprobs.shape != (steps, self.k)):
-            return f"has not {self.k} tokens at each of its {steps} positions"
+            return f"does not have {self.k} tokens at each of its {steps} positions"
         if (row.logprobs is None) != (self.support is None):
             return "has log-probabilities in a file of text alone, or none in one that has them"
         if (row.tau is None) == (self.support == "sampled") or (row.tail is not None and self.support != "topk"):
-            return f"has not the tau and the tail of its support, {self.support or 'text alone'}"
+            return f"does not have the tau and tail of its support, {self.support or 'text alone'}"
         return self._value_fault(row, steps) if self.support else None
 
     def _key(self, row: Row) -> str:
@@ -171,7 +170,7 @@ class RowCheck:
     def _value_fault(self, row: Row, steps: int) -> str | None:
         values = (row.logprobs, row.lse, row.tau, row.tail)
         if any(each is not None and len(each) != steps for each in values):
-            return f"has not a value for each of its {steps} positions"
+            return f"does not have a value for each of its {steps} positions"
         if not steps:
             return None
         if fault := value_fault(row):  # what `generate` would refuse to select
@@ -189,7 +188,7 @@ class RowCheck:
         listed = said.any(axis=1)
         if (np.abs(row.logprobs[listed] - topk[said]) > _ROUNDING + np.abs(topk[said]) / 512).any():
             return "has log-probabilities that are not those of its tokens in the top k"
-        if row.tau is not None:  # 1e-6: of a token that only padding of the embedding has, which is never kept
+        if row.tau is not None:  # 1e-6: for tokens that exist only as padding of the embedding and are never kept
             if (row.logprobs[~listed] > np.log(row.tau[~listed] + 1e-6) + _ROUNDING).any():
                 return "has a token that was not kept and is likelier than its tau"
         elif self.k and (row.logprobs[~listed] > topk[~listed, -1] + _ROUNDING).any():
@@ -198,11 +197,11 @@ class RowCheck:
 
 
 def _plain_fault(topk: np.ndarray, tail: np.ndarray | None) -> str | None:
-    """What is wrong with the mass of a top k [T, k] and of the others [T]."""
+    """What is wrong with the mass of a top k [T, k] and that of the other tokens [T]."""
     mass = np.exp(topk.astype(np.float64)).sum(axis=1)
     if mass.max() > 1.02 or (topk.size and mass.min() == 0):
         return f"has a top k of probability {mass.max() if mass.max() > 1.02 else 0:.3g}"
-    # What was stored with fewer tokens a position keeps those, and the tail is of a second reading.
+    # A row stored with fewer tokens per position keeps those, and its tail is from a second reading.
     if tail is not None and (tail.max() > 1.001 or np.abs(mass + tail - 1).max() > _ROUNDING):
         return f"has a tail of {tail[np.abs(mass + tail - 1).argmax()]:.3g} that is not the rest of its top k"
     return None

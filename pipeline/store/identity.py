@@ -1,4 +1,4 @@
-"""Who said it, when asked what: identities of teachers, requests and samples.
+"""Identities of requests, and keys of rows: they follow from what was asked of whom.
 
 An identity is a digest of what decides the answer and of nothing else: no paths, names, versions, counts, k or support.
 """
@@ -10,8 +10,8 @@ import numpy as np
 
 from pipeline.files import digest
 
-# What `schema_version` is in every request's identity: a constant since version 1 of the schema, whatever files look
-# like by now, so that rows are found under the identities and keys that they were stored under.
+# `schema_version` in every request's identity: a constant since version 1 of the schema, whatever newer files look
+# like, so that rows keep the identities and keys that they were stored under.
 _IN_IDENTITIES = 1
 
 

@@ -1,4 +1,4 @@
-"""How much of the teacher's probability the kept tokens have: what a top k leaves out, no loss on it can teach.
+"""How much of the teacher's probability the kept tokens have: no loss can teach what a top k leaves out.
 
 A sample stands for all tokens, also for those that were not kept.
 """
@@ -10,7 +10,7 @@ from typing import NotRequired
 import numpy as np
 from typing_extensions import TypedDict
 
-OUTSIDE_WARNING = 0.1  # mean mass outside the kept tokens that is worth a word
+OUTSIDE_WARNING = 0.1  # mean mass outside the kept tokens from which there is a warning
 _BINS = 10_000
 
 
@@ -24,10 +24,10 @@ class KeptMass:
     @classmethod
     def of(cls, rows: Iterable) -> "KeptMass":
         """Of rows (anything with `topk_logprobs` [T, k])."""
-        found = cls()
+        mass = cls()
         for row in rows:
-            found.add(row.topk_logprobs)
-        return found
+            mass.add(row.topk_logprobs)
+        return mass
 
     def add(self, topk_logprobs: np.ndarray) -> None:
         """Positions with the log-probabilities [T, k] of their kept tokens."""
@@ -50,9 +50,9 @@ class KeptMass:
     @property
     def worst_tenth(self) -> float:
         """Mean over the tenth of the positions where it is smallest, to 1e-4."""
-        wanted = max(self.positions / 10, 1.0)
-        taken = np.diff(np.minimum(np.cumsum(self.counts), wanted), prepend=0.0)
-        return float((taken * (np.arange(_BINS) + 0.5)).sum() / _BINS / wanted)
+        tenth = max(self.positions / 10, 1.0)
+        taken = np.diff(np.minimum(np.cumsum(self.counts), tenth), prepend=0.0)
+        return float((taken * (np.arange(_BINS) + 0.5)).sum() / _BINS / tenth)
 
     def describe(self, k: int, support: str | None) -> "KeptMassFound | None":
         """Entries for results; None where nothing was kept."""
@@ -80,6 +80,6 @@ def kept_mass_warning(kept: KeptMassFound | None) -> str | None:
     if kept is None or kept.get("support", "topk") != "topk" or 1 - kept["mean"] <= OUTSIDE_WARNING:
         return None
     return (
-        f"the top {kept['k']} tokens of a position have {kept['mean']:.0%} of the teacher's probability in the mean: "
-        "no loss on them teaches the rest. generate.support=sampled keeps tokens that stand for all"
+        f"the top {kept['k']} tokens per position have {kept['mean']:.0%} of the teacher's probability in the mean: "
+        "no loss can teach the rest. generate.support=sampled keeps tokens that stand for all"
     )

@@ -1,7 +1,7 @@
 """`manifest.json` of a selection: what it holds, sealed by a digest of itself, and the files that belong to it.
 
-Files of rows are named by their content, so that those of a new selection lie beside those of the earlier one: it is
-the manifest's replacement that makes the new one the selection, at once. Earlier versions named them without a digest.
+Files of rows are named by their content, so that those of a new selection lie beside those of the earlier one, until
+the manifest is replaced, which makes the new one the selection at once. Earlier versions named them without a digest.
 """
 
 import json
@@ -25,16 +25,16 @@ def rows_name(part: str, number: int, sha256: str) -> str:
 
 
 def sealed(manifest: dict) -> dict:
-    """The manifest with `sha256`, the digest of all its other entries: whatever else is changed is seen."""
+    """The manifest with `sha256`, the digest of all its other entries, so that every change of them shows."""
     rest = {name: value for name, value in manifest.items() if name != "sha256"}
     return rest | {"sha256": digest(rest)}
 
 
 def read_manifest(folder: Path) -> dict:
-    """A selection's manifest, with its support. Raises UserError where there is none, or another one than written."""
+    """A selection's manifest, with its support. Raises UserError where it is missing, damaged or changed."""
     path = folder / MANIFEST
     if is_in_the_way(path):
-        raise UserError(f"{path} is no regular file: {WRITE_AGAIN}")
+        raise UserError(f"{path} is not a regular file: {WRITE_AGAIN}")
     if not path.is_file():
         raise UserError(f"no cached teacher at {folder}: run `xkd-pipeline generate` (or `dvc repro generate`) first")
     try:
@@ -47,12 +47,12 @@ def read_manifest(folder: Path) -> dict:
         expected = ", ".join(map(str, SCHEMAS))
         raise UserError(f"{path} is of schema version {version}, expected one of {expected}: {WRITE_AGAIN}")
     if sealed(manifest)["sha256"] != seal:
-        raise UserError(f"{path} is stale: its entries are not those that its sha256 is of: {WRITE_AGAIN}")
+        raise UserError(f"{path} is stale: its sha256 is not that of its entries: {WRITE_AGAIN}")
     return with_support(manifest)
 
 
 def seal_of(folder: Path) -> str | None:
-    """What tells the selection in a folder from others; None where there is none whose manifest is whole."""
+    """The digest that tells the selection in a folder from others; None without a whole manifest."""
     try:
         return read_manifest(folder)["sha256"]
     except (UserError, OSError):
@@ -70,7 +70,7 @@ def selection_files(folder: Path) -> list[Path]:
 
 
 def is_staged(path: Path) -> bool:
-    """Whether it is the folder in which a run prepares a selection, or a file that an earlier version prepared."""
+    """Whether it is the folder in which a run prepares a selection, or the file in which an earlier version did."""
     return bool(_STAGED.fullmatch(path.name))
 
 
@@ -81,7 +81,7 @@ def is_left_behind(path: Path) -> bool:
 
 
 def is_named_by_content(path: Path) -> bool:
-    """Whether it is a file of rows whose name has the digest of its bytes, as in no export and no earlier version."""
+    """Whether it is a file of rows with its digest in its name, which those of exports and earlier versions lack."""
     name = re.fullmatch(_ROWS, path.name.removesuffix(ASIDE))
     return bool(name and name[2]) and name[2] == f"-{sha256_file(path)[:12]}"
 
@@ -92,7 +92,7 @@ def holds_selection(folder: Path) -> bool:
         return any(_LEFT_BEHIND.fullmatch(path.name) for path in folder.iterdir())
     except FileNotFoundError:
         return False
-    except OSError:  # it is something, and cannot be looked into
+    except OSError:  # something is there that cannot be listed
         return True
 
 
@@ -100,7 +100,7 @@ def file_fault(folder: Path, file: dict) -> str | None:
     """What is wrong with a file that a manifest lists, or None."""
     path = folder / file["name"]
     if is_in_the_way(path):
-        return "it is no regular file"
+        return "it is not a regular file"
     if not path.is_file():
         return "it is missing"
     return None if sha256_file(path) == file["sha256"] else "its content is not what manifest.json says"

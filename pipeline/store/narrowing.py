@@ -1,4 +1,4 @@
-"""A stored row as it is wanted: with fewer tokens a position, or as the plain top k that a sampled one may hold."""
+"""A stored row as a selection asks for it: with fewer tokens per position, or the plain top k of a sampled row."""
 
 from dataclasses import replace
 
@@ -8,11 +8,11 @@ from pipeline.errors import UserError
 from pipeline.store.manifest import WRITE_AGAIN
 from pipeline.store.schema import TOPK, Row
 
-_CERTAIN = 1.01  # times tau: float16 rounds a probability by less, and one that is not larger may have been drawn
+_CERTAIN = 1.01  # times tau: above it a token was kept for certain; float16 rounds a probability by less
 
 
 def narrowed(row: Row, k: int, support: str | None) -> Row:
-    """The row with at most k tokens a position, of a support; text alone stays as it is, and all rows serve k = 0.
+    """The row with at most k tokens per position, of a support; text alone stays as it is, and all rows serve k = 0.
 
     Raises UserError where the row is of another support and cannot serve (see `holds_top`).
     """
@@ -24,14 +24,14 @@ def narrowed(row: Row, k: int, support: str | None) -> Row:
         return _plain(row, k) if row.tau is None else _top_of_sampled(row, k)
     if row.tau is None:
         raise UserError(
-            f"row {row.key} is wanted as a sample of the teacher's tokens and has no tau: run `xkd-pipeline cache "
+            f"row {row.key} should be a sample of the teacher's tokens, but has no tau: run `xkd-pipeline cache "
             "verify`, which sets its shard aside, and the same command again"
         )
     return row if k >= row.k else _sampled(row, k)
 
 
 def holds_top(row: Row, k: int) -> bool:
-    """Whether a sampled row has the k likeliest tokens of every position: they are certain, or there are no others."""
+    """Whether a sampled row has the k likeliest tokens of every position: it holds them for certain, or all tokens."""
     if not len(row.response_ids):
         return True
     tau = row.tau[:, None]
@@ -39,7 +39,7 @@ def holds_top(row: Row, k: int) -> bool:
 
 
 def stored_weights(topk_logprobs: np.ndarray, tau: np.ndarray) -> np.ndarray:
-    """What kept tokens [T, k] stand for as they are stored: max(p, tau), 0 where p is; float64 [T, k]."""
+    """What kept tokens [T, k] stand for as they are stored: max(p, tau), or 0 where p is 0; float64 [T, k]."""
     return np.where(np.isneginf(topk_logprobs), 0, np.maximum(_mass(topk_logprobs), tau[:, None]))
 
 
@@ -51,7 +51,7 @@ def _plain(row: Row, k: int) -> Row:
 
 
 def _top_of_sampled(row: Row, k: int) -> Row:
-    """The weights sum to 1, so what those behind the k likeliest have is all that is not in these."""
+    """The weights sum to 1, so the tail is the sum of those behind the k likeliest."""
     if not holds_top(row, k):
         raise UserError(
             f"row {row.key} is a sample of the teacher's tokens that lacks some of the {k} likeliest: {WRITE_AGAIN}"

@@ -1,7 +1,7 @@
-"""Rows in the order in which they are wanted, out of files that hold them in another one, in bounded memory.
+"""Rows in a given order, out of files that hold them in another order, in bounded memory.
 
-Row groups are decoded once each, in the order in which they are first needed. Rows whose turn has not come wait in
-memory; where too many do, as in a store whose prompts were shuffled since, they wait in a temporary file, sorted.
+Each row group is decoded once, when its first row is needed. Rows whose turn has not come wait in memory; where too
+many do, as with a store whose prompts were shuffled since, they wait in a temporary file, sorted.
 """
 
 import heapq
@@ -23,7 +23,7 @@ READ_AT_ONCE = 2**19  # bytes of each sorted run that are in memory while runs a
 
 @dataclass
 class Group:
-    """Rows that were decoded together, in `size` bytes of memory, and the place of each in the wanted order."""
+    """Rows that were decoded together, in `size` bytes of memory, and the place of each in the order asked for."""
 
     places: Sequence[int]
     rows: Sequence[Row]
@@ -37,8 +37,7 @@ class Group:
 def in_order(groups: Iterable[Group], folder: Path | None = None) -> Iterator[Row]:
     """The rows of all groups by their places, which are 0, 1, 2, ... with none left out.
 
-    folder: where a temporary file may be written, which has no name; by default the system's. Raises UserError where
-    it cannot be.
+    folder: for a temporary file without a name; by default the system's. Raises UserError where it cannot be written.
     """
     with ExitStack() as stack:
         waiting = _Waiting(folder or Path(gettempdir()), stack)
@@ -50,7 +49,7 @@ def in_order(groups: Iterable[Group], folder: Path | None = None) -> Iterator[Ro
 
 
 def _alone(row: Row) -> Row:
-    """The row in memory of its own, so that whoever keeps it does not keep all of its group."""
+    """A copy of the row, so that keeping it does not keep its whole group in memory."""
     values = {field.name: getattr(row, field.name) for field in fields(Row)}
     return Row(**{name: value.copy() if isinstance(value, np.ndarray) else value for name, value in values.items()})
 
@@ -89,7 +88,7 @@ class _Waiting:
             yield row
 
     def spill(self) -> None:
-        """Have all that waits in memory wait in the file, as a run in the order of places."""
+        """Move all that waits in memory to the file, as a run in the order of places."""
         with writing_to(self.folder):
             if self.file is None:
                 self.file = self.stack.enter_context(TemporaryFile(dir=self.folder))  # noqa: SIM115

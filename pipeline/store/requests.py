@@ -26,7 +26,7 @@ from pipeline.files import (
     writing_to,
 )
 from pipeline.store.checks import SHARD, UNREADABLE, Damaged, Header, check_shard, text_of
-from pipeline.store.opened import OpenFiles
+from pipeline.store.open_files import OpenFiles
 from pipeline.store.ordering import Group, in_order
 from pipeline.store.schema import Row, from_table, group_ends, read_metadata, write_shard
 from pipeline.store.storage import Storage
@@ -56,21 +56,21 @@ class Location:
 
 
 def pick(locations: Sequence[Location], k: int, support: str | None) -> Location | None:
-    """The stored copy to use where k tokens a position are wanted: of the support, the first with enough, or None.
+    """The stored copy to read k tokens per position from: the first of the support with as many, or None.
 
-    Where no token is wanted any copy serves.
+    For k = 0 any copy serves.
     """
     return next((each for each in locations if each.k >= k and (k == 0 or each.support == support)), None)
 
 
 def pick_unsure(locations: Sequence[Location], k: int, support: str | None) -> Location | None:
-    """Where `pick` finds no top k: the widest sampled copy, which may have it (`narrowing.holds_top` tells)."""
+    """Where `pick` finds no top k: the widest sampled copy, which may hold one (see `narrowing.holds_top`)."""
     sampled = [each for each in locations if each.support == "sampled" and each.k >= k]
     return sampled[-1] if support == "topk" and sampled else None
 
 
 class RequestFolder:
-    """All that one teacher answered to one request."""
+    """All answers of one teacher to one request."""
 
     def __init__(self, store: Storage | str | Path, teacher: str, request: str):
         """`teacher` and `request` are identities."""
@@ -115,7 +115,7 @@ class RequestFolder:
             return sorted(self.path.glob("part-*.parquet"))
         if write:
             self.storage.push(self.name)
-        stored = {}  # not what the mirror has alone: others may have removed it
+        stored = {}  # without what only the mirror has: others may have removed it from the store
         for name in self.storage.find(self.name):
             folder, _, last = name.rpartition("/")
             if folder == self.name and SHARD.fullmatch(last):
@@ -126,7 +126,7 @@ class RequestFolder:
         return [path for _, path in sorted((waiting | stored).items())]
 
     def _make_way(self) -> None:
-        """Move files aside that are where the folders of the teacher and the request must be."""
+        """Move files aside that are in the place of the teacher's or the request's folder."""
         for folder in (self.path.parent, self.path):
             if os.path.lexists(folder) and not folder.is_dir():
                 with suppress(OSError):
@@ -149,7 +149,7 @@ class RequestFolder:
         return None
 
     def _fetched_again(self, shard: Path) -> bool:
-        """Whether it was only the mirror's copy that was damaged."""
+        """Whether only the mirror's copy was damaged: fetch the shard anew and check it."""
         try:
             self.storage.fetch(f"{self.name}/{shard.name}", shard)
             check_shard(shard, self.teacher, self.request)
@@ -183,7 +183,7 @@ class RequestFolder:
                 self.storage.write_json(name, value)
 
     def hold(self, shards: Iterable[Path]) -> None:
-        """Read shards that passed a check from now on as they are now, also when somebody removes them.
+        """Keep shards that passed a check open, so that they can be read even when somebody removes them.
 
         Raises UserError where one is gone already.
         """
@@ -206,9 +206,9 @@ class RequestFolder:
         return rows
 
     def read_each(self, locations: Iterable[Location], folder: Path | None = None) -> Iterator[Row]:
-        """The rows at `locations`, one after the other, whose row groups are decoded once each, in bounded memory.
+        """The rows at `locations`, one after the other, in bounded memory; each row group is decoded once.
 
-        folder: for a temporary file, where the order asks for one. Raises UserError as `read`.
+        folder: for a temporary file, where the order needs one. Raises UserError as `read`.
         """
         return in_order(self._groups(list(locations)), folder)
 
@@ -217,7 +217,7 @@ class RequestFolder:
         by_shard: dict[Path, list[int]] = {}
         for place, location in enumerate(locations):
             by_shard.setdefault(location.shard, []).append(place)
-        found = []
+        groups = []
         for shard, places in by_shard.items():
             with self._reading(shard) as file:
                 ends = group_ends(file.metadata)
@@ -226,8 +226,8 @@ class RequestFolder:
             for number in np.unique(numbers).tolist():
                 here = np.flatnonzero(numbers == number)
                 first = ends[number - 1] if number else 0
-                found.append(([places[each] for each in here], shard, number, rows[here] - first))
-        for places, shard, number, rows in sorted(found, key=lambda group: group[0][0]):
+                groups.append(([places[each] for each in here], shard, number, rows[here] - first))
+        for places, shard, number, rows in sorted(groups, key=lambda group: group[0][0]):
             with self._reading(shard) as file:
                 table = file.read_row_group(number).take(rows)
                 group = Group(places, from_table(table), table.nbytes)
@@ -235,7 +235,7 @@ class RequestFolder:
 
     @contextmanager
     def _reading(self, shard: Path) -> Iterator[pq.ParquetFile]:
-        """A shard to read from; UserError for what is wrong with it by now."""
+        """A shard to read from. Raises UserError where it has become unreadable."""
         try:
             with self.files.reader(shard) as file:
                 yield file
@@ -243,9 +243,9 @@ class RequestFolder:
             raise _unreadable(shard, error) from error
 
     def skipped(self) -> dict[str, dict]:
-        """Rows that could not be made, by key: {key, prompt_id, reason}. Lines that are no entry are ignored."""
+        """Rows that could not be made, by key: {key, prompt_id, reason}. Other lines are ignored."""
         texts = [self.storage.read_text(f"{self.name}/{SKIPPED}") or ""]
-        if self.storage.remote and (self.path / SKIPPED).is_file():  # other machines may have written the remote's
+        if self.storage.remote and (self.path / SKIPPED).is_file():  # others may have written the remote's
             texts.append((self.path / SKIPPED).read_text(encoding="utf-8", errors="replace"))
         entries = (skipped_entry(line) for text in texts for line in text.split("\n"))
         return {entry["key"]: entry for entry in entries if entry is not None}
@@ -288,9 +288,9 @@ def describes(name: str, text: str | None) -> bool:
 
 
 def skipped_entry(line: str) -> dict | None:
-    """An entry of skipped.jsonl; None for a line that is none."""
+    """An entry of skipped.jsonl; None for a line that is not an entry."""
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         entry = json.loads(line)
-        found = {name: entry[name] for name in ("key", "prompt_id", "reason")}
-        return found if all(isinstance(value, str) for value in found.values()) else None
+        texts = {name: entry[name] for name in ("key", "prompt_id", "reason")}
+        return texts if all(isinstance(text, str) for text in texts.values()) else None
     return None

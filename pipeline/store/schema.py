@@ -1,4 +1,4 @@
-"""What a shard holds: plain Arrow columns, one row a response, and its self-describing footer."""
+"""What a shard holds: plain Arrow columns, one row per response, and its self-describing footer."""
 
 import hashlib
 import json
@@ -36,16 +36,16 @@ SUPPORT = ("tau", "tail")  # columns that version 1 did not have: null there
 SCHEMAS = {1: pa.schema([field for field in SCHEMA if field.name not in SUPPORT]), SCHEMA_VERSION: SCHEMA}
 _SAMPLING = {"temperature": (int, float), "top_p": (int, float), "max_tokens": (int,), "stop_token_ids": (list,)}
 TEXT, TOPK = ("prompt", "response"), ("topk_ids", "topk_logprobs")
-KEPT = (*TOPK, *SUPPORT)  # as TEXT, what readers may do without
+KEPT = (*TOPK, *SUPPORT)  # like TEXT, columns that readers may leave out
 # The high bytes of ids are predictable and the low ones are not: split, they take a fifth less (docs/store-cost.md).
-# DuckDB 2.0 cannot read byte-split float16, so `topk_logprobs` stays plain (about 22 bytes a token more at k = 50).
+# DuckDB 2.0 cannot read byte-split float16, so `topk_logprobs` stays plain (about 22 bytes per token more at k = 50).
 _BYTE_SPLIT = ("prompt_ids", "response_ids", "topk_ids", "logprobs", "lse", "tau", "tail")
 ROW_GROUP_VALUES = 2**19  # top-k entries of a row group: what a reader must have in memory, about 3 MB
 _DICTIONARY = ["origin", "prompt_id", "prompt", "finish"]
 
 
 class Malformed(ValueError):
-    """A file that is not what this version writes: its bytes, and no error of ours, are the reason."""
+    """A file that is not what this version writes; its bytes are the reason, not an error of ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +80,9 @@ class Row:
 
 
 def value_fault(row) -> str | None:
-    """Which values of a row (or answer) are no numbers that a teacher can have said, or None.
+    """Which values of a row (or answer) no teacher can have given, or None.
 
-    -inf is one in the top k, below its first entry: a token that cannot be said.
+    In the top k, below its first entry, -inf is valid: a token of probability 0.
     """
     if row.logprobs is None or not len(row.logprobs):
         return None
@@ -92,11 +92,11 @@ def value_fault(row) -> str | None:
         return "it has normalisers that are not finite"
     topk = np.asarray(row.topk_logprobs)
     if np.isnan(topk).any() or np.isposinf(topk).any() or not np.isfinite(topk[:, :1]).all():
-        return "it has a top k whose log-probabilities are no numbers"
+        return "it has a top k with log-probabilities that are NaN or infinite"
     for name in SUPPORT:
         values = getattr(row, name)
         if values is not None and not (np.isfinite(values).all() and (values >= 0).all()):
-            return f"it has values of {name} that are negative or no numbers"
+            return f"it has values of {name} that are negative or not finite"
     return None
 
 
@@ -106,7 +106,7 @@ def finish_of(response_ids: np.ndarray, stop_token_ids: Sequence[int]) -> str:
 
 
 def row_digest(row: Row) -> bytes:
-    """sha256 of a row's labels, tokens and values; of a row that version 1 wrote it is the one that version 1 made."""
+    """sha256 of a row's labels, tokens and values; the same as version 1 made of the rows that it wrote."""
     hasher = hashlib.sha256(f"{row.key} {row.origin} {row.prompt_id} {row.sample} {row.finish}".encode())
     for values in (row.prompt_ids, row.response_ids, row.logprobs, row.topk_ids, row.topk_logprobs, row.lse):
         hasher.update(b"-" if values is None else np.ascontiguousarray(values).tobytes())
@@ -117,7 +117,7 @@ def row_digest(row: Row) -> bytes:
 
 
 def to_table(rows: Sequence, schema: pa.Schema = SCHEMA) -> pa.Table:
-    """Rows (objects with the columns as attributes; one that lacks some has nulls there) to a table."""
+    """A table of rows: objects with the columns as attributes, null where one is absent."""
     columns = []
     for field in schema:
         values = [getattr(row, field.name, None) for row in rows]
@@ -138,9 +138,9 @@ def _list_array(values: list[np.ndarray | None], type_: pa.ListType) -> pa.ListA
 
 
 class Columns(Sequence[Row]):
-    """The rows of a table, made when they are asked for; its arrays are views of Arrow memory, the top k as [T, k].
+    """The rows of a table, made when they are asked for; their arrays are views of Arrow memory, the top k as [T, k].
 
-    Raises Malformed, there and then, for a row whose top k does not fit its response.
+    Raises Malformed, when it is made, for a row whose top k does not fit its response.
     """
 
     def __init__(self, table: pa.Table):
@@ -157,7 +157,7 @@ class Columns(Sequence[Row]):
         return Row(**self.values(index))
 
     def values(self, index: int) -> dict:
-        """A row's value of every column, also of a table that is none of SCHEMA."""
+        """A row's value of every column, also in a table with other columns than SCHEMA."""
         return {name: self.value(name, index) for name in self._columns}
 
     def value(self, name: str, index: int):
@@ -172,7 +172,7 @@ class Columns(Sequence[Row]):
         return value.reshape(steps, -1) if steps else value.reshape(0, self._k(name))
 
     def _k(self, name: str) -> int:
-        """Tokens a position, which a row without any position does not show; 0 where no row has one."""
+        """Tokens per position, also for a row without positions; 0 where no row has one."""
         return len(self._columns[name].flat) // max(len(self._columns["response_ids"].flat), 1)
 
 
@@ -197,7 +197,7 @@ def from_table(table: pa.Table) -> list[Row]:
 
 
 def footer(teacher: dict, request: dict, k: int, support: str | None = "topk", **more) -> dict:
-    """What every file says of itself: whose answers to what, how many tokens a position, which ones, and `more`.
+    """What every file says of itself: whose answers to what, how many tokens per position, which ones, and `more`.
 
     support: sampled (pipeline.objectives.supports) or topk; None for text alone.
     """
@@ -248,9 +248,9 @@ def write_row_groups(
             writer.write_table(to_table(rows, schema))
 
 
-def group_ends(found: pq.FileMetaData) -> np.ndarray:
+def group_ends(metadata: pq.FileMetaData) -> np.ndarray:
     """Number of the row after the last of each row group, int [G]."""
-    return np.cumsum([found.row_group(number).num_rows for number in range(found.num_row_groups)])
+    return np.cumsum([metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)])
 
 
 def read_metadata(source: Path | BinaryIO) -> dict:
@@ -259,36 +259,36 @@ def read_metadata(source: Path | BinaryIO) -> dict:
 
 
 def checked_metadata(schema: pa.Schema) -> dict:
-    """The same of a schema that was read."""
+    """`read_metadata` of a schema that was read already."""
     metadata = schema.metadata or {}
     if METADATA_KEY not in metadata:
         raise Malformed("the footer has no xkd metadata")
     try:
-        found = json.loads(metadata[METADATA_KEY])
+        entries = json.loads(metadata[METADATA_KEY])
     except (ValueError, RecursionError) as error:
-        raise Malformed(f"the footer's xkd metadata is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise Malformed("the footer's xkd metadata is no JSON object")
-    version = found.get("schema_version")
+        raise Malformed(f"the footer's xkd metadata is not JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise Malformed("the footer's xkd metadata is not a JSON object")
+    version = entries.get("schema_version")
     if type(version) is not int or version not in SCHEMAS:
         raise Malformed(f"schema version {version}, expected one of {', '.join(map(str, SCHEMAS))}")
-    teacher = found.get("teacher")
-    wrong = [name for name in ("k", "vocab_size") if type(found.get(name)) is not int or found[name] < 0]
-    wrong += [name for name in ("rows", "tokens") if type(found.get(name, 0)) is not int or found.get(name, 0) < 0]
-    wrong += [name for name in ("engine",) if not isinstance(found.get(name, {}), dict)]
+    teacher = entries.get("teacher")
+    wrong = [name for name in ("k", "vocab_size") if type(entries.get(name)) is not int or entries[name] < 0]
+    wrong += [name for name in ("rows", "tokens") if type(entries.get(name, 0)) is not int or entries.get(name, 0) < 0]
+    wrong += [name for name in ("engine",) if not isinstance(entries.get(name, {}), dict)]
     if not isinstance(teacher, dict) or not isinstance(teacher.get("identity"), str):
         wrong.append("teacher")
-    if not _is_request(found.get("request")):
+    if not _is_request(entries.get("request")):
         wrong.append("request")
-    if version > 1 and not is_support(found.get("support", ""), found.get("k")):
+    if version > 1 and not is_support(entries.get("support", ""), entries.get("k")):
         wrong.append("support")
     if wrong:
-        raise Malformed(f"the footer's xkd metadata has no {' and '.join(wrong)} as it must be")
-    return with_support(found)
+        raise Malformed(f"the footer's xkd metadata has no valid {' or '.join(wrong)}")
+    return with_support(entries)
 
 
 def is_support(support: object, k: object) -> bool:
-    """Whether k tokens a position can be of that support: a sample has at least one, text alone has none."""
+    """Whether k tokens per position can be of that support: a sample has at least one, text alone has none."""
     return support == "topk" or (support == "sampled" and k != 0) or (support is None and k == 0)
 
 

@@ -1,6 +1,6 @@
 """The rows of one experiment: `manifest.json` and, unless they stay in the store, the rows rewritten canonically.
 
-The bytes depend on the request, the samples and the teacher's provenance alone: prompt order, fixed file size, k
+The bytes depend on nothing but the request, the samples and the teacher's provenance: prompt order, fixed file size, k
 trimmed, no times, hosts or paths. So nothing reruns because of how or when rows got into the store.
 """
 
@@ -43,7 +43,7 @@ from pipeline.store.manifest import (
     sealed,
 )
 from pipeline.store.narrowing import narrowed
-from pipeline.store.opened import OpenFiles
+from pipeline.store.open_files import OpenFiles
 from pipeline.store.requests import Location, RequestFolder, open_store, pick, pick_unsure
 from pipeline.store.schema import (
     KEPT,
@@ -70,8 +70,8 @@ ROWS_PER_FILE = 4096
 class Part:
     """Rows of one name (a split, or `scored`): prompt id -> keys and origins, and where each key is stored.
 
-    stop_token_ids: of a score request, which does not hold them; whether a given response has ended follows from them.
-    texts: prompt id -> the prompt as it was rendered for this selection; what others stored may have other spaces.
+    stop_token_ids: of a score request, which does not hold them; they say whether a given response has ended.
+    texts: prompt id -> the prompt as it was rendered for this selection; stored ones may differ in spaces.
     """
 
     folder: RequestFolder
@@ -81,10 +81,10 @@ class Part:
     origins: dict[str, list[str]] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     locations: dict[str, Location] = field(default_factory=dict)
-    counted: "Counted | None" = None  # what was written of it
+    counted: "Counted | None" = None  # what was written
 
     def add(self, prompt_id: str, key: str, origin: str, location: Location, text: str | None = None) -> None:
-        """A key that the prompt already has is not added again. Without a text, rows keep the one that is stored."""
+        """Add a key that the prompt does not have yet. Without a text, rows keep the stored one."""
         if key not in self.keys.setdefault(prompt_id, []):
             self.keys[prompt_id].append(key)
             self.origins.setdefault(prompt_id, []).append(origin)
@@ -96,7 +96,7 @@ class Part:
         """The stored rows as the selection labels them, with its own prompts' texts. folder: for temporary files."""
         stored = self.folder.read_each((self.locations[label.key] for label in labels), folder)
         for label, row in zip(labels, stored, strict=True):
-            if fault := value_fault(row):  # stored by an earlier version, which did not look
+            if fault := value_fault(row):  # stored by an earlier version, which did not check
                 raise UserError(
                     f"row {row.key} in {self.folder} cannot be used: {fault}. Run `xkd-pipeline cache verify`, which "
                     "sets its shard aside, and the same command again"
@@ -108,13 +108,13 @@ class Part:
         return sum(map(len, self.keys.values()))
 
     def drawn(self) -> dict[str, int]:
-        """Rows by the k with which their tokens were drawn; which ones a smaller k has depends on it."""
+        """Rows by the k with which their tokens were drawn; it decides which tokens a smaller k has."""
         stored = (self.locations[key] for keys in self.keys.values() for key in keys)
         widths = Counter(location.k for location in stored if location.support == "sampled")
         return {str(k): rows for k, rows in sorted(widths.items())}
 
     def describe(self) -> dict:
-        """The manifest's entry, files and counts of tokens apart."""
+        """The manifest's entry, without files and counts of tokens."""
         stops = {} if self.stop_token_ids is None else {"stop_token_ids": list(self.stop_token_ids)}
         return stops | {
             "request": self.request.describe(),
@@ -128,13 +128,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Label:
-    """What a selection says of a stored row. The store may have got the row for another prompt file or purpose."""
+    """What a selection says of a stored row, which may have been stored for another prompt file or purpose."""
 
     key: str
     prompt_id: str
     origin: str
-    number: int | None  # among the prompt's rows of this origin; None where the key holds the row's own
-    stop_token_ids: tuple[int, ...] | None  # None where the request holds them, or none are known
+    number: int | None  # among the prompt's rows of this origin; None: the row's own, which is in the key
+    stop_token_ids: tuple[int, ...] | None  # None where the request holds them, or they are unknown
 
     def apply(self, row: Row, k: int, support: str | None) -> Row:
         """The row as the selection has it. Raises UserError where it cannot serve (see `narrowed`)."""
@@ -235,7 +235,7 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def _write_part(out: Path, name: str, part: Part, footing: dict, materialize: bool) -> dict:
-    """The manifest's entry of a part, after writing its files where they are wanted. footing: what they say of it."""
+    """Write a part's files, if they are to be materialized, and return its manifest entry. footing: their footer."""
     described = part.describe()
     if footing["k"] and (drawn := part.drawn()):
         described["drawn"] = drawn
@@ -260,7 +260,7 @@ def _write_part(out: Path, name: str, part: Part, footing: dict, materialize: bo
 
 @dataclass
 class Counted:
-    """What went through: rows, response tokens, responses that were cut, mass of the kept tokens, and one digest."""
+    """Counts of rows that passed: rows, response tokens, cut responses, mass of the kept tokens, and one digest."""
 
     rows: int = 0
     tokens: int = 0
@@ -279,7 +279,7 @@ class Counted:
 
 
 def _checked(folder: Path) -> tuple[dict, OpenFiles]:
-    """The manifest of a selection, and its files, of which each is what the manifest says."""
+    """The manifest of a selection, and its files, each checked against the manifest."""
     while True:
         manifest = read_manifest(folder)
         files = OpenFiles("the selection was rewritten or removed while it was read. Run the same command again")
@@ -300,12 +300,12 @@ def _add(files: OpenFiles, path: Path, file: dict) -> bool:
 
 
 class Selection:
-    """A selection on disk, opened for reading: its rows stay what they are, also when `folder` gets other ones."""
+    """A selection on disk, opened for reading: its rows stay the same, also when `folder` is rewritten."""
 
     def __init__(self, folder: Path, store: str | Path | None = None):
         """Raises UserError where the manifest is missing or a file does not match it.
 
-        `store` is where rows are read from that were not materialised.
+        store: where rows that were not materialised are read from.
         """
         self.folder, self.store = Path(folder), store
         self.manifest, self.files = _checked(self.folder)
@@ -314,17 +314,17 @@ class Selection:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of what was opened, whatever is in `folder` by now."""
+        """Digest of the selection that was opened, whatever is in `folder` by now."""
         return self.manifest["sha256"][:16]
 
     @property
     def k(self) -> int:
-        """Tokens a position."""
+        """Tokens per position."""
         return self.manifest["k"]
 
     @property
     def support(self) -> str | None:
-        """Which ones: sampled or topk; None where the rows are text alone."""
+        """Which tokens are kept: sampled or topk; None where the rows are text alone."""
         return self.manifest["support"]
 
     def require_teacher(self, what: str) -> None:
@@ -337,10 +337,10 @@ class Selection:
             )
 
     def require_same_teacher(self, other: "Selection") -> None:
-        """Raises UserError where another teacher spoke there."""
+        """Raises UserError where the other selection is of another teacher."""
         if self.teacher["identity"] != other.teacher["identity"]:
             raise UserError(
-                f"{self.folder} is of teacher {self.teacher['identity']}, {other.folder} of teacher "
+                f"{self.folder} is of teacher {self.teacher['identity']}, but {other.folder} of teacher "
                 f"{other.teacher['identity']}: {WRITE_AGAIN}, with the same teacher"
             )
 
@@ -351,7 +351,7 @@ class Selection:
         return self.parts[name]
 
     def rows(self, name: str, topk: bool = True) -> Iterator[Row]:
-        """All rows of a part in their canonical order; without `topk` they have no kept tokens, and are small."""
+        """All rows of a part in their canonical order; without `topk` they have no kept tokens."""
         part = self.part(name)
         if not self.manifest["materialized"]:
             for row in self._rows_in_store(name, *self.located(name)):
@@ -367,9 +367,9 @@ class Selection:
                 yield from read_group(reader, group, without)
 
     def located(self, name: str) -> tuple[RequestFolder, list["Label"], list[Location]]:
-        """Where the rows of a part are in the store, in their canonical order, and how they are labelled.
+        """Where the rows of a part are in the store, in their canonical order, and their labels.
 
-        Raises UserError where one is not there any more.
+        Raises UserError where one is gone.
         """
         part = self.part(name)
         folder = RequestFolder(open_store(self.store), self.teacher["identity"], part["request_identity"])
@@ -379,9 +379,9 @@ class Selection:
         return folder, labels, locations
 
     def checked(self, name: str) -> tuple[RequestFolder, list["Label"], list[Location]]:
-        """The same, after comparing the rows there with those that this selection was made of.
+        """`located`, after comparing the rows there with those that this selection was made of.
 
-        Raises UserError where the store has others.
+        Raises UserError where they differ.
         """
         located = self.located(name)
         for _ in self._rows_in_store(name, *located):
@@ -399,12 +399,12 @@ class Selection:
         if counted.content.hexdigest() != self.part(name)["content"]:
             raise UserError(
                 f"the store {folder} holds other rows than {self.folder} was made of: run `xkd-pipeline cache verify` "
-                "to find those that cannot be, then generate (or score) again"
+                "to set damaged ones aside, then generate (or score) again"
             )
 
     def _locate(self, index: dict[str, list[Location]], key: str, folder: RequestFolder) -> Location:
-        wanted = index.get(key, []), self.k, self.support
-        location = pick(*wanted) or pick_unsure(*wanted)
+        copies = index.get(key, [])
+        location = pick(copies, self.k, self.support) or pick_unsure(copies, self.k, self.support)
         if location is None:
             damaged = "".join(f"; {name} there is damaged: {what}" for name, what in folder.damaged.items())
             raise UserError(
@@ -415,7 +415,7 @@ class Selection:
 
 
 def without_topk(row: Row) -> Row:
-    """The row without its kept tokens, as files are read without the columns KEPT."""
+    """The row without its kept tokens, like a row that was read without the columns KEPT."""
     topk = {name: getattr(row, name)[:, :0] for name in TOPK}
     return replace(row, **topk, **dict.fromkeys(SUPPORT))
 

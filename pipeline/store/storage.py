@@ -1,8 +1,8 @@
 """The files of a store: in a folder, or at any fsspec URL (s3://, gs://, abfs://, sftp://, ...).
 
 A store at a URL is mirrored on this machine, shard by shard. Shards are named by their content and never change, so a
-local copy is as good as the original. A new one waits in the mirror's outbox until the URL has it: who loses the
-network loses nothing.
+local copy is as good as the original. A new one waits in the mirror's outbox until the URL has it, so that nothing is
+lost with the network.
 """
 
 import os
@@ -28,7 +28,7 @@ _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss",
 
 
 @dataclass(frozen=True)
-class Found:
+class StoredFile:
     """A file of a store: bytes, and seconds since 1970 at its last change where the file system knows."""
 
     size: int
@@ -50,7 +50,7 @@ class Storage:
         import fsspec
         from fsspec.implementations.local import LocalFileSystem
 
-        if not self.remote:  # whatever its name looks like, such as a::b, which would be a chain of URLs
+        if not self.remote:  # also for a name such as a::b, which would otherwise be a chain of URLs
             return LocalFileSystem(), self.name
         try:
             return fsspec.core.url_to_fs(self.name)
@@ -62,7 +62,7 @@ class Storage:
 
     @contextmanager
     def _reaching(self, name: str):
-        """Turn what goes wrong on the way into a UserError, but for a file that is not there or none."""
+        """Turn errors on the way into a UserError, except for a file that is absent or not a file."""
         try:
             yield self._target[0]
         except (FileNotFoundError, IsADirectoryError, UserError):
@@ -73,25 +73,25 @@ class Storage:
                 f"cannot use {self.name}/{name}: {reason_of(error)}.{kept} run the same command again"
             ) from error
 
-    def find(self, folder: str = "") -> dict[str, Found]:
+    def find(self, folder: str = "") -> dict[str, StoredFile]:
         """Every file in and below a folder, by name."""
         if not self.remote:
             return self._find_here(folder)
         with self._reaching(folder) as fs:
             fs.invalidate_cache()
             try:
-                found = fs.find(self._full(folder), detail=True)
+                files = fs.find(self._full(folder), detail=True)
             except FileNotFoundError:
                 return {}
             base = len(self._target[1].rstrip("/")) + 1
-            return {path[base:]: Found(info["size"], _modified(info)) for path, info in sorted(found.items())}
+            return {path[base:]: StoredFile(info["size"], _modified(info)) for path, info in sorted(files.items())}
 
-    def _find_here(self, folder: str) -> dict[str, Found]:
-        """Through links too: a request may have moved to another disk. Pipes and devices are no files, as at a URL.
+    def _find_here(self, folder: str) -> dict[str, StoredFile]:
+        """Follows links: a request may have moved to another disk. Leaves out pipes and devices, as at a URL.
 
         Raises UserError where it cannot look.
         """
-        found, seen = {}, set()
+        stored, seen = {}, set()
         with self._reaching(folder):
             for inside, folders, files in os.walk(self.path / folder, followlinks=True, onerror=_unless_absent):
                 if (real := os.path.realpath(inside)) in seen:
@@ -101,8 +101,8 @@ class Storage:
                 for path in (Path(inside) / name for name in files):
                     status = _status(path)
                     if status and (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
-                        found[path.relative_to(self.path).as_posix()] = Found(status.st_size, status.st_mtime)
-        return dict(sorted(found.items()))
+                        stored[path.relative_to(self.path).as_posix()] = StoredFile(status.st_size, status.st_mtime)
+        return dict(sorted(stored.items()))
 
     @contextmanager
     def open(self, name: str):
@@ -122,7 +122,7 @@ class Storage:
             return None
 
     def has_gone(self, name: str) -> bool:
-        """Whether a file that was listed is not there any more, not even as something else."""
+        """Whether a file that was listed is gone, with nothing else in its place."""
         if not self.remote:
             return not os.path.lexists(self.path / name)
         with self._reaching(name) as fs:
@@ -130,7 +130,7 @@ class Storage:
             return not fs.exists(self._full(name))
 
     def fetch(self, name: str, to: Path) -> None:
-        """Copy a file to this machine; it appears whole. Raises FileNotFoundError where there is none."""
+        """Copy a file to this machine; it appears whole. Raises FileNotFoundError where the store does not have it."""
         temporary = to.parent / f".tmp-{uuid.uuid4().hex}"
         try:
             with writing_to(to.parent):
@@ -185,7 +185,7 @@ class Storage:
         (self.path / name).unlink(missing_ok=True)
 
     def remove_empty(self, folders: Iterable[str]) -> None:
-        """Those of the folders, and of the folders that they are in, that hold nothing on this machine any more."""
+        """Remove those of the folders, and of the folders they are in, that are empty on this machine."""
         for folder in folders:
             inside = self.path / folder
             while inside != self.path:
@@ -200,7 +200,7 @@ class Storage:
         return self.path / folder / "outbox" if self.remote else self.path / folder
 
     def push(self, folder: str) -> None:
-        """Hand over what waits in a folder's outbox; the mirror then has it as a file like any other."""
+        """Copy what waits in a folder's outbox to the URL; the mirror then has it as a file like any other."""
         for path in sorted(self.outbox(folder).glob("part-*.parquet")) if self.remote else ():
             with suppress(FileNotFoundError):  # another process may be handing over the same
                 self.put(path, f"{folder}/{path.name}")

@@ -1,8 +1,8 @@
-"""Which selections a store's rows are in use for: `<store>/references/`, one small file a selection.
+"""Which selections use a store's rows: `<store>/references/`, one small file per selection.
 
-`generate` and `score` leave word before they ask a teacher and after they have written a selection, so that `cache gc`
-removes nothing that somebody uses, or that an interrupted run would go on from. That a selection is not at its place is
-no proof that nobody uses it: its folder may have another name by now, or lie on a disk that is not mounted.
+`generate` and `score` record the use before they ask a teacher and after they have written a selection, so that
+`cache gc` removes nothing that somebody uses, or that an interrupted run would go on from. A selection that is not at
+its place may still be in use: its folder may have another name by now, or lie on a disk that is not mounted.
 """
 
 import json
@@ -22,14 +22,14 @@ from pipeline.store.storage import Storage
 FOLDER = "references"
 
 
-# What a reference's file is of: the selection that was written last to a place, an unfinished run that is to replace
-# it, or an earlier selection of that place that was not there any more when such a run began.
+# What a user's file records: the selection that was written last to a place, an unfinished run that is to replace it,
+# or an earlier selection of that place that was not there any more when such a run began.
 WRITTEN, UNFINISHED, DISPLACED = "written", "unfinished", "displaced"
 
 
 @dataclass(frozen=True)
-class Reference:
-    """A selection on some machine. `complete` is false from when its teacher is asked until it is written."""
+class User:
+    """A selection that uses the store. `complete` is false from when its teacher is asked until it is written."""
 
     selection: str
     host: str
@@ -38,11 +38,11 @@ class Reference:
     complete: bool
     manifest: str | None = None  # its seal; earlier versions did not say it, unfinished runs have none
     kind: str = WRITTEN  # by the name of its file
-    recorded: float | None = None  # seconds since 1970 at which it was left, by its file
+    recorded: float | None = None  # seconds since 1970: the last change of its file
 
     @classmethod
-    def of(cls, selection: Path, teacher: str, requests: list[str], complete: bool) -> "Reference":
-        """That a selection of this machine uses these requests (identities)."""
+    def of(cls, selection: Path, teacher: str, requests: list[str], complete: bool) -> "User":
+        """A selection of this machine, and the requests (identities) that it uses."""
         seal, kind = (seal_of(selection), WRITTEN) if complete else (None, UNFINISHED)
         place = str(selection.absolute())
         return cls(place, socket.gethostname(), teacher, tuple(requests), complete, seal, kind)
@@ -59,40 +59,40 @@ class Reference:
 
     @property
     def absent(self) -> bool:
-        """Whether its place has nothing, or another selection: it was deleted or moved, or its disk is not there."""
+        """Whether its place is empty or has another selection: it was deleted or moved, or its disk is not mounted."""
         place = Path(self.selection)
         if not (self.here and self.complete):
             return False
         if not holds_selection(place):
             return True
-        if self.manifest is None and self.kind == WRITTEN:  # all that is known is of whom it asked what
-            return not _keys_there(place).keys() <= self._everything().keys()
+        if self.manifest is None and self.kind == WRITTEN:  # all that is known: which teacher and requests
+            return not _keys_there(place).keys() <= self._whole_requests().keys()
         return seal_of(place) not in (None, self.manifest)
 
     def uses(self) -> "dict[str, Used | None]":
-        """`<teacher>/<request>` -> the rows in use; None where all of the request is to be kept.
+        """`<teacher>/<request>` -> the rows in use; None where the whole request is to be kept.
 
-        That is so for a selection that is on another machine, absent, unfinished or damaged. What lies in the folder
-        meanwhile is in use too.
+        The whole request is kept for a selection that is on another machine, absent, unfinished or damaged. What lies
+        in its folder meanwhile is in use too.
         """
         there = _keys_there(Path(self.selection)) if self.here else {}
-        return there if there and self.complete and not self.absent else there | self._everything()
+        return there if there and self.complete and not self.absent else there | self._whole_requests()
 
-    def _everything(self) -> dict[str, None]:
+    def _whole_requests(self) -> dict[str, None]:
         return {f"{self.teacher}/{request}": None for request in self.requests}
 
     def record(self, storage: Storage) -> bool:
-        """Leave word in the store; whether that was possible.
+        """Write this use into the store; returns whether that was possible.
 
-        An unfinished run leaves the word of the selection that it is to replace, and moves that of one that is absent
-        to a name of its own: what will be written to its place does not replace it.
+        An unfinished run keeps the file of the selection that it is to replace. It renames the file of one that is
+        absent, since what will be written to the same place does not replace that one.
         """
         try:
             if _in_the_way(storage) == [FOLDER]:
                 move_aside(storage.path / FOLDER)
             place = replace(self, kind=WRITTEN).name
             earlier = None if self.complete else _parsed(storage.read_text(place), place)
-            # DVC itself removes what a stage is about to replace, and has it in its own cache.
+            # DVC itself removes what a stage is about to replace, and keeps it in its own cache.
             if earlier is not None and earlier.absent and "DVC_STAGE" not in os.environ:
                 storage.move(place, replace(earlier, kind=DISPLACED).name)
             storage.write_json(self.name, {name: getattr(self, name) for name in _ENTRIES})
@@ -118,7 +118,7 @@ class Used(NamedTuple):
 
 
 def _keys_there(place: Path) -> dict[str, Used]:
-    """`keys_of` what lies at a place; empty where that is nothing that can be read."""
+    """`keys_of` the selection at a place; empty where none can be read there."""
     try:
         return keys_of(place)
     except (UserError, OSError):
@@ -127,17 +127,17 @@ def _keys_there(place: Path) -> dict[str, Used]:
 
 def keys_of(selection: Path) -> dict[str, Used]:
     """`<teacher>/<request>` -> the rows that a selection holds. Raises UserError where it is damaged."""
-    manifest, found = read_manifest(selection), {}
+    manifest, rows_used = read_manifest(selection), {}
     for part in manifest["parts"].values():
         request = f"{manifest['teacher']['identity']}/{part['request_identity']}"
-        used = found.setdefault(request, Used(set(), manifest["k"], manifest["support"]))
+        used = rows_used.setdefault(request, Used(set(), manifest["k"], manifest["support"]))
         used.keys.update(key for each in part["keys"].values() for key in each)
-    return found
+    return rows_used
 
 
-def references(storage: Storage) -> tuple[list[Reference], list[str]]:
-    """All that were recorded, and the names of files in their folder that are none."""
-    found, unreadable = [], _in_the_way(storage)
+def users_of(storage: Storage) -> tuple[list[User], list[str]]:
+    """All users that were recorded, and the names of files in their folder that cannot be read as one."""
+    users, unreadable = [], _in_the_way(storage)
     for name, file in storage.find(FOLDER).items():
         if name.rpartition("/")[2].startswith(".tmp-") or ASIDE in name:  # aside: written anew under its own name
             continue
@@ -146,35 +146,35 @@ def references(storage: Storage) -> tuple[list[Reference], list[str]]:
         text = storage.read_text(name)
         if text is None and storage.has_gone(name):
             continue
-        reference = _parsed(text, name)
-        if reference is None:
+        user = _parsed(text, name)
+        if user is None:
             unreadable.append(name)
         else:
-            found.append(replace(reference, recorded=file.modified))
-    return sorted(found, key=lambda reference: (reference.host, reference.selection)), unreadable
+            users.append(replace(user, recorded=file.modified))
+    return sorted(users, key=lambda user: (user.host, user.selection)), unreadable
 
 
-def named(known: list[Reference], names: Iterable[str]) -> list[Reference]:
-    """The references that are meant: a selection's path, `PATH on HOST`, or `all` that are absent.
+def named(users: list[User], names: Iterable[str]) -> list[User]:
+    """The users that names stand for: a selection's path, `PATH on HOST`, or `all` for those that are absent.
 
-    Where one of a path is absent and another one is there, the absent one is meant. Raises UserError for a name that is
-    none of them.
+    Where a path names a user that is absent and another one that is there, it stands for the absent one. Raises
+    UserError for a name that no user has.
     """
     meant = []
     for name in names:
         by_path = {name, str(Path(name).absolute())}
-        found = [each for each in known if each.selection in by_path or f"{each.selection} on {each.host}" == name]
+        same_name = [user for user in users if user.selection in by_path or f"{user.selection} on {user.host}" == name]
         if name == "all":
-            found = [each for each in known if each.absent]
-        elif not found:
-            users = ", ".join(f"{each.selection} on {each.host}" for each in known) or "none"
-            raise UserError(f"--forget {name}: no selection of this name uses the store; those that do: {users}")
-        meant += [each for each in found if each.absent] or found
+            same_name = [user for user in users if user.absent]
+        elif not same_name:
+            known = ", ".join(f"{user.selection} on {user.host}" for user in users) or "none"
+            raise UserError(f"--forget {name}: no selection of this name uses the store; those that do: {known}")
+        meant += [user for user in same_name if user.absent] or same_name
     return meant
 
 
 def _in_the_way(storage: Storage) -> list[str]:
-    """What is where the folder of references must be, or a folder, pipe or device where one of them must be."""
+    """What is in the place of the folder of users, or a folder, pipe or device in the place of a user's file."""
     folder = storage.path / FOLDER
     if storage.remote or not os.path.lexists(folder):
         return []
@@ -184,14 +184,14 @@ def _in_the_way(storage: Storage) -> list[str]:
     return [f"{FOLDER}/{name}" for name in strange]
 
 
-def _parsed(text: str | None, name: str) -> Reference | None:
-    """None for a text that is no reference, or not the one of this name; entries of a later version are ignored."""
+def _parsed(text: str | None, name: str) -> User | None:
+    """The user in a file of this name; None where the text is not of one. Ignores entries of later versions."""
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         entry = json.loads(text or "")
-        found = Reference(**{field: entry[field] for field in _REQUIRED}, manifest=entry.get("manifest"))
-        texts = [found.selection, found.host, found.teacher, *found.requests, found.manifest or ""]
-        if all(isinstance(text, str) for text in texts) and isinstance(found.complete, bool):
-            found = replace(found, requests=tuple(found.requests))
-            kinds = (replace(found, kind=kind) for kind in (WRITTEN, UNFINISHED, DISPLACED))
-            return next((reference for reference in kinds if reference.name == name), None)
+        user = User(**{field: entry[field] for field in _REQUIRED}, manifest=entry.get("manifest"))
+        texts = [user.selection, user.host, user.teacher, *user.requests, user.manifest or ""]
+        if all(isinstance(text, str) for text in texts) and isinstance(user.complete, bool):
+            user = replace(user, requests=tuple(user.requests))
+            kinds = (replace(user, kind=kind) for kind in (WRITTEN, UNFINISHED, DISPLACED))
+            return next((each for each in kinds if each.name == name), None)
     return None

@@ -48,7 +48,7 @@ TASKS = _tasks(stemmer=True)
 
 
 def get_task(name: str, stemmer: bool = True) -> Task:
-    """A task; `stemmer` is that of its ROUGE. Raises UserError with the known names where `name` is none of them."""
+    """A task; `stemmer`: whether its ROUGE stems. Raises UserError with the known names for an unknown one."""
     if name not in TASKS:
         raise UserError(f"unknown task '{name}': choose one of {', '.join(TASKS)}")
     return TASKS[name] if stemmer else _tasks(stemmer)[name]

@@ -1,4 +1,4 @@
-"""What a task is: a seeded source of prompts with references, the words it is made of, and its metrics."""
+"""What a task is: a seeded source of prompts with references, its vocabulary, and its metrics."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ class Generator:
 
 @dataclass(frozen=True)
 class Task:
-    """A task. `version` changes whenever the same answers would get another score; its prompts have their own."""
+    """A task. `version` changes whenever the same answers would get another score; its generator has another."""
 
     name: str
     version: int
     metrics: tuple[Metric, ...]  # the first one is the headline
     generator: Generator | None = None  # None: its prompts come from data sets
-    checked: bool = False  # an answer is right or wrong: the headline metric says which
+    checked: bool = False  # the headline metric says whether an answer is right or wrong
 
     def accepts(self, response: str, references: Sequence[str]) -> bool:
         """Whether a checked task's answer is right."""

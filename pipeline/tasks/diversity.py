@@ -8,7 +8,7 @@ import numpy as np
 def distinct_n(samples: Sequence[Sequence[str]], n: int) -> float:
     """Different n-grams of words over all n-grams among the samples of a prompt (Li et al. 2016), mean over prompts.
 
-    samples: [prompts][samples]. Prompts whose samples have no n-gram count as 0.
+    samples: [prompts][samples]. Prompts whose samples have no n-grams count as 0.
     """
     shares = []
     for responses in samples:
@@ -20,7 +20,7 @@ def distinct_n(samples: Sequence[Sequence[str]], n: int) -> float:
 def self_bleu(samples: Sequence[Sequence[str]]) -> float:
     """BLEU of each sample against the other samples of its prompt (Zhu et al. 2018), 0..100, mean over all.
 
-    Sentence BLEU of sacrebleu with effective order, since short responses lack long n-grams.
+    Sentence BLEU of sacrebleu with effective order, since short responses have no long n-grams.
     """
     from sacrebleu.metrics import BLEU
 

@@ -1,7 +1,7 @@
 """95 % intervals over prompts: of one model's score, and of the difference of two on the same prompts.
 
 Scores with ends (percentages) have intervals in closed form, which hold near the ends, where resampling fails: no
-resample of 40 right answers has a wrong one. Scores without ends are resampled. Coverage: docs/metrics.md.
+resample of 40 right answers has a wrong one. Other scores are resampled. Coverage: docs/metrics.md.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ import numpy as np
 Score = Callable[[np.ndarray], float]  # may have `ends`, its least and greatest value
 
 Z = NormalDist().inv_cdf(0.975)
-DOUBT = 0.1  # of a prompt as different as can be, added to what was seen: the scale of few differences is unknown
+DOUBT = 0.1  # prompts of maximal difference that are added to the observed ones, since few differences say little
 
 
 def resample(prompts: int, resamples: int, seed: int) -> np.ndarray:
@@ -25,10 +25,10 @@ def resample(prompts: int, resamples: int, seed: int) -> np.ndarray:
 def intervals(
     statistics: Mapping[str, np.ndarray], score: Score, resamples: int, seed: int, against: str
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """Scores of models with 95 % intervals, and the differences of model `against` minus each other one.
+    """Scores of models with 95 % intervals, and the differences of model `against` minus every other model.
 
     statistics: model -> [n, D], the same n prompts in the same order; score: mean statistics [D] -> score. Differences
-    are paired. One of exactly zero has an interval too: what other prompts could show after n that show nothing.
+    are paired. A difference of exactly zero has an interval too, since other prompts might show one.
     """
     (prompts,) = {len(values) for values in statistics.values()}
     ends = getattr(score, "ends", None)
@@ -51,7 +51,7 @@ def intervals(
 
 
 def contributions(values: np.ndarray, score: Score) -> np.ndarray:
-    """A score as a mean of what each prompt adds to it [n], by leaving it out (centred jackknife pseudo-values)."""
+    """What each prompt adds to a score [n], by leaving it out (centred jackknife pseudo-values, whose mean it is)."""
     n, mean = len(values), values.mean(axis=0)
     if n == 1:
         return np.array([score(mean)])
@@ -60,10 +60,10 @@ def contributions(values: np.ndarray, score: Score) -> np.ndarray:
 
 
 def share_interval(shares: np.ndarray) -> np.ndarray:
-    """Of the mean of shares [n]: Agresti and Coull (1998), which adds two prompts at either end, near enough.
+    """Interval of the mean of shares [n]: Agresti and Coull (1998), which adds about two prompts at either end.
 
-    It is made for prompts that are right or wrong. Others vary less about the same mean, and count for as many
-    prompts as make up for it (the effective sample size of Korn and Graubard 1998).
+    It is made for prompts that are right or wrong. Other shares vary less about the same mean, so they count as more
+    prompts (the effective sample size of Korn and Graubard 1998).
     """
     mean = min(max(float(shares.mean()), 0.0), 1.0)
     n = len(shares) / _ratio(shares)
@@ -73,10 +73,10 @@ def share_interval(shares: np.ndarray) -> np.ndarray:
 
 
 def difference_interval(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Of the mean of `first` - `second`, shares [n] of the same prompts: Bonett and Price (2012).
+    """Interval of the mean of `first` - `second`, shares [n] of the same prompts: Bonett and Price (2012).
 
-    It adds a prompt that is won by the one and a prompt that is won by the other. Differences other than 0 and 1
-    count as in `share_interval`; where next to none is seen, their scale is that of the two models' own shares.
+    It adds one prompt that the first wins and one that the second wins. Differences other than 0 and 1 count as in
+    `share_interval`; where there are hardly any, their scale is that of the two models' own shares.
     """
     difference = first - second
     won, lost = np.maximum(difference, 0).mean(), np.maximum(-difference, 0).mean()
@@ -98,7 +98,7 @@ def _summary(value: float, interval: np.ndarray) -> dict[str, float]:
     return {"value": float(value), "low": float(interval[0]), "high": float(interval[1])}
 
 
-def say_interval(found: Mapping[str, float], form: str = ".1f", sign: str = "", of: str = "value") -> str:
+def say_interval(interval: Mapping[str, float], form: str = ".1f", sign: str = "", of: str = "value") -> str:
     """`77.5 [73.5, 81.5]`; sign "+" for differences; of: the estimate's name beside low and high."""
-    value, low, high = (f"{found[name]:{sign}{form}}" for name in (of, "low", "high"))
+    value, low, high = (f"{interval[name]:{sign}{form}}" for name in (of, "low", "high"))
     return f"{value} [{low}, {high}]"

@@ -33,7 +33,7 @@ class Metric:
 
     statistics: (hypotheses [n], references [n][r]) -> float64 [n, D]
     score: float64 [D], the mean of the statistics over prompts -> the score
-    signature: references [n][r] -> what another tool has to be set to for the same score
+    signature: references [n][r] -> the settings with which another tool gives the same score
     """
 
     name: str
@@ -46,7 +46,7 @@ class Metric:
         return self.score(self.statistics(hypotheses, references).mean(axis=0))
 
     def pooled(self, samples: Sequence[Hypotheses], references: References) -> np.ndarray:
-        """Statistics [n, D] of s samples [n][s] of each prompt, whose score is that of all n * s pairs."""
+        """Statistics [n, D] of s samples [n][s] per prompt, whose score is that of all n * s pairs."""
         counts = [len(hypotheses) for hypotheses in samples]
         hypotheses = [hypothesis for row in samples for hypothesis in row]
         repeated = [refs for refs, count in zip(references, counts, strict=True) for _ in range(count)]
@@ -62,7 +62,7 @@ def accuracy(
     name: str = "accuracy",
     rule: str = "exact match",
 ) -> Metric:
-    """Whether a hypothesis has an answer and it is that of any reference; `target` takes it from a reference."""
+    """Whether a hypothesis has an answer that equals a reference's; `target` extracts that one, by default `answer`."""
     target = target or answer
 
     def statistics(hypotheses: Hypotheses, references: References) -> np.ndarray:
@@ -127,7 +127,7 @@ def _corpus_metric(name: str, scorer: Callable) -> Metric:
     """A sacrebleu metric through its own per-segment counts, whose sums give the corpus score.
 
     BLEU and chrF depend on ratios of these sums alone, except that BLEU smooths zero counts; so the mean is scaled
-    back to the sum over all segments, whose number is kept as the last statistic.
+    back to the sum over all segments, using their number, which is the last statistic.
     """
 
     def statistics(hypotheses: Hypotheses, references: References) -> np.ndarray:
@@ -138,14 +138,14 @@ def _corpus_metric(name: str, scorer: Callable) -> Metric:
         return np.hstack([rows, np.full((len(rows), 1), len(rows), dtype=np.float64)])
 
     def score(mean: np.ndarray) -> float:
-        # Sums of a part of the prompts need not be whole; but what is zero must be exactly zero.
+        # Sums over a part of the prompts need not be whole, but zero must be exactly zero.
         sums = np.round(mean[:-1] * mean[-1], 6)
         return float(scorer()._compute_score_from_stats(sums.tolist()).score)
 
     def signature(references: References) -> str:
         counts = {len(refs) for refs in references}
         tool = type(scorer())()
-        tool.num_refs = counts.pop() if len(counts) == 1 else -1  # as a corpus score would find it; -1: they vary
+        tool.num_refs = counts.pop() if len(counts) == 1 else -1  # as a corpus score would set it; -1: they vary
         return str(tool.get_signature())
 
     return Metric(name, statistics, Percentage(score), signature)

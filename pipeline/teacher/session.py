@@ -13,7 +13,7 @@ from pipeline.files import require_writable
 from pipeline.models import require_loadable
 from pipeline.store.requests import SKIPPED, RequestFolder
 from pipeline.store.storage import Storage
-from pipeline.store.users import Reference
+from pipeline.store.users import User
 from pipeline.teacher.orders import Order, Plan
 from pipeline.teacher.teacher import Teacher
 from pipeline.teacher.writing import make
@@ -113,7 +113,7 @@ class Session:
 
     def _record_use(self, selection: Path, requests: list[str], complete: bool) -> bool:
         """Whether the store could be told; a selection of no rows uses nothing."""
-        return not requests or Reference.of(selection, self.teacher.identity, requests, complete).record(self.storage)
+        return not requests or User.of(selection, self.teacher.identity, requests, complete).record(self.storage)
 
     def _describe(self, plan: Plan) -> None:
         """Make the plan's folder self-describing. Raises UserError where rows are lacking and cannot be written."""

@@ -13,9 +13,9 @@ from pipeline.store.checks import SHARD, UNREADABLE
 from pipeline.store.kept_mass import KeptMass, KeptMassFound
 from pipeline.store.requests import SKIPPED
 from pipeline.store.schema import Malformed, read_metadata
-from pipeline.store.storage import Found, Storage
+from pipeline.store.storage import Storage, StoredFile
 
-_MEASURED = 8  # shards of each k and support in which the mass of the kept tokens is looked at
+_MEASURED = 8  # shards per k and support from which the mass of the kept tokens is read
 IDENTITY = re.compile(r"[0-9a-f]{16}")
 _REQUEST = re.compile(rf"({IDENTITY.pattern}/{IDENTITY.pattern})/")
 
@@ -41,7 +41,7 @@ class ShardInfo:
 
 @dataclass
 class RequestInfo:
-    """What one teacher answered to one request. `teacher` and `request` are what the shards say of them."""
+    """What one teacher answered to one request. `teacher` and `request` are as in the shards' footers."""
 
     name: str  # <teacher identity>/<request identity>
     teacher: dict = field(default_factory=dict)
@@ -71,8 +71,8 @@ class RequestInfo:
     @property
     def kept(self) -> list[str]:
         """Every support and k that is stored, with the supports in order."""
-        found = {(shard.support or "", shard.k): shard.kept for shard in self.shards}
-        return [found[key] for key in sorted(found)]
+        kinds = {(shard.support or "", shard.k): shard.kept for shard in self.shards}
+        return [kinds[key] for key in sorted(kinds)]
 
     @property
     def modified(self) -> float | None:
@@ -81,23 +81,23 @@ class RequestInfo:
     @property
     def engines(self) -> Counter[str]:
         """Rows by engine and versions."""
-        found: Counter[str] = Counter()
+        rows: Counter[str] = Counter()
         for shard in self.shards:
-            found[", ".join(f"{name} {value}" for name, value in shard.engine.items())] += shard.rows
-        return found
+            rows[", ".join(f"{name} {value}" for name, value in shard.engine.items())] += shard.rows
+        return rows
 
 
-def files_by_request(storage: Storage, prefix: str = "") -> dict[str, dict[str, Found]]:
-    """`<teacher>/<request>` -> its files by their names in the store; the names begin with `prefix`.
+def files_by_request(storage: Storage, prefix: str = "") -> dict[str, dict[str, StoredFile]]:
+    """`<teacher>/<request>` -> its files by their names in the store, which begin with `prefix`.
 
-    Nothing else that may lie there is looked at.
+    Other files are ignored.
     """
-    found: dict[str, dict[str, Found]] = {}
+    files: dict[str, dict[str, StoredFile]] = {}
     for name, file in storage.find().items():
         inside = _REQUEST.match(name)
         if inside and name.startswith(prefix):
-            found.setdefault(inside[1], {})[name] = file
-    return found
+            files.setdefault(inside[1], {})[name] = file
+    return files
 
 
 def catalogue(storage: Storage, prefix: str = "") -> Iterator[RequestInfo]:
@@ -117,12 +117,12 @@ def catalogue(storage: Storage, prefix: str = "") -> Iterator[RequestInfo]:
         yield info
 
 
-def _add(info: RequestInfo, storage: Storage, name: str, file: Found) -> None:
+def _add(info: RequestInfo, storage: Storage, name: str, file: StoredFile) -> None:
     try:
         with storage.open(name) as stream:
             metadata = read_metadata(stream)
         if {"rows", "tokens"} - metadata.keys():
-            raise Malformed("the footer counts no rows and tokens")
+            raise Malformed("the footer does not count rows and tokens")
         shard = ShardInfo(
             name.rpartition("/")[2],
             file.size,
@@ -143,15 +143,15 @@ def _add(info: RequestInfo, storage: Storage, name: str, file: Found) -> None:
 
 
 def kept_masses(storage: Storage, info: RequestInfo) -> list[tuple[KeptMassFound, str]]:
-    """For each k, of top k's and then of samples: the mass of the kept tokens, and of how many shards that is.
+    """The mass of the kept tokens for each k, top k's first and then samples, and how many shards it was read from.
 
-    A few shards are read, evenly spread.
+    At most _MEASURED shards are read for each, evenly spread.
     """
     alike: dict[tuple[bool, int, str], list[str]] = {}
     for shard in info.shards:
         if shard.k:
             alike.setdefault((shard.support == "sampled", shard.k, shard.support), []).append(shard.name)
-    found = []
+    masses = []
     for (_, k, support), shards in sorted(alike.items()):
         some = shards[:: -(-len(shards) // _MEASURED)]
         kept = KeptMass()
@@ -160,20 +160,19 @@ def kept_masses(storage: Storage, info: RequestInfo) -> list[tuple[KeptMassFound
                 for batch in pq.ParquetFile(stream).iter_batches(columns=["topk_logprobs"]):
                     kept.add(batch.column(0).flatten().to_numpy().reshape(-1, k))
         if described := kept.describe(k, support):
-            found.append((described, f"{len(some)} of {len(shards)} shards"))
-    return found
+            masses.append((described, f"{len(some)} of {len(shards)} shards"))
+    return masses
 
 
 def find_request(storage: Storage, prefix: str) -> str:
     """The one request whose name, or whose identity alone, begins with `prefix`. Raises UserError otherwise."""
     names = sorted(files_by_request(storage))
-    found = [name for name in names if name.startswith(prefix) or name.split("/")[1].startswith(prefix)]
-    if len(found) == 1 or prefix in found:
-        return prefix if prefix in found else found[0]
-    known = ", ".join(found or names) or "nothing"
-    raise UserError(
-        f"'{prefix}' names {len(found)} requests of {storage.name}; {'they are' if found else 'it holds'} {known}"
-    )
+    matching = [name for name in names if name.startswith(prefix) or name.split("/")[1].startswith(prefix)]
+    if len(matching) == 1 or prefix in matching:
+        return prefix if prefix in matching else matching[0]
+    known = ", ".join(matching or names) or "nothing"
+    verb = "they are" if matching else "it holds"
+    raise UserError(f"'{prefix}' names {len(matching)} requests of {storage.name}; {verb} {known}")
 
 
 def describe_request(request: dict) -> str:

@@ -1,4 +1,4 @@
-"""A plain folder for a hub or a colleague: Parquet files that `datasets.load_dataset` reads, and a card."""
+"""Export to a plain folder for a hub or a colleague: Parquet files that `datasets.load_dataset` reads, and a card."""
 
 import json
 import os
@@ -46,15 +46,15 @@ _SAMPLED = """
 The kept tokens of rows with `weights` are not a top k. All tokens above the threshold `tau` are kept, and of the
 others a few at random that stand for the rest, so that rare tokens have their share. Use `weights` as the target
 distribution: they sum to 1 over the kept tokens, and in the mean over many positions they are the teacher's whole
-distribution. To renormalise `topk_logprobs` over the kept tokens, as one does with a top k, would be biased: the few
-rare tokens that were drawn would count with their own small probabilities, and not for all those that they stand for.
+distribution. Renormalising `topk_logprobs` over the kept tokens, as one does with a top k, is biased: the few rare
+tokens that were drawn would count with their own small probabilities, and not for all those that they stand for.
 The cross-entropy of a student at a position is `-(weights * log_softmax(student_logits)[topk_ids]).sum()`.
 """
 
 
 @dataclass(frozen=True)
 class Split:
-    """Rows that are exported together, with what their files say of themselves."""
+    """Rows that are exported together, and what goes into their files' footers."""
 
     name: str
     rows: Iterable[Row]
@@ -87,7 +87,7 @@ def splits_of_selection(selection: Selection) -> tuple[dict, list[Split]]:
 
 
 def splits_of_request(storage: Storage, name: str) -> tuple[dict, list[Split]]:
-    """The teacher, and all rows of a request: one split for each k and support, since a file has one."""
+    """The teacher, and all rows of a request: one split per k and support, since a file has one of each."""
     folder = RequestFolder(storage, *name.split("/"))
     index = folder.index(set_aside=False)
     headers = folder.headers()
@@ -101,7 +101,7 @@ def splits_of_request(storage: Storage, name: str) -> tuple[dict, list[Split]]:
         raise UserError(f"{folder} holds no readable shards")
     alike: dict[tuple[str, int], list[Location]] = {}
     for locations in index.values():
-        widest = {each.support: each for each in locations}  # the last of each support; others add nothing to it
+        widest = {each.support: each for each in locations}  # the last of each support; the others add nothing
         for each in widest.values():
             if each.k or each is locations[-1]:
                 alike.setdefault((each.support or "", each.k), []).append(each)
@@ -163,13 +163,14 @@ def _write(teacher: dict, splits: Iterable[Split], out: Path) -> dict[str, int]:
 
 
 def _files(rows: Iterator[Row]) -> Iterator[Iterator[list[Row]]]:
-    """The row groups of each file; one file must be written before the next is asked for."""
+    """The row groups of each file; write one file before asking for the next."""
     waiting = iter(rows)
     for first in waiting:
-        yield row_groups(_some(first, waiting))
+        yield row_groups(_one_file(first, waiting))
 
 
-def _some(first: Row, more: Iterator[Row]) -> Iterator[Row]:
+def _one_file(first: Row, more: Iterator[Row]) -> Iterator[Row]:
+    """At most ROWS_PER_FILE rows."""
     yield first
     for _, row in zip(range(ROWS_PER_FILE - 1), more, strict=False):
         yield row
@@ -218,7 +219,7 @@ def _card(teacher: dict, splits: list[Split], counts: dict[str, int], tokens: in
 
 
 def _kept(splits: list[Split], teacher: str) -> str:
-    """What the rows are, and which tokens of the teacher they have."""
+    """What the rows are, and which of the teacher's tokens they keep."""
     if all(split.support is None for split in splits):
         return "Responses, as text alone"
     kinds = {"sampled": "a sample of {} tokens that stands for all (see below)", "topk": "the {} likeliest tokens"}
@@ -227,7 +228,7 @@ def _kept(splits: list[Split], teacher: str) -> str:
 
 
 def _plain(value: object) -> str:
-    """Text in a Markdown table that nothing in it can leave or mark up."""
+    """A value as code in a Markdown table, with nothing in it that would end the cell or the code."""
     return "`" + str(value).replace("`", "'").replace("|", "/").replace("\n", " ") + "`"
 
 

@@ -1,4 +1,4 @@
-"""`cache verify`: look at every byte and every row of a store and of its selections, and set aside what is wrong.
+"""`cache verify`: check every byte and every row of a store and of its selections, and set aside what is wrong.
 
 What is set aside is no longer read, so the next `generate` makes exactly those rows, or that selection, again.
 """
@@ -28,7 +28,7 @@ from pipeline.store.requests import SKIPPED, RequestFolder, describes, skipped_e
 from pipeline.store.schema import checked_metadata, read_metadata
 from pipeline.store.selection import Selection, labels_of
 from pipeline.store.storage import Storage
-from pipeline.store.users import references
+from pipeline.store.users import users_of
 from pipeline.upkeep.catalogue import IDENTITY, files_by_request
 
 _OF_ALL = ("teacher", "k", "support")  # what all files of a selection share
@@ -45,26 +45,26 @@ class Problem:
 
 
 def verify_store(storage: Storage, prefix: str, set_aside: bool, advance: Callable[[], None]) -> Iterator[Problem]:
-    """All that is wrong in the requests whose name begins with `prefix`. `advance` is called once a file."""
-    for name in references(storage)[1]:
-        yield Problem(name, "no readable reference to a selection; `cache gc` refuses to guess", "remove it")
-    yield from _in_the_way(storage, prefix, set_aside)
+    """All that is wrong in the requests whose name begins with `prefix`. `advance` is called once per file."""
+    for name in users_of(storage)[1]:
+        yield Problem(name, "not a readable record of a selection; `cache gc` refuses to guess", "remove it")
+    yield from _misplaced(storage, prefix, set_aside)
     requests = files_by_request(storage, prefix)
     for teacher in sorted({request.split("/")[0] for request in requests}):
-        yield from _description(storage, f"{teacher}/teacher.json", set_aside)
+        yield from _description_problems(storage, f"{teacher}/teacher.json", set_aside)
     for request, files in sorted(requests.items()):
         folder = RequestFolder(storage, *request.split("/"))
         if any(name.rpartition("/")[0] == request for name in files):  # not only what was set aside before
-            yield from _description(storage, f"{request}/request.json", set_aside)
+            yield from _description_problems(storage, f"{request}/request.json", set_aside)
         for name in sorted(files):
             inside, _, last = name.rpartition("/")
             if inside == request and not last.startswith(".tmp-") and not last.endswith(ASIDE):
-                yield from _file(storage, folder, last, set_aside)
+                yield from _file_problems(storage, folder, last, set_aside)
             advance()
 
 
-def _in_the_way(storage: Storage, prefix: str, set_aside: bool) -> Iterator[Problem]:
-    """Files where folders must be, and folders, pipes and devices where files must be; at a URL there are no such."""
+def _misplaced(storage: Storage, prefix: str, set_aside: bool) -> Iterator[Problem]:
+    """Files in the place of folders, and folders, pipes and devices in the place of files; a URL has neither."""
     for teacher in _inside(storage.path) if not storage.remote else ():
         if not IDENTITY.fullmatch(teacher.name):
             continue
@@ -72,19 +72,19 @@ def _in_the_way(storage: Storage, prefix: str, set_aside: bool) -> Iterator[Prob
         folders = [teacher, *(path for path in requests if IDENTITY.fullmatch(path.name))]
         files = [*(path for path in requests if path.name == "teacher.json")]
         files += [path for folder in folders[1:] for path in _inside(folder) if _is_for_a_file(path)]
-        strange = [(path, "it is no folder") for path in folders if not path.is_dir() and os.path.lexists(path)]
+        strange = [(path, "it is not a folder") for path in folders if not path.is_dir() and os.path.lexists(path)]
         for path in filter(is_in_the_way, files):
-            what = "Is a directory, where a file must be" if path.is_dir() else "it is no regular file"
+            what = "Is a directory, where a file must be" if path.is_dir() else "it is not a regular file"
             strange.append((path, what))
         for path, what in strange:
             name = path.relative_to(storage.path).as_posix()
             if name.startswith(prefix) or prefix.startswith(name):
-                moved = set_aside and _aside(lambda path=path: _move(storage, path))
+                moved = set_aside and _try_to(lambda path=path: _move(storage, path))
                 yield Problem(name, what, "generate makes what was in its place again", moved)
 
 
 def _inside(folder: Path) -> list[Path]:
-    """What is in a folder; nothing where it is none, or has gone since it was listed."""
+    """What is in a folder; nothing where it is not a folder, or has gone since it was listed."""
     try:
         return sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -102,8 +102,8 @@ def _is_for_a_file(path: Path) -> bool:
     return bool(SHARD.fullmatch(path.name)) or path.name in (SKIPPED, "request.json")
 
 
-def _description(storage: Storage, name: str, set_aside: bool) -> Iterator[Problem]:
-    """teacher.json or request.json: it must be of the folder it is in."""
+def _description_problems(storage: Storage, name: str, set_aside: bool) -> Iterator[Problem]:
+    """What is wrong with a teacher.json or request.json: it must describe the folder it is in."""
     text = storage.read_text(name)
     if text is None:
         others = storage.find(name.rpartition("/")[0])
@@ -111,19 +111,19 @@ def _description(storage: Storage, name: str, set_aside: bool) -> Iterator[Probl
             return  # what it described has gone since it was listed
         yield Problem(name, "it is missing", "the next generate that asks this teacher writes it")
     elif not describes(name, text):
-        moved = set_aside and _aside(lambda: storage.move(name, name + ASIDE))
-        yield Problem(name, "it describes something else than its folder", "the next generate writes it anew", moved)
+        moved = set_aside and _try_to(lambda: storage.move(name, name + ASIDE))
+        yield Problem(name, "it does not describe its folder", "the next generate writes it anew", moved)
 
 
-def _file(storage: Storage, folder: RequestFolder, last: str, set_aside: bool) -> Iterator[Problem]:
+def _file_problems(storage: Storage, folder: RequestFolder, last: str, set_aside: bool) -> Iterator[Problem]:
     name = f"{folder.name}/{last}"
     if last == SKIPPED:
         lines = (storage.read_text(name) or "").split("\n")
         bad = sum(bool(line.strip()) and skipped_entry(line) is None for line in lines)
         if bad:
-            yield Problem(name, f"{bad} of its lines are no entries, and ignored", "those rows are asked for again")
+            yield Problem(name, f"{bad} of its lines are not entries and are ignored", "those rows are asked for again")
     elif last != "request.json" and not last.startswith("part-"):
-        yield Problem(name, "it is no file of the store, and ignored", "remove it, or leave it")
+        yield Problem(name, "it is not a file of the store and is ignored", "remove it, or leave it")
     elif last != "request.json":
         try:
             what = _shard_fault(storage, folder, name)
@@ -132,7 +132,7 @@ def _file(storage: Storage, folder: RequestFolder, last: str, set_aside: bool) -
                 yield Problem(name, str(error), "verify again")
             return
         if what and not storage.has_gone(name):  # `gc` removes shards, and `generate` sets them aside, at any time
-            moved = set_aside and _aside(lambda: folder.set_aside(last))
+            moved = set_aside and _try_to(lambda: folder.set_aside(last))
             yield Problem(name, what, "generate makes the rows again that no other shard has", moved)
 
 
@@ -143,14 +143,14 @@ def _shard_fault(storage: Storage, folder: RequestFolder, name: str) -> str | No
             check_shard(path, folder.teacher, folder.request)
         except Damaged as error:
             return str(error)
-        found = list(row_faults(path))
-    more = f", and {len(found) - 1} more rows" if len(found) > 1 else ""
-    return f"{found[0]}{more}" if found else None
+        faults = list(row_faults(path))
+    more = f", and {len(faults) - 1} more rows" if len(faults) > 1 else ""
+    return f"{faults[0]}{more}" if faults else None
 
 
 @contextmanager
 def _stored(storage: Storage, name: str) -> Iterator[Path]:
-    """The bytes that the store has, not those of the mirror, as a file on this machine."""
+    """A file with the bytes that the store has, not with those of the mirror."""
     if not storage.remote:
         yield storage.path / name
         return
@@ -163,7 +163,7 @@ def _stored(storage: Storage, name: str) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class _Fault:
-    """What is wrong with a file of a selection, and whether setting the file aside mends it."""
+    """What is wrong with a file of a selection; `movable` says whether setting the file aside mends it."""
 
     path: Path
     what: str
@@ -171,9 +171,9 @@ class _Fault:
 
 
 def verify_selection(folder: Path, store: str | Path | None, set_aside: bool) -> Iterator[Problem]:
-    """What is wrong with a selection: its manifest against its files, and its rows, or those in the store.
+    """What is wrong with a selection: its manifest, its files, and its rows or those in the store.
 
-    Files of rows that the manifest does not list are named and set aside too: killed runs leave such, and the
+    Files of rows that the manifest does not list are reported and set aside too: killed runs leave such files, and the
     selection is whole without them.
     """
     while True:
@@ -186,7 +186,7 @@ def verify_selection(folder: Path, store: str | Path | None, set_aside: bool) ->
                 faults += [_Fault(path, "manifest.json does not list it") for path in _unlisted(folder)]
             for fault in faults:
                 movable = set_aside and fault.movable and os.path.lexists(fault.path)
-                moved = movable and _aside(lambda path=fault.path: move_aside(path))
+                moved = movable and _try_to(lambda path=fault.path: move_aside(path))
                 yield Problem(str(fault.path), fault.what, "generate (or score) writes the selection again", moved)
         return
 
@@ -233,7 +233,7 @@ def _selection_faults(folder: Path, store: str | Path | None) -> Iterator[_Fault
 
 
 def _is_another(path: Path, file: dict, part: dict, manifest: dict) -> bool:
-    """Whether a file that the manifest does not fit is whole, and has other rows than damage could leave."""
+    """Whether a file that does not fit the manifest is a whole file of another selection, and not a damaged one."""
     try:
         require_file(path)
         metadata, table = read_metadata(path), pq.read_table(path)
@@ -249,7 +249,7 @@ def _is_another(path: Path, file: dict, part: dict, manifest: dict) -> bool:
 
 
 def _row_faults(selection: Selection, name: str) -> Iterator[_Fault]:
-    """Files of a part with rows that are not those of the manifest, or that the teacher cannot have said."""
+    """Files of a part with rows that differ from the manifest, or that the teacher cannot have said."""
     part, labels = selection.part(name), iter(labels_of(selection.part(name)))
     for file in part["files"]:
         path = selection.folder / file["name"]
@@ -274,8 +274,8 @@ def _row_faults(selection: Selection, name: str) -> Iterator[_Fault]:
             return
 
 
-def _aside(move: Callable[[], None]) -> bool:
-    """Whether the move was made; a store that can only be read stays as it is."""
+def _try_to(move: Callable[[], None]) -> bool:
+    """Make a move; returns whether that was possible. A store that can only be read stays as it is."""
     try:
         move()
     except (OSError, UserError):

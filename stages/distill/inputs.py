@@ -12,8 +12,8 @@ from pipeline.learning.posterior import RewardPosterior, load_posterior, read_de
 from pipeline.learning.residuals import Scaled
 from pipeline.models import load_lm
 from pipeline.params import Distill, Reward
-from pipeline.store.rows import TeacherRows
 from pipeline.store.selection import Selection
+from pipeline.store.training_rows import TeacherRows
 
 FITTED = ("frozen", "shuffled", "joint")  # rewards that the stage `reward` fitted
 

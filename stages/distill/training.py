@@ -18,8 +18,8 @@ from pipeline.learning.trainer import seed_everything
 from pipeline.models import load_lm, load_tokenizer, require_context, require_same_tokenizer
 from pipeline.objectives.divergences import MIXTURES, label
 from pipeline.params import TOKEN_OBJECTIVES, Distill, Lora, Params, Reward
-from pipeline.store.rows import RowLoader, TeacherRows
 from pipeline.store.selection import Selection
+from pipeline.store.training_rows import RowLoader, TeacherRows
 from stages.distill.inputs import RewardInputs, reward_inputs
 
 

@@ -19,8 +19,8 @@ from pipeline.learning.batches import collate
 from pipeline.learning.divergence import Divergence
 from pipeline.learning.learner import StudentLearner, count
 from pipeline.models import load_lm
-from pipeline.store.rows import RowLoader, TeacherRows
 from pipeline.store.selection import Selection
+from pipeline.store.training_rows import RowLoader, TeacherRows
 
 BATCH, STEPS, EPOCH_SEED = 32, 200, 0
 

@@ -21,7 +21,7 @@ import yaml
 from pipeline.store.schema import SCHEMA
 from pipeline.store.selection import Selection
 from pipeline.store.storage import Storage
-from pipeline.store.users import Reference, references
+from pipeline.store.users import User, users_of
 from pipeline.upkeep.collect import garbage, in_use
 from pipeline.upkeep.export import WeightedRow, export, splits_of_request, splits_of_selection
 from stages.generate import generate
@@ -181,7 +181,7 @@ def test_gc_keeps_what_a_selection_uses_that_is_not_at_its_place_until_it_is_for
     (tmp_path / "disk").rename(tmp_path / "unmounted")
     kept = files(own_store)
     month_ago = time.time() - 30 * 86400
-    ((_, first), _) = references(Storage(own_store))
+    ((_, first), _) = users_of(Storage(own_store))
     os.utime(own_store / first.name, (month_ago,) * 2)
     code, said = cli("gc", "--yes")
     assert code == 0 and files(own_store) == kept and "nothing to remove" in said, said
@@ -211,7 +211,7 @@ def test_gc_keeps_what_an_absent_selection_uses_when_another_one_is_written_at_i
     out, elsewhere = tmp_path / "disk" / "a", tmp_path / "elsewhere"
     generate(stub_params(teacher, "generate.materialize=false"), prompts, out)
     month_ago = time.time() - 30 * 86400
-    ((first,), _) = references(Storage(own_store))
+    ((first,), _) = users_of(Storage(own_store))
     os.utime(own_store / first.name, (month_ago,) * 2)
     out.rename(elsewhere)
     other = stub_params(teacher, "generate.materialize=false", "generate.samples=1")  # of the same requests
@@ -235,7 +235,7 @@ def test_gc_keeps_what_an_absent_selection_uses_when_another_one_is_written_at_i
     code, said = cli("gc", "--forget", out, "--yes")  # the one that is not there, not the one that is
     assert code == 0 and len(files(own_store)) < len(kept), said
     assert len(list(Selection(out).rows("train"))) == 20
-    assert len(references(Storage(own_store))[0]) == 1 and "not at its place" not in cli("gc")[1]
+    assert len(users_of(Storage(own_store))[0]) == 1 and "not at its place" not in cli("gc")[1]
 
 
 def test_a_selection_that_an_interrupted_run_was_to_replace_stays_in_use_when_it_is_moved(
@@ -250,16 +250,16 @@ def test_a_selection_that_an_interrupted_run_was_to_replace_stays_in_use_when_it
 
 
 def test_gc_releases_what_a_selection_used_that_was_replaced_in_its_place(teacher, prompts, tmp_path, own_store, cli):
-    """Also after an interrupted run, and for selections of which an earlier version left word."""
+    """Also after an interrupted run, and for selections that an earlier version recorded."""
     for number, seed in enumerate((0, 1, 2)):
         generate(stub_params(teacher, f"seed={seed}", "generate.corrupted=0"), prompts, tmp_path / "a")
         cli("gc", "--yes")
-        ((reference,), _) = references(Storage(own_store))
-        assert len(list(own_store.glob("*/*/request.json"))) == 2 and reference.complete, seed
+        ((user,), _) = users_of(Storage(own_store))
+        assert len(list(own_store.glob("*/*/request.json"))) == 2 and user.complete, seed
         if number == 0:
-            entries = json.loads((own_store / reference.name).read_text())
+            entries = json.loads((own_store / user.name).read_text())
             entries.pop("manifest")
-            (own_store / reference.name).write_text(json.dumps(entries))
+            (own_store / user.name).write_text(json.dumps(entries))
         if number == 1:
             with pytest.raises(Exception, match="the engine died"):
                 generate(
@@ -284,7 +284,7 @@ def test_an_unfinished_run_that_an_earlier_version_recorded_is_known_and_can_be_
     """Under the name of a selection that was written."""
     entries = {"selection": str(tmp_path / "a"), "host": socket.gethostname(), "teacher": "0" * 16,
                "requests": ["1" * 16], "complete": False}  # fmt: skip
-    name = Reference.of(tmp_path / "a", "", [], complete=True).name
+    name = User.of(tmp_path / "a", "", [], complete=True).name
     (own_store / "references").mkdir(parents=True)
     (own_store / name).write_text(json.dumps(entries))
     assert f"{tmp_path / 'a'} on {socket.gethostname()} (not finished)" in cli("gc")[1]
@@ -297,12 +297,12 @@ def test_a_user_on_another_machine_can_be_forgotten_and_one_that_was_recorded_an
 ):
     generate(stub_params(teacher), prompts, tmp_path / "a")
     storage = Storage(own_store)
-    ((here,), _) = references(storage)
+    ((here,), _) = users_of(storage)
     there = replace(here, host="elsewhere", selection="/x")
     there.record(storage)
     (own_store / here.name).unlink()
     kept = files(own_store)
-    ((known,), _) = references(storage)
+    ((known,), _) = users_of(storage)
     assert not list(garbage(storage, in_use(storage)))
     os.utime(own_store / there.name, (0, 0))  # it was recorded at another time than when somebody agreed
     assert not list(garbage(storage, in_use(storage, (), [known])))
@@ -320,14 +320,14 @@ def test_gc_keeps_what_an_unfinished_run_a_named_selection_or_another_machine_us
     assert code == 0 and files(own_store) == kept and "(not finished)" in said, said
     generate(stub_params(teacher), prompts, tmp_path / "a")
     kept = files(own_store)
-    ((reference,), _) = references(Storage(own_store))
-    (own_store / reference.name).unlink()  # a store that was copied from elsewhere
+    ((user,), _) = users_of(Storage(own_store))
+    (own_store / user.name).unlink()  # a store that was copied from elsewhere
     assert "nothing is known to refer to this store" in cli("gc")[1]
     assert "nothing to remove" in cli("gc", "--keep", tmp_path / "a", "--yes")[1]
-    elsewhere = replace(reference, host="elsewhere", selection="/x")
+    elsewhere = replace(user, host="elsewhere", selection="/x")
     elsewhere.record(Storage(own_store))
     assert "nothing to remove" in cli("gc", "--yes")[1]
-    assert files(own_store) == kept - {reference.name} | {elsewhere.name}
+    assert files(own_store) == kept - {user.name} | {elsewhere.name}
 
 
 def test_gc_removes_what_killed_writers_and_verify_left_but_nothing_that_is_being_written(

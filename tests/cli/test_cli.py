@@ -47,7 +47,7 @@ def test_output_that_cannot_be_written_is_one_line(arguments):
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
         found = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
     assert found.returncode == 1
-    assert found.stderr == "warning: not all could be printed on stdout: No space left on device\n"
+    assert found.stderr == "warning: could not print everything on stdout: No space left on device\n"
 
 
 def test_a_command_without_a_standard_output_ends_as_ever():
@@ -114,7 +114,7 @@ def test_output_into_the_file_that_is_read_is_refused(tmp_path, arguments, mark,
 
 def test_json_and_csv_are_for_what_prints_a_table():
     assert "give one of them" in refused("generate", "--dry-run", "--json", "--csv")
-    assert "are for what a dry run finds: add --dry-run" in refused("generate", "--json")
+    assert "print what a dry run finds: add --dry-run" in refused("generate", "--json")
 
 
 @pytest.mark.slow

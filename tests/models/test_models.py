@@ -166,7 +166,7 @@ def test_kept_layers_are_the_base_s_own_and_the_cut_model_is_loaded_again(tmp_pa
     for _ in range(5):
         ids = torch.cat([ids, again(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
     assert torch.equal(generated, ids)
-    with pytest.raises(UserError, match=r"cannot keep 7 layers of a model with 3"):
+    with pytest.raises(UserError, match=r"cannot cut a model with 3 layers to 7"):
         keep_layers(again, 7)
 
 

@@ -135,7 +135,7 @@ REFUSED = {
     ),
     "a consolidated copy": (
         lambda f: save_file({"x": torch.zeros(1)}, f / "consolidated.safetensors"),
-        "consolidated.safetensors, which vLLM would load in place",
+        "consolidated.safetensors, which vLLM would load instead",
     ),
     "an index that is cut short": (lambda f: (f / INDEX).write_text('{"weight_map": {'), "index.json is not JSON"),
     "an index of nothing": (lambda f: rewrite_index(f, weight_map={}), "has no weight_map"),
@@ -152,7 +152,7 @@ REFUSED = {
     ),
     **{
         f"a {kind} that is called as weights are": (
-            lambda f, kind=kind: put_in_place(kind, f / "x.safetensors"), "has x.safetensors, .* no regular file",
+            lambda f, kind=kind: put_in_place(kind, f / "x.safetensors"), "has x.safetensors, .* not a regular file",
         )
         for kind in STRANGE
     },

@@ -49,7 +49,7 @@ def test_a_partial_file_is_filled_with_defaults_and_options_win(tmp_path):
         ("distill.objectve=fkl", "distill.objectve: unknown parameter; did you mean 'objective'"),
         ("distill.objective=kld", "Input should be 'sft', 'seqkd'"),
         ("generate.k=-1", "generate.k: Input should be greater than or equal to 0, found -1"),
-        ("generate.k=0", "support sampled keeps at least one token a position: set k, or support to topk"),
+        ("generate.k=0", "support sampled keeps at least one token per position: set k, or support to topk"),
         ("generate.support=top", "'sampled' or 'topk', found 'top'"),
         ("template=no placeholder", "does not contain {prompt}"),
         ("generate.temperature=0", "temperature 0 is greedy"),

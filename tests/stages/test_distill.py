@@ -24,8 +24,8 @@ from pipeline.learning.terms import Likelihood
 from pipeline.models import load_lm, load_tokenizer
 from pipeline.objectives.sparse import sparse_divergence
 from pipeline.params import Distill
-from pipeline.store.rows import TeacherRows
 from pipeline.store.selection import Selection
+from pipeline.store.training_rows import TeacherRows
 from stages.distill import distill
 from stages.distill.inputs import reward_inputs, shuffled
 from stages.evaluate import evaluate

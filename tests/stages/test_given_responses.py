@@ -15,8 +15,8 @@ from pipeline.learning.forward import score_tokens
 from pipeline.models import load_lm, load_tokenizer
 from pipeline.prompts import Prompt, encode_response, read_prompts, write_prompts
 from pipeline.store.manifest import sealed
-from pipeline.store.rows import TeacherRows
 from pipeline.store.selection import Selection
+from pipeline.store.training_rows import TeacherRows
 from pipeline.upkeep.verify import verify_selection
 from stages.distill import distill
 from stages.generate import generate

@@ -14,7 +14,7 @@ from pipeline.prompts import encode_response, read_prompts
 from pipeline.store.identity import score_key
 from pipeline.store.requests import open_store
 from pipeline.store.selection import Selection
-from pipeline.store.users import references
+from pipeline.store.users import users_of
 from pipeline.teacher.teacher import Teacher
 from pipeline.upkeep.collect import garbage, in_use
 from stages.score import score
@@ -136,9 +136,9 @@ def test_gc_keeps_the_samples_of_a_selection_and_lets_those_of_a_deleted_one_go(
     storage = open_store()
     assert list(garbage(storage, in_use(storage))) == []
     shutil.rmtree(place)
-    users = in_use(storage, forget=[user for user in references(storage)[0] if user.absent])
+    used = in_use(storage, forget=[user for user in users_of(storage)[0] if user.absent])
     identity = Teacher.of(make_params(teacher).generate).student(student, 8).identity
-    gone = {each.name for each in garbage(storage, users)}
+    gone = {each.name for each in garbage(storage, used)}
     assert any(name.startswith(identity) for name in gone)
     assert all(name.startswith((identity, "references/")) for name in gone)
 

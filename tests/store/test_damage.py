@@ -22,11 +22,11 @@ from pipeline.errors import UserError
 from pipeline.files import sha256_file, write_json_atomically
 from pipeline.store.checks import check_shard
 from pipeline.store.manifest import sealed
-from pipeline.store.rows import TeacherRows
 from pipeline.store.schema import METADATA_KEY, from_table, read_metadata, write_row_groups, write_shard
 from pipeline.store.selection import Selection
 from pipeline.store.storage import Storage
-from pipeline.store.users import named, references
+from pipeline.store.training_rows import TeacherRows
+from pipeline.store.users import named, users_of
 from pipeline.upkeep import verify as verifying
 from pipeline.upkeep.catalogue import catalogue
 from pipeline.upkeep.collect import garbage, in_use
@@ -57,7 +57,7 @@ class Lab:
 
     def garbage(self, *forget: str) -> list[str]:
         storage = Storage(self.store)
-        return [each.name for each in garbage(storage, in_use(storage, (), named(references(storage)[0], forget)))]
+        return [each.name for each in garbage(storage, in_use(storage, (), named(users_of(storage)[0], forget)))]
 
     @property
     def shards(self) -> list[Path]:
@@ -105,25 +105,25 @@ def thin(teacher, tmp_path):
 @pytest.mark.parametrize(
     ("footer", "reason"),
     [
-        ({"teacher": ...}, "no teacher"),
-        ({"teacher": None}, "no teacher"),
-        ({"teacher": [1]}, "no teacher"),
-        ({"k": ...}, "no k"),
-        ({"k": "8"}, "no k"),
-        ({"k": 12}, "not the 12 tokens a position"),
-        ({"vocab_size": ...}, "no vocab_size"),
+        ({"teacher": ...}, "no valid teacher"),
+        ({"teacher": None}, "no valid teacher"),
+        ({"teacher": [1]}, "no valid teacher"),
+        ({"k": ...}, "no valid k"),
+        ({"k": "8"}, "no valid k"),
+        ({"k": 12}, "not have the 12 tokens per position"),
+        ({"vocab_size": ...}, "no valid vocab_size"),
         ({"rows": ...}, "counts None rows"),
         ({"rows": 10**6}, "counts 1000000 rows"),
         ({"tokens": ...}, "counts None tokens"),
         ({"tokens": 10**6}, "counts 1000000 tokens"),
-        ({"engine": "x"}, "no engine"),
+        ({"engine": "x"}, "no valid engine"),
         ({"request": {"kind": "score"}}, "another teacher or request"),
         ({"schema_version": 3}, "schema version 3"),
         ({"schema_version": 1}, "columns are not those of a shard"),
-        ({"support": ...}, "no support"),
-        ({"support": "nucleus"}, "no support"),
-        ({"support": None}, "no support"),
-        ({"support": "topk"}, "not the tau and the tail of its support, topk"),
+        ({"support": ...}, "no valid support"),
+        ({"support": "nucleus"}, "no valid support"),
+        ({"support": None}, "no valid support"),
+        ({"support": "topk"}, "not have the tau and tail of its support, topk"),
     ],
     ids=str,
 )
@@ -140,8 +140,8 @@ ROWS = {
     "of probability 8": lambda r: replace(r, topk_logprobs=np.zeros_like(r.topk_logprobs)),
     "of probability 0": lambda r: replace(r, topk_logprobs=np.full_like(r.topk_logprobs, -1000)),
     "log-probabilities above 0": lambda r: replace(r, logprobs=np.ones_like(r.logprobs)),
-    "a top k whose": lambda r: replace(r, topk_logprobs=np.full_like(r.topk_logprobs, np.nan)),
-    "log-probabilities are no numbers": lambda r: replace(r, topk_logprobs=np.full_like(r.topk_logprobs, -np.inf)),
+    "a top k with": lambda r: replace(r, topk_logprobs=np.full_like(r.topk_logprobs, np.nan)),
+    "that are NaN or infinite": lambda r: replace(r, topk_logprobs=np.full_like(r.topk_logprobs, -np.inf)),
     "outside the vocabulary": lambda r: replace(r, response_ids=r.response_ids + 1000),
     "not those of its tokens": lambda r: replace(
         r, response_ids=r.topk_ids[:, 0], logprobs=r.topk_logprobs[:, 0].astype(np.float32) - 1
@@ -150,11 +150,11 @@ ROWS = {
         r, response_ids=np.full_like(r.response_ids, _unlisted(r)), logprobs=np.zeros_like(r.logprobs)
     ),
     "of its tokens that are not finite": lambda r: replace(r, logprobs=np.full_like(r.logprobs, -np.inf)),
-    "finish 'banana'": lambda r: replace(r, finish="banana"),
+    "unknown origin or finish: 'teacher', 'banana'": lambda r: replace(r, finish="banana"),
     "has no finish": lambda r: replace(r, finish=None),
     "has no prompt and no response": lambda r: replace(r, prompt=None, response=None),
-    "origin 'me'": lambda r: replace(r, origin="me"),
-    "a key that is not of its tokens": lambda r: replace(r, sample=9),
+    "unknown origin or finish: 'me'": lambda r: replace(r, origin="me"),
+    "a key that does not fit its tokens": lambda r: replace(r, sample=9),
     "at most 6 were asked for": lambda r: replace(
         r, **{name: np.repeat(getattr(r, name), 9, axis=0) for name in _ALONG if getattr(r, name) is not None}
     ),
@@ -166,8 +166,8 @@ SAMPLED = {
     "sum to 0.": lambda r: replace(r, tau=r.tau * 0),
     "a tau of 2": lambda r: replace(r, tau=np.full_like(r.tau, 2)),
     "values of tau that are negative": lambda r: replace(r, tau=-r.tau),
-    "tau that are negative or no numbers": lambda r: replace(r, tau=r.tau * np.nan),
-    "not the tau and the tail of its support, sampled": lambda r: replace(r, tail=r.tau),
+    "tau that are negative or not finite": lambda r: replace(r, tau=r.tau * np.nan),
+    "not have the tau and tail of its support, sampled": lambda r: replace(r, tail=r.tau),
     "not kept and is likelier than its tau": lambda r: replace(
         r, response_ids=np.full_like(r.response_ids, _unlisted(r)), logprobs=np.zeros_like(r.logprobs)
     ),
@@ -178,7 +178,7 @@ SAMPLED = {
 PLAIN = {
     "a tail of 0.9": lambda r: replace(r, tail=np.full_like(r.tail, 0.9)),
     "values of tail that are negative": lambda r: replace(r, tail=-r.tail),
-    "not the tau and the tail of its support, topk": lambda r: replace(r, tau=r.tail),
+    "not have the tau and tail of its support, topk": lambda r: replace(r, tau=r.tail),
 }
 
 
@@ -325,11 +325,11 @@ def test_what_is_no_regular_file_in_a_selection_hangs_nobody_and_is_damage(lab, 
     path.unlink()
     put(path)
     with at_once():
-        with pytest.raises(UserError, match=r"(no regular file|missing or not what manifest\.json says).*generate"):
+        with pytest.raises(UserError, match=r"(not a regular file|missing or not what manifest\.json says).*generate"):
             Selection(lab.out)
         assert not lab.garbage()
         (problem,) = lab.verify()
-        assert problem.file == str(path) and "is no regular file" in problem.what and problem.aside
+        assert problem.file == str(path) and "is not a regular file" in problem.what and problem.aside
         assert lab.generate() == 0 and not lab.verify()
         path.unlink()
         put(path)
@@ -382,7 +382,7 @@ def test_a_reference_or_shard_that_goes_while_the_store_is_listed_is_passed_over
         return found
 
     monkeypatch.setattr(Storage, "find", listed)
-    assert references(Storage(lab.store)) == ([], [])
+    assert users_of(Storage(lab.store)) == ([], [])
     assert not [name for info in catalogue(Storage(lab.store)) for name in info.unreadable]
 
 
@@ -417,7 +417,7 @@ def test_a_file_in_a_folders_place_is_moved_aside(lab, depth):
     folder = lab.sampled.parent if depth == 2 else lab.sampled.parent.parent
     shutil.rmtree(folder)
     folder.write_text("mine")
-    assert lab.verify(set_aside=False)[0].what == "it is no folder"
+    assert lab.verify(set_aside=False)[0].what == "it is not a folder"
     assert lab.restored()
 
 
@@ -458,7 +458,7 @@ def test_a_temporary_file_that_goes_while_the_store_is_listed_is_passed_over(lab
 def test_a_line_of_skipped_jsonl_that_is_no_entry_is_ignored_and_named(lab, line):
     (lab.sampled.parent / "skipped.jsonl").write_text(line + "\n")
     assert lab.generate() == 0 and contents(lab.out) == lab.undisturbed
-    assert "1 of its lines are no entries" in lab.verify()[0].what
+    assert "1 of its lines are not entries" in lab.verify()[0].what
 
 
 def deeper(manifest: dict) -> None:
@@ -552,9 +552,9 @@ def test_a_selection_that_leaves_its_rows_in_the_store_is_checked_when_it_is_rea
     "damage",
     ["", "{", "null", "[1]", '{"selection": null}', "torn", "moved", "folder", "file"],
 )
-def test_gc_does_not_guess_what_a_damaged_reference_was_of(lab, damage):
-    ((reference,), _) = references(Storage(lab.store))
-    path = lab.store / reference.name
+def test_gc_does_not_guess_which_selection_a_damaged_record_was_of(lab, damage):
+    ((user,), _) = users_of(Storage(lab.store))
+    path = lab.store / user.name
     if damage == "torn":
         os.truncate(path, 20)
     elif damage == "moved":  # it names another selection than its own name is of
@@ -566,10 +566,10 @@ def test_gc_does_not_guess_what_a_damaged_reference_was_of(lab, damage):
         path.parent.write_text("mine")
     else:
         path.write_text(damage)
-    with pytest.raises(UserError, match=r"references.*: no readable reference"):
+    with pytest.raises(UserError, match=r"references.*: not a readable record"):
         lab.garbage()
-    assert "no readable reference" in lab.verify()[0].what
-    lab.generate()  # leaves word again
+    assert "not a readable record" in lab.verify()[0].what
+    lab.generate()  # records its use again
     assert contents(lab.out) == lab.undisturbed and not lab.verify() and not lab.garbage()
 
 

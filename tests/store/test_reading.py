@@ -18,11 +18,11 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.learning.batches import collate
-from pipeline.store.opened import OpenFiles
+from pipeline.store.open_files import OpenFiles
 from pipeline.store.requests import RequestFolder
-from pipeline.store.rows import BucketedBatches, RowLoader, TeacherRows
 from pipeline.store.schema import Row
 from pipeline.store.selection import Part, Selection, write_selection
+from pipeline.store.training_rows import BucketedBatches, RowLoader, TeacherRows
 from tests.conftest import ROOT
 from tests.store.test_selections import as_an_earlier_version_wrote
 from tests.store.test_shards import REQUEST, TEACHER, assert_same, make_row, meta
@@ -154,7 +154,7 @@ import resource, sys
 import torch, numpy
 from itertools import islice
 from pipeline.learning.batches import collate
-from pipeline.store.rows import RowLoader, TeacherRows
+from pipeline.store.training_rows import RowLoader, TeacherRows
 from pipeline.store.selection import Selection
 
 dataset = TeacherRows(Selection(sys.argv[1]), "train")

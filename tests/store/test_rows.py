@@ -92,7 +92,7 @@ def test_every_row_that_is_left_out_is_recorded_and_some_are_named(teacher, tmp_
 WRONG = {
     "log-probabilities of its tokens": {"logprobs": np.nan},
     "normalisers": {"lse": np.inf},
-    "a top k whose": {"topk_logprobs": np.nan},
+    "a top k with": {"topk_logprobs": np.nan},
     "values of tau": {"tau": np.nan},
 }
 

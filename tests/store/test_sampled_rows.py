@@ -25,8 +25,8 @@ from pipeline.objectives.sparse import sparse_divergence
 from pipeline.objectives.supports import systematic
 from pipeline.params import Optimisation
 from pipeline.params.student import Distill
-from pipeline.store.rows import Rows
 from pipeline.store.schema import SCHEMA, Columns, to_table
+from pipeline.store.training_rows import Rows
 from stages.distill.training import name_of, require_tokens
 from tests.store.test_shards import make_row
 

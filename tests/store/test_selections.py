@@ -146,9 +146,9 @@ def test_a_selection_with_the_names_of_an_earlier_version_is_read_and_replaced(t
 
 
 def faults(out: Path) -> set[str]:
-    """What verify says, but for the keys of rows, which are made up here."""
+    """What verify says, except for the keys of rows, which are made up here."""
     found = {problem.what for problem in verify_selection(out, None, False)}
-    return {what for what in found if "has a key that is not of its tokens" not in what}
+    return {what for what in found if "has a key that does not fit its tokens" not in what}
 
 
 class Killed(BaseException):

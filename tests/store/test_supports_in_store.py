@@ -12,10 +12,10 @@ import pytest
 from pipeline.cli.dry_run import dry_run
 from pipeline.cli.listing import Form
 from pipeline.store.narrowing import narrowed
-from pipeline.store.rows import TeacherRows
 from pipeline.store.schema import read_metadata, row_digest
 from pipeline.store.selection import Selection
 from pipeline.store.storage import Storage
+from pipeline.store.training_rows import TeacherRows
 from pipeline.upkeep.collect import garbage, in_use
 from pipeline.upkeep.export import splits_of_request
 from pipeline.upkeep.verify import verify_selection, verify_store

@@ -11,10 +11,10 @@ from pipeline.params import Params
 from pipeline.params.file import load_params
 from pipeline.store.identity import Request, Sampling, sample_key, score_key
 from pipeline.store.requests import RequestFolder
-from pipeline.store.rows import TeacherRows
 from pipeline.store.schema import row_digest
 from pipeline.store.selection import Selection
 from pipeline.store.storage import Storage
+from pipeline.store.training_rows import TeacherRows
 from pipeline.teacher.teacher import Teacher, sampling_request, scoring_request
 from pipeline.upkeep.catalogue import catalogue
 from pipeline.upkeep.export import export, splits_of_request, splits_of_selection

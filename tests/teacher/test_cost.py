@@ -262,7 +262,7 @@ def test_the_tables_are_readable_in_a_terminal(teacher, prompts, tmp_path, monke
 
 def test_too_few_or_too_small_gpus_are_refused(teacher, prompts):
     params = make_params(teacher)
-    with pytest.raises(UserError, match=r"--gpus 1: one copy of the teacher .* needs 2 GPUs of 0.001 GiB"):
+    with pytest.raises(UserError, match=r"--gpus 1: one copy of the teacher needs 2 GPUs of 0.001 GiB"):
         dry_run(params, prompts, assumed=Assumptions(gpus=1, memory=0.001))
 
 
@@ -288,7 +288,7 @@ def test_responses_of_another_tool_need_no_gpu(teacher, prompts, tmp_path, capsy
     dry_run(params, prompts, assumed=Assumptions(rate=100))
     found = printed(capsys.readouterr().out)
     assert found["response tokens"] == ["4", "4"] and "one copy" not in found and "GPU-hours" not in found
-    with pytest.raises(UserError, match="--tokens plans what a teacher is to say"):
+    with pytest.raises(UserError, match="--tokens plans responses of the teacher"):
         dry_run(params, prompts, assumed=Assumptions(tokens=1e9))
 
 

@@ -473,12 +473,12 @@ def rows_in_readable(store: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda row: replaced(row, key="0" * 32), "has a key that is not of its tokens"),
+        (lambda row: replaced(row, key="0" * 32), "has a key that does not fit its tokens"),
         (lambda row: replaced(row, topk_ids=row.topk_ids[:, ::-1], topk_logprobs=row.topk_logprobs[:, ::-1]), "order"),
         (lambda row: replaced(row, topk_ids=row.topk_ids + 10**6), "outside the vocabulary"),
         (lambda row: replaced(row, lse=row.lse * float("nan")), "normalisers that are not finite"),
         # Seen by the counts of the file, or where the row has one token, whose absence counts as a value, by its own.
-        (lambda row: replaced(row, logprobs=row.logprobs[:-1]), "for each"),
+        (lambda row: replaced(row, logprobs=row.logprobs[:-1]), "does not have"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_are_found_by_verify(filled, note, change, reason):
@@ -571,12 +571,12 @@ def test_descriptions_that_are_not_of_their_folder(filled, note):
     request.write_text(json.dumps(json.loads(request.read_text()) | {"template": "other"}))
     (request.parent / "skipped.jsonl").write_bytes(b'{"key": "a", "reas\xff\n[1]\nnull\n')
     code, said = filled.verify()
-    assert code == 1 and said.count("it describes something else than its folder") == 2, said
-    assert "3 of its lines are no entries, and ignored" in said
+    assert code == 1 and said.count("it does not describe its folder") == 2, said
+    assert "3 of its lines are not entries and are ignored" in said
     shards(filled.store)[0].unlink()
     assert filled.finish() > 0
     code, said = filled.verify()
-    assert said.count("Then: ") == 1 and "1 problems" in said and "no entries" in said, said
+    assert said.count("Then: ") == 1 and "1 problems" in said and "not entries" in said, said
     note(
         "teacher.json, request.json or skipped.jsonl is damaged",
         "named, set aside or ignored, written anew",

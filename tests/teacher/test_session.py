@@ -10,7 +10,7 @@ from pipeline.engines.stub import StubEngine
 from pipeline.errors import UserError
 from pipeline.prompts import Prompt, PromptFormat, prompt_id
 from pipeline.store.storage import Storage
-from pipeline.store.users import references
+from pipeline.store.users import users_of
 from pipeline.teacher import session as module
 from pipeline.teacher.items import read_as_models_do, to_draw
 from pipeline.teacher.orders import Order
@@ -131,10 +131,10 @@ def test_the_store_is_told_of_a_selection_before_it_is_asked_for_and_after(param
     order = order_of(params, asked, "w1 w2", selection=out)
     with Session(asked, storage) as session:
         session.answer([order, replace(order, items=(), selection=tmp_path / "empty")])
-        (user,) = references(storage)[0]
+        (user,) = users_of(storage)[0]
         assert (user.selection, user.complete, user.requests) == (str(out), False, (order.request.identity,))
         session.record_use([order])
-    (user,) = references(storage)[0]
+    (user,) = users_of(storage)[0]
     assert user.complete
 
 

@@ -1,7 +1,7 @@
 """Short news reports to headlines, three phrasings each.
 
-What a headline says is spread over two or three sentences of the report. The other sentences are of no concern, though
-they name towns, people and numbers too.
+What a headline says is spread over two or three sentences of the report. The other sentences are distractors that name
+towns, people and numbers too.
 """
 
 from random import Random
@@ -23,8 +23,8 @@ POOLS = {
     "round": ("final", "semifinal", "opener", "replay"),
     "post": ("mayor", "judge", "sheriff", "governor"),
 }
-# {more} and {less} are {number1} and {number2} by size: who won is to be found out by comparing them. Sentences that
-# name a winner and a loser come in both orders, so that the order does not tell.
+# {more} and {less} are {number1} and {number2} by size: only a comparison of them tells who won. Sentences that name a
+# winner and a loser come in both orders, so that the order does not tell.
 
 
 class Event(NamedTuple):

@@ -1,7 +1,7 @@
 """English to German from a grammar: gender, case, adjective endings, verb-second and verb-last order.
 
-A sentence is drawn as noun phrases around a verb and spelled out in both languages. Where the German may begin with
-its time adverb or not, both orders are references.
+A sentence is drawn as noun phrases around a verb and spelled out in both languages. Where the German may or may not
+begin with its time adverb, both orders are references.
 """
 
 from collections.abc import Sequence
@@ -213,7 +213,7 @@ def _german(main: Clause, time: str, reason: Clause | None, front: str) -> str:
 
 
 def _clause(rng: Random, tense: str, unused: list[Noun], adjuncts: float) -> Clause:
-    """`adjuncts` is the chance of one that the verb can do without. Takes its nouns out of `unused`."""
+    """`adjuncts` is the chance of an adjunct that the verb does not need. Takes its nouns out of `unused`."""
     verb = rng.choice(VERBS)
     # "the men read" is present or past; "the man reads" and "the man read" say which.
     ambiguous = tense != "modal" and verb.english[1] == verb.english[2]
@@ -221,7 +221,7 @@ def _clause(rng: Random, tense: str, unused: list[Noun], adjuncts: float) -> Cla
     english_verb, finite, closing = _conjugate(rng, verb, tense, subject.plural)
     english, parts = [subject.english, english_verb], []
     if verb.objects:
-        # What animals do, they do to the living: no cat looks for a newspaper.
+        # Objects of animals are alive: no cat looks for a newspaper.
         kinds = verb.objects if subject.kind in PERSON else ALIVE
         parts.append(_phrase(rng, kinds, unused, verb.case, verb.preposition))
     if not verb.objects or rng.random() < adjuncts:
@@ -276,7 +276,7 @@ def lexicon() -> list[str]:
     for noun in NOUNS:
         texts += [*noun.english, *noun.english_plural]
         texts += [word for _, english in _adjectives(noun) for word in english]
-        # Only the endings that occur: nobody but a subject is nominative.
+        # Only the endings that occur: only subjects are nominative.
         for case, (definite, plural) in product(_cases(noun), ((True, False), (False, False), (True, True))):
             if noun.german_plural or not plural:
                 stems = ["", *[stem for stem, _ in _adjectives(noun)]]

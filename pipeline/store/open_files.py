@@ -1,4 +1,4 @@
-"""Parquet files that are read long after they were checked: opened once, whatever is put in their place meanwhile."""
+"""Parquet files that are read long after they were checked: kept open, so that replacing them changes nothing."""
 
 import hashlib
 import os
@@ -13,29 +13,29 @@ import pyarrow.parquet as pq
 from pipeline.errors import UserError
 from pipeline.files import require_file
 
-_SHARE = 8  # of the files that a process may have open, one in so many: a training reads several selections
+_SHARE = 8  # take at most 1 / _SHARE of the files that a process may have open: a training reads several selections
 
 
 class OpenFiles:
-    """Files that stay what they were when they were added: removing or replacing them takes nothing from a reader.
+    """Files that stay what they were when they were added: a reader does not notice that one is removed or replaced.
 
-    Those that are more than may be open at once are opened anew each time, and so are all in a process that got a copy
-    of this; they must then be the files that were added, by what the file system says or else by their content.
+    Files beyond the limit of open ones are opened anew each time, and so are all in a process that got a copy of this;
+    they must then be the files that were added, by what the file system says or else by their content.
     """
 
     def __init__(self, lost: str):
-        """lost: what must have happened where one of them is not there any more, and what to do."""
+        """lost: for the message where a file is gone or another one: what must have happened, and what to do."""
         self.lost = lost
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.room = limit // _SHARE if 0 < limit < 4096 else 512
         self._open: dict[Path, pa.NativeFile] = {}
-        self._added: dict[Path, tuple[str, tuple]] = {}  # what its content's digest begins with, and its mark
+        self._added: dict[Path, tuple[str, tuple]] = {}  # beginning of its content's digest, and its mark
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_open": {}}  # in another process they are opened again
 
     def add(self, path: Path, sha256: str, check: bool = True) -> bool:
-        """Whether the digest of a file's content begins with `sha256`; without `check` the caller knows.
+        """Whether the digest of a file's content begins with `sha256`; without `check`, taken as true.
 
         Raises OSError where there is no such file.
         """
@@ -49,7 +49,7 @@ class OpenFiles:
 
     @contextmanager
     def reader(self, path: Path) -> Iterator[pq.ParquetFile]:
-        """A file to read from. Raises UserError where it was added and is another one by now."""
+        """A file to read from. Raises UserError where it was added and is gone or another one by now."""
         file = self._open.get(path) or (self._again(path) if path in self._added else _open(path))
         try:
             with pq.ParquetFile(file) as reader:
@@ -81,14 +81,14 @@ def _open(path: Path) -> pa.NativeFile:
 
 
 def _mark(file: pa.NativeFile) -> tuple:
-    """What a file system says of a file, which another one in its place would not have."""
-    found = os.fstat(file.fileno())
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    """What the file system says of a file, and would not say of another one in its place."""
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _fits(file: pa.NativeFile, sha256: str) -> bool:
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     file.seek(0)
     while chunk := file.read(2**20):
-        found.update(chunk)
-    return found.hexdigest().startswith(sha256)
+        hasher.update(chunk)
+    return hasher.hexdigest().startswith(sha256)

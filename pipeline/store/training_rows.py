@@ -1,7 +1,7 @@
 """A selection for training: a torch dataset that decodes what is asked for, and batches of similar length.
 
-Memory is bounded by the batch: rows are decoded by row group, a few groups at a time, and the order of an epoch is such
-that a group is decoded about once (once for each worker process). The order follows from seed and epoch alone: an epoch
+Memory is bounded by the batch: rows are decoded by row group, a few groups at a time, and an epoch is ordered so that
+each group is decoded about once (once per worker process). The order follows from seed and epoch alone: an epoch
 can be left in its middle and taken up again. Files stay open, so that a training goes on with its own rows when its
 selection is rewritten, or when `cache gc` removes what it reads.
 """
@@ -42,10 +42,10 @@ class TeacherRows(Dataset):
         count = selection.part(part)["rows"]
         keys, fits = np.empty(count, object), np.zeros(count, bool)
         prompts, responses, groups, places = (np.zeros(count, np.int32) for _ in range(4))
-        self._highest: list[int] = []  # token id of each group
+        self._highest: list[int] = []  # highest token id of each group
         for number, at in enumerate(self._source.rows):
-            found, origins, table = self._source.light(number)
-            keys[at], fits[at] = found, [origin in (None, each) for each in origins]
+            group_keys, origins, table = self._source.read_light(number)
+            keys[at], fits[at] = group_keys, [origin in (None, each) for each in origins]
             prompts[at], responses[at] = (pc.list_value_length(table.column(name)) for name in _LIGHT[2:])
             groups[at], places[at] = number, np.arange(len(at))
             highest = (pc.max(pc.list_flatten(table.column(name))).as_py() for name in _LIGHT[2:])
@@ -80,7 +80,7 @@ class TeacherRows(Dataset):
         return self._decoded[number]
 
     def beyond(self, vocabulary: int) -> tuple[Row, int] | None:
-        """A row with a token id that a vocabulary of this size has not, and the id; None where there is none."""
+        """A row with a token id outside a vocabulary of this size, and the id; None where there is none."""
         for index, number in enumerate(self.groups):
             if self._highest[number] >= vocabulary:
                 row = self[index]
@@ -111,7 +111,7 @@ class Rows(Sequence[Row]):
 class _Files:
     """Row groups of a selection's own files.
 
-    rows: where the rows of each group are in the canonical order. places: file of each group, and its number there.
+    rows: the places of each group's rows in the canonical order. places: file of each group, and its number there.
     """
 
     def __init__(self, selection: Selection, part: str, without: tuple[str, ...]):
@@ -125,7 +125,7 @@ class _Files:
                 self.places.append((path, number))
                 start = end
 
-    def light(self, group: int) -> tuple[list[str], list[str], pa.Table]:
+    def read_light(self, group: int) -> tuple[list[str], list[str], pa.Table]:
         path, number = self.places[group]
         with self.files.reader(path) as reader:
             table = reader.read_row_group(number, columns=_LIGHT)
@@ -157,7 +157,7 @@ class _Stored:
                 self.rows.append(np.array(places)[numbers == number])
                 self.places.append((shard, int(number), int(ends[number - 1]) if number else 0))
 
-    def light(self, group: int) -> tuple[list[str], list[str], pa.Table]:
+    def read_light(self, group: int) -> tuple[list[str], list[str], pa.Table]:
         at, (shard, number, first) = self.rows[group], self.places[group]
         with self.folder.files.reader(shard) as reader:
             table = reader.read_row_group(number, columns=_LIGHT)
@@ -176,20 +176,20 @@ class BucketedBatches(Sampler[list[int]]):
     """Batches of row numbers for one epoch after the other, of similar length, shuffled by seed and epoch.
 
     Groups come in random order, and the rows of POOL of them are shuffled together. Every `window` batches of them are
-    sorted by length before they are cut, and come in random order; a window of 1 sorts nothing. All rows come once an
+    sorted by length before they are cut, and come in random order; a window of 1 sorts nothing. All rows come once per
     epoch; only the last batch may be smaller.
     """
 
     def __init__(
         self, lengths: np.ndarray, groups: np.ndarray, batch_size: int, seed: int, parts: int = 1, window: int = 16
     ):
-        """lengths, groups: int [N]. parts: micro-batches that each batch is handed out in."""
+        """lengths, groups: int [N]. parts: micro-batches per batch."""
         if batch_size % parts:
             raise ValueError(f"{batch_size} rows cannot be handed out in {parts} equal parts")
         self.lengths, self.batch_size, self.seed, self.parts, self.window = lengths, batch_size, seed, parts, window
         order = np.argsort(groups, kind="stable")
         self.groups = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1) if len(order) else []
-        self.epoch = self.start = 0  # start: micro-batches of the epoch that are passed over
+        self.epoch = self.start = 0  # start: micro-batches of the epoch to skip
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration is of."""
@@ -234,13 +234,13 @@ class RowLoader(DataLoader):
         parts: int = 1,
         window: int = 16,
     ):
-        """collate: makes a batch of rows. workers: processes that decode. parts: micro-batches of a batch.
+        """collate: makes a batch of rows. workers: processes that decode. parts: micro-batches per batch.
 
         window: batches that are sorted by length together, which saves padding; 1 mixes all lengths.
         """
         batches = BucketedBatches(rows.lengths, rows.groups, batch_size, seed, parts, window)
         largest = max(map(len, batches.groups), default=0)
-        rows.keep_rows = (POOL + 1) * largest + batch_size  # a pool, and what the one before has left
+        rows.keep_rows = (POOL + 1) * largest + batch_size  # a pool, and what is left of the one before
         super().__init__(rows, batch_sampler=batches, collate_fn=collate, num_workers=workers)
 
     def set_epoch(self, epoch: int) -> None:

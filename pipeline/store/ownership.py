@@ -1,4 +1,4 @@
-"""Whether a folder may take a selection: nothing that somebody else put there is ever replaced or removed."""
+"""Whether a selection may be written to a folder: nothing that somebody else put there is replaced or removed."""
 
 import re
 from pathlib import Path
@@ -15,9 +15,9 @@ _HEAD = re.compile(rb'\s*\{\s*"schema_version":\s*\d+,\s*"teacher":')  # how a m
 
 
 def require_own_selection(folder: Path, option: str = "--out") -> None:
-    """Raises UserError unless a selection may be written: `folder` is missing, empty or has one, whole or damaged.
+    """Raises UserError unless `folder` is missing, empty or has a selection, whole or damaged.
 
-    Files under other names than a selection's stay where they are. One that only bears such a name is refused.
+    Files under other names than a selection's stay where they are. A file of such a name that is not ours is refused.
     """
     names = entries(folder, option)
     staged = [name for name in names if name.startswith(".tmp-")]
@@ -32,7 +32,7 @@ def require_own_selection(folder: Path, option: str = "--out") -> None:
 
 
 def _is_ours(path: Path, manifests: list[Path]) -> bool:
-    """Whether we wrote it for a selection; what is empty, or gone meanwhile, is nobody's loss.
+    """Whether we wrote it for a selection; true too for a file that is empty or gone, where nothing can be lost.
 
     A manifest is known by how it begins. Rows beside one are known by their footer or, where that is damaged, by the
     manifest; rows without one by a name that fits their content: those of an export have the same footer.
