@@ -150,7 +150,7 @@ def cache(teacher, student, tmp_path_factory):
 def rewritten(cache, teacher, student, tmp_path, monkeypatch):
     """`rewritten(name)`: a folder with copies of `cache`'s selections, replaced by others when `name` is called.
 
-    The others hold the same rows with fewer tokens a position, so no teacher is asked.
+    The others hold the same rows with fewer tokens per position, so no teacher is asked.
     """
     from stages.generate import generate
     from stages.score import score

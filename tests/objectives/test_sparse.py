@@ -1,4 +1,4 @@
-"""What holds for teachers of k tokens a position: exactness in all four tail modes, properties, gradients."""
+"""What holds for teachers of k tokens per position: exactness in all four tail modes, properties, gradients."""
 
 import math
 
