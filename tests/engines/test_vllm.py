@@ -371,6 +371,31 @@ def test_a_model_in_two_processes_gives_the_same_rows_and_its_death_is_an_except
     assert "dead: vLLM stopped: " in said
 
 
+TWICE = """
+import sys
+from pathlib import Path
+import psutil
+from pipeline.engines import Loading, open_engine
+from tests.engines.test_engines import GREEDY, by_key, make_asks
+
+rows, sizes = [], []
+for _ in range(2):
+    engine = open_engine("vllm", Path(sys.argv[1]), Loading("float32", 40))
+    answers = by_key(engine.sample(make_asks(8), GREEDY, 5))
+    rows.append({key: answer.response_ids.tolist() for key, answer in answers.items()})
+    sizes.append(psutil.Process().memory_info().rss)
+    engine.close()
+    sizes.append(psutil.Process().memory_info().rss)
+assert rows[0] == rows[1]
+print("freed", *[opened - closed for opened, closed in zip(sizes[::2], sizes[1::2])])
+"""
+
+
+def test_a_closed_engine_frees_its_cache_and_the_process_can_open_another(teacher, tmp_path):
+    freed = run_python(TWICE, tmp_path, teacher).split("freed")[1].split()
+    assert len(freed) == 2 and all(int(each) > 256 * 2**20 for each in freed)  # of 512 MiB
+
+
 def given_to_vllm(monkeypatch, folder, loading, installed) -> tuple[list[dict], object]:
     """The arguments of each `LLM(...)` that opening the engine makes, whose workers answer `installed`; the engine."""
     made = []
