@@ -129,3 +129,15 @@ def test_the_tables_of_the_cost_page_follow_from_its_assumptions():
     shard = 1024 * 512 * bytes_per_token(32, "sampled")
     assert f"about {1_953_125 / 1024:,.0f} shards of {shard / 2**20:.0f} MiB" in COST
     assert f"{1024 * 512 / 2500 / 60:.1f} minutes at this rate" in COST
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_lines_of_prose_are_short(page):
+    """Tables and code are as wide as what they show."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    assert [line for line in text.splitlines() if len(line) > 140 and not line.startswith("|")] == []
+
+
+def test_the_readme_is_finished_by_its_readers():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120 and len(text.split()) <= 1200
