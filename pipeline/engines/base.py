@@ -77,6 +77,9 @@ class Failure:
     reason: str
 
 
+Answers = Iterator[Answer | Failure]  # in any order
+
+
 class Engine(Protocol):
     """`description` goes into each shard's footer: engine and versions.
 
@@ -86,13 +89,9 @@ class Engine(Protocol):
 
     description: dict
 
-    def sample(
-        self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk"
-    ) -> Iterator[Answer | Failure]: ...
+    def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk") -> Answers: ...
 
-    def score(
-        self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk"
-    ) -> Iterator[Answer | Failure]: ...
+    def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk") -> Answers: ...
 
     def close(self) -> None:
         """Free the memory; nothing is asked afterwards."""

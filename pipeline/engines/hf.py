@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from pipeline import interrupts
-from pipeline.engines.base import Answer, Ask, EngineDead, Failure, Loading, too_long, unknown_token
+from pipeline.engines.base import Answer, Answers, Ask, EngineDead, Failure, Loading, too_long, unknown_token
 from pipeline.engines.kept import Kept, kept, kept_of_each
 from pipeline.errors import reason_of
 from pipeline.models import Context, best_device, load_lm
@@ -49,19 +49,13 @@ class HfEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def sample(
-        self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk"
-    ) -> Iterator[Answer | Failure]:
-        return self._run(
-            asks, lambda ask: sampling.max_tokens, lambda batch: self._sampled(batch, sampling, k, support)
-        )
+    def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk") -> Answers:
+        answer = partial(self._sampled, sampling=sampling, k=k, support=support)
+        return self._run(asks, lambda ask: sampling.max_tokens, answer)
 
-    def score(
-        self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk"
-    ) -> Iterator[Answer | Failure]:
-        return self._run(
-            asks, lambda ask: len(ask.response_ids), lambda batch: self._scored(batch, k, stop_token_ids, support)
-        )
+    def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk") -> Answers:
+        answer = partial(self._scored, k=k, stop_token_ids=stop_token_ids, support=support)
+        return self._run(asks, lambda ask: len(ask.response_ids), answer)
 
     def unreadable(self, ask: Ask, response: int) -> str | None:
         """Why an ask with a response of up to so many tokens cannot be read; None where it can."""
@@ -69,7 +63,7 @@ class HfEngine:
 
     def _run(
         self, asks: Iterable[Ask], response: Callable[[Ask], int], answer: Callable[[list[Ask]], list[Answer]]
-    ) -> Iterator[Answer | Failure]:
+    ) -> Answers:
         """Answer in batches of similar length. `response(ask)`: the most tokens that its response can have."""
         waiting = iter(asks)
         while window := list(islice(waiting, _WINDOW * self.batch_size)):
@@ -89,7 +83,7 @@ class HfEngine:
         prompt, response = len(ask.prompt_ids), 0 if ask.response_ids is None else len(ask.response_ids)
         return (_size(prompt), _size(response)) if self.seq2seq else (_size(prompt + response),)
 
-    def _halving(self, batch: list[Ask], answer: Callable[[list[Ask]], list[Answer]]) -> Iterator[Answer | Failure]:
+    def _halving(self, batch: list[Ask], answer: Callable[[list[Ask]], list[Answer]]) -> Answers:
         """Answer a batch, in halves where it does not fit into memory, down to a single row."""
         try:
             with interrupts.allowed():

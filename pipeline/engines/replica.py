@@ -2,14 +2,14 @@
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 
 from pipeline import console
-from pipeline.engines.base import Answer, Ask, Engine, EngineDead, Failure, Loading
+from pipeline.engines.base import Answer, Answers, Ask, Engine, EngineDead, Failure, Loading
 from pipeline.errors import reason_of
 from pipeline.store.identity import Sampling
 from pipeline.store.schema import Columns, to_table
@@ -33,7 +33,7 @@ ANSWERS = pa.schema(
 )
 
 
-def from_answers(table: pa.Table) -> Iterator[Answer | Failure]:
+def from_answers(table: pa.Table) -> Answers:
     """The rows of a table of ANSWERS."""
     columns = Columns(table)
     for number in range(len(columns)):
@@ -51,7 +51,7 @@ class Job:
     stop_token_ids: tuple[int, ...] = ()
     support: str = "topk"
 
-    def ask(self, engine: Engine, asks: Iterable[Ask]) -> Iterator[Answer | Failure]:
+    def ask(self, engine: Engine, asks: Iterable[Ask]) -> Answers:
         if self.sampling is not None:
             return engine.sample(asks, self.sampling, self.k, support=self.support)
         return engine.score(asks, self.k, self.stop_token_ids, support=self.support)

@@ -40,11 +40,7 @@ class StopAtSignal(TrainerCallback):
             control.should_training_stop = True
             control.should_save = args.save_strategy != SaveStrategy.NO
 
-    def on_log(self, args, state, control, **_):
-        self.on_step_end(args, state, control)
-
-    def on_evaluate(self, args, state, control, **_):
-        self.on_step_end(args, state, control)
+    on_log = on_evaluate = on_step_end
 
     def on_save(self, args, state, control, **_):
         self._has_saved(state.global_step)

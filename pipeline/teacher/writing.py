@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from pipeline import console, interrupts
-from pipeline.engines.base import Answer, Ask, Engine, Failure
+from pipeline.engines.base import Answer, Answers, Ask, Engine, Failure
 from pipeline.errors import UserError, reason_of
 from pipeline.store.requests import SKIPPED
 from pipeline.store.schema import Row, footer, value_fault
@@ -85,7 +85,7 @@ class _Writer:
         self.tokens = 0
         self.dropped = 0.0  # largest mass at a position on ids that no token has
 
-    def write(self, what: str, answers: Iterator[Answer | Failure], items: Sequence[Item]) -> None:
+    def write(self, what: str, answers: Answers, items: Sequence[Item]) -> None:
         """Have every one of `items` made and stored, or recorded as left out."""
         if not items:
             return
@@ -159,7 +159,7 @@ def widened(row: Row, answer: Answer) -> Answer:
     )
 
 
-def _from_engine(answers: Iterator[Answer | Failure], role: str) -> Iterator[Answer | Failure]:
+def _from_engine(answers: Answers, role: str) -> Answers:
     """The answers; whatever an engine dies of becomes a UserError."""
     try:
         yield from answers
