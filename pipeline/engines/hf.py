@@ -50,12 +50,14 @@ class HfEngine:
             torch.cuda.empty_cache()
 
     def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk") -> Answers:
-        answer = partial(self._sampled, sampling=sampling, k=k, support=support)
-        return self._run(asks, lambda ask: sampling.max_tokens, answer)
+        return self._run(
+            asks, lambda ask: sampling.max_tokens, lambda batch: self._sampled(batch, sampling, k, support)
+        )
 
     def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk") -> Answers:
-        answer = partial(self._scored, k=k, stop_token_ids=stop_token_ids, support=support)
-        return self._run(asks, lambda ask: len(ask.response_ids), answer)
+        return self._run(
+            asks, lambda ask: len(ask.response_ids), lambda batch: self._scored(batch, k, stop_token_ids, support)
+        )
 
     def unreadable(self, ask: Ask, response: int) -> str | None:
         """Why an ask with a response of up to so many tokens cannot be read; None where it can."""
