@@ -155,10 +155,17 @@ class HfEngine:
         return self.model(input_ids=input_ids, attention_mask=mask, decoder_input_ids=decoder_ids).logits
 
     def _padded(self, sequences: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask, [B, L] each."""
         longest = _size(max(map(len, sequences)))
         if self.seq2seq:  # padding on the right has positions too
             longest = min(longest, self.context.tokens or longest)
-        return _padded(sequences, longest, self.model.device, left=not self.seq2seq)
+        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)  # padding is masked, so its id means nothing
+        for i, sequence in enumerate(sequences):
+            start = 0 if self.seq2seq else longest - len(sequence)
+            ids[i, start : start + len(sequence)] = torch.tensor(sequence)
+            mask[i, start : start + len(sequence)] = 1
+        return ids.to(self.model.device), mask.to(self.model.device)
 
 
 def _filled(batch: Sequence[Ask]) -> Sequence[Ask]:
@@ -170,17 +177,6 @@ def _size(length: int) -> int:
     """The length that a sequence is padded to: at most an eighth more than its own, in steps of 8 or more."""
     step = max(8, 1 << length.bit_length() >> 4)
     return -(-length // step) * step
-
-
-def _padded(sequences: Sequence[np.ndarray], length: int, device, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, [B, length] each; padding is masked, so its id means nothing."""
-    ids = torch.zeros(len(sequences), length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, sequence in enumerate(sequences):
-        start = length - len(sequence) if left else 0
-        ids[i, start : start + len(sequence)] = torch.tensor(sequence)
-        mask[i, start : start + len(sequence)] = 1
-    return ids.to(device), mask.to(device)
 
 
 class _Capture(LogitsProcessor):

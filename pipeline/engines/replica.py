@@ -16,21 +16,11 @@ from pipeline.store.schema import Columns, to_table
 
 _IDS, _VALUES = pa.list_(pa.int32()), pa.list_(pa.float32())
 ASKS = pa.schema([("key", pa.string()), ("prompt_ids", _IDS), ("seed", pa.int64()), ("response_ids", _IDS)])
-ANSWERS = pa.schema(
-    [
-        ("key", pa.string()),
-        ("reason", pa.string()),  # of a failure, which has nothing else
-        ("response_ids", _IDS),
-        ("finish", pa.string()),
-        ("logprobs", _VALUES),
-        ("topk_ids", _IDS),
-        ("topk_logprobs", _VALUES),
-        ("lse", _VALUES),
-        ("tau", _VALUES),
-        ("tail", _VALUES),
-        ("dropped", pa.float64()),
-    ]
-)
+ANSWERS = pa.schema([  # a failure has a key and a reason alone
+    ("key", pa.string()), ("reason", pa.string()), ("response_ids", _IDS), ("finish", pa.string()),
+    ("logprobs", _VALUES), ("topk_ids", _IDS), ("topk_logprobs", _VALUES), ("lse", _VALUES), ("tau", _VALUES),
+    ("tail", _VALUES), ("dropped", pa.float64()),
+])  # fmt: skip
 
 
 def from_answers(table: pa.Table) -> Answers:

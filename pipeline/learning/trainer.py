@@ -187,8 +187,13 @@ class _Watch(TrainerCallback):
             self.advance(0, note="  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
 
 
-def train(job: Job, training: Training) -> Trained:
-    """What `pipeline.learning.job.run` does."""
+def run(job: Job, training: Training | None = None) -> Trained:
+    """Train in this process. training: what the job would make, where the caller has made it already.
+
+    A signal ends it after the running step, with a checkpoint of that step: then `Interrupted` is raised. Raises
+    UserError where loss, gradients or weights are no longer finite.
+    """
+    training = training or job.training()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("training runs in one process: start it without torchrun or accelerate launch")
     _require_trackers(job.report_to)

@@ -92,7 +92,7 @@ class Session:
         engine = self._opened(max(lengths)) if lengths else None
         interrupts.keeps("What was made so far is kept; run the same command to go on")
         begun = time.monotonic()
-        tokens = sum(make(plan, engine, self.teacher) for plan in plans)
+        tokens = sum(make(plan, engine) for plan in plans)
         seconds = time.monotonic() - begun
         plans = [Plan.of(plan.order, self.teacher, plan.folder) for plan in plans]
         unanswered = sum(len(plan.to_make) for plan in plans)

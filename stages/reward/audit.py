@@ -49,7 +49,7 @@ def audit(examples: Sequence[Scored], resamples: int, seed: int) -> dict[str, di
     """
     prompts: dict[str, tuple[list[Scored], list[Scored]]] = {}
     for example in examples:
-        prompts.setdefault(example.prompt_id, ([], []))[not example.right].append(example)
+        prompts.setdefault(example.prompt_id, ([], []))[0 if example.right else 1].append(example)
     pairs = list(prompts.values())
     picks = np.random.default_rng(seed).integers(len(pairs), size=(resamples, len(pairs)))
     result: dict[str, dict[str, float]] = {}

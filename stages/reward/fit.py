@@ -15,12 +15,12 @@ from pipeline.learning.consistency import Consistency, JointReward
 from pipeline.learning.curves import split_history
 from pipeline.learning.dropout import set_dropout
 from pipeline.learning.forward import per_row, score_tokens
-from pipeline.learning.job import Job, Training, run
+from pipeline.learning.job import Job, Training
 from pipeline.learning.learner import Learner, StudentLearner
 from pipeline.learning.posterior import RewardPosterior
 from pipeline.learning.residuals import Scaled
 from pipeline.learning.terms import Likelihood, Mean
-from pipeline.learning.trainer import seed_everything
+from pipeline.learning.trainer import run, seed_everything
 from pipeline.models import (
     Context,
     best_device,

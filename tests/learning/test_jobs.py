@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.learning.job import Job
-from pipeline.learning.job import run as train
+from pipeline.learning.trainer import run as train
 from stages.distill import distill
 from stages.reward import reward
 from stages.teach import teach
