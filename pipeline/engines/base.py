@@ -109,9 +109,9 @@ def too_long(prompt: int, response: int, context: Context) -> str | None:
     """Why a prompt and a response of up to so many tokens do not fit; None where they do."""
     if context.holds(prompt, response):
         return None
+    limit = f"{context.tokens} for each" if context.each else f"{context.tokens}"
     return (
-        f"a prompt of {prompt} tokens and a response of up to {response} exceed the model's context of "
-        f"{context.tokens}{' for each' if context.each else ''}: "
+        f"a prompt of {prompt} tokens and a response of up to {response} exceed the model's context of {limit}: "
         "shorten the prompt or lower max_tokens"
     )
 

@@ -295,16 +295,14 @@ class VllmEngine:
                         yield Failure(ask.key, reason_of(error))
                 if not running:
                     return
-                for output in self._step():
+                with _vllm_works(), interrupts.allowed():
+                    outputs = engine.step()
+                for output in outputs:
                     if output.finished:
                         yield answer(running.pop(output.request_id), output)
         finally:  # whoever stops listening leaves nothing behind for the next who asks
             with suppress(Exception):
                 engine.abort_request(list(running))
-
-    def _step(self) -> list:
-        with _vllm_works(), interrupts.allowed():
-            return self.llm.llm_engine.step()
 
     def _answer(self, ask: Ask, response: np.ndarray, finish: str, flat, k: int, support: str) -> Answer:
         """`flat` holds vLLM's rows, which are those of `Capture` where it is hooked; only the response's are read."""

@@ -103,17 +103,13 @@ def _training(distill: dict, folder: Path) -> Section | None:
     if not distill:
         return None
     section = Section("training", "Distillation", [f"{distill['samples']:,} cached responses, {distill['objective']}."])
-    curves = {name: read_curve(folder / f"{name}.csv") for name in ("training", "heldout")}
+    curves = {"training": read_curve(folder / "training.csv"), "held out": read_curve(folder / "heldout.csv")}
     for term, caption in (
         ("kd", "Distillation loss"),
         ("nll", "Negative log-likelihood of the teacher's tokens"),
         ("td_nll", "TD consistency, −log N(δ/c; μ, σ²)"),
     ):
-        drawn = {
-            name.replace("heldout", "held out"): (curve["step"], curve[term])
-            for name, curve in curves.items()
-            if term in curve
-        }
+        drawn = {name: (curve["step"], curve[term]) for name, curve in curves.items() if term in curve}
         if drawn:
             section.figures.append(Figure(figures.lines(drawn, "step", "nats"), caption))
     return section

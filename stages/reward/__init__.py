@@ -82,11 +82,10 @@ def reward(
         ranked = rankings.rows_of(audited)
         judges |= {
             "student_logprob": rankings.student_judge(ranked, student_path),
-            "teacher_logprob": rankings.teacher_judge(ranked),
+            "teacher_logprob": {row.key: row.logprobs for row in ranked},  # the ceiling
         }
         metrics["audit"] = rankings.judge_all(audited, judges, params.reward.bootstrap, params.seed)
-        counts = {name: len({row.prompt_id for row, _ in ranking}) for name, ranking in audited.items()}
-        metrics["audited_prompts"] = counts
+        metrics["audited_prompts"] = {name: len({row.prompt_id for row, _ in r}) for name, r in audited.items()}
     else:
         console.warn(
             "the reward is not audited: that needs validation prompts with references of two tokens or more, and "
