@@ -10,10 +10,10 @@ from pipeline.errors import UserError
 from pipeline.files import digest
 from pipeline.learning.dropout import set_dropout
 from pipeline.learning.forward import require_plain_head
-from pipeline.learning.job import Job, Training, run
+from pipeline.learning.job import Job, Training
 from pipeline.learning.learner import StudentLearner
 from pipeline.learning.terms import Likelihood
-from pipeline.learning.trainer import seed_everything
+from pipeline.learning.trainer import run, seed_everything
 from pipeline.models import (
     ModelSize,
     build_causal_lm,
@@ -79,10 +79,8 @@ def teach(
         made = _training(params, role, model, tokenizer, prompts_path)
         trained = run(job, made)
         loss = next((entry["loss"] for entry in reversed(trained.history) if "loss" in entry), float("nan"))
-        facts += [
-            ("pairs", f"{len(made.rows):,} of split {settings.split}"),
-            ("last loss", f"{loss:.4f} nats per token"),
-        ]
+        facts.append(("pairs", f"{len(made.rows):,} of split {settings.split}"))
+        facts.append(("last loss", f"{loss:.4f} nats per token"))
     save_model(out, model, tokenizer, _card(role, settings), stops)
     if job is not None:
         shutil.rmtree(job.run, ignore_errors=True)
@@ -113,16 +111,11 @@ def _job(params: Params, role: Role, seed: int, prompts_path: Path, tokenizer_pa
     settings: Teach = getattr(params.teach, role)
     of = [role, params.template, params.chat, params.system, seed, settings.model_dump(), fingerprint(prompts_path)]
     of += [tokenizer_identity(tokenizer), code_fingerprint("stages.teach")]
+    inputs = {"params": params.model_dump(include={"template", "chat", "system", "teach"}), "role": role, "seed": seed}
     return Job(
         what=f"teaching the {role}",
         make="stages.teach:training",
-        inputs={
-            "params": params.model_dump(include={"template", "chat", "system", "teach"}),
-            "role": role,
-            "seed": seed,
-            "prompts": str(prompts_path),
-            "tokenizer": str(tokenizer_path),
-        },
+        inputs=inputs | {"prompts": str(prompts_path), "tokenizer": str(tokenizer_path)},
         optimisation=settings.optimisation,
         seed=seed,
         run=runs / "teach" / digest(of)[:16],
@@ -162,7 +155,5 @@ def _card(role: Role, settings: Teach) -> str:
     trained = f"{steps} steps on up to {settings.pairs} references of split `{settings.split}`" if steps else "none"
     licence = licence_of(local_folder(settings.base)) if settings.base else "apache-2.0"
     front = ["---", *([f"license: {json.dumps(licence)}"] if licence else []), "library_name: transformers", "---"]
-    return (
-        "\n".join([*front, f"# {role.capitalize()}", "", f"{origin}, made by xkd-pipeline. Training: {trained}."])
-        + "\n"
-    )
+    text = [f"# {role.capitalize()}", "", f"{origin}, made by xkd-pipeline. Training: {trained}."]
+    return "\n".join([*front, *text]) + "\n"

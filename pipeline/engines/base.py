@@ -77,6 +77,9 @@ class Failure:
     reason: str
 
 
+Answers = Iterator[Answer | Failure]  # in any order
+
+
 class Engine(Protocol):
     """`description` goes into each shard's footer: engine and versions.
 
@@ -86,13 +89,9 @@ class Engine(Protocol):
 
     description: dict
 
-    def sample(
-        self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk"
-    ) -> Iterator[Answer | Failure]: ...
+    def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk") -> Answers: ...
 
-    def score(
-        self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk"
-    ) -> Iterator[Answer | Failure]: ...
+    def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk") -> Answers: ...
 
     def close(self) -> None:
         """Free the memory; nothing is asked afterwards."""
@@ -110,9 +109,9 @@ def too_long(prompt: int, response: int, context: Context) -> str | None:
     """Why a prompt and a response of up to so many tokens do not fit; None where they do."""
     if context.holds(prompt, response):
         return None
+    limit = f"{context.tokens} for each" if context.each else f"{context.tokens}"
     return (
-        f"a prompt of {prompt} tokens and a response of up to {response} exceed the model's context of "
-        f"{context.tokens}{' for each' if context.each else ''}: "
+        f"a prompt of {prompt} tokens and a response of up to {response} exceed the model's context of {limit}: "
         "shorten the prompt or lower max_tokens"
     )
 

@@ -1,11 +1,11 @@
 """No teacher at all: given responses are kept as they are, without log-probabilities, for sequence-level KD."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from pipeline import interrupts
-from pipeline.engines.base import Answer, Ask, Failure
+from pipeline.engines.base import Answer, Answers, Ask, Failure
 from pipeline.store.identity import Sampling
 from pipeline.store.schema import finish_of
 
@@ -16,15 +16,11 @@ class TextEngine:
     def __init__(self):
         self.description = {"engine": "text"}
 
-    def sample(
-        self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk"
-    ) -> Iterator[Answer | Failure]:
+    def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk") -> Answers:
         for ask in interrupts.allowing(asks):
             yield Failure(ask.key, "engine text draws no samples")
 
-    def score(
-        self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk"
-    ) -> Iterator[Answer | Failure]:
+    def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk") -> Answers:
         for ask in interrupts.allowing(asks):
             empty = np.empty((len(ask.response_ids), 0))
             finish = finish_of(ask.response_ids, stop_token_ids)

@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from pipeline import interrupts
-from pipeline.engines.base import Answer, Ask, EngineDead, Failure, Loading, too_long, unknown_token
+from pipeline.engines.base import Answer, Answers, Ask, EngineDead, Failure, Loading, too_long, unknown_token
 from pipeline.engines.kept import Kept, kept, kept_of_each
 from pipeline.errors import reason_of
 from pipeline.models import Context, best_device, load_lm
@@ -49,16 +49,12 @@ class HfEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def sample(
-        self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk"
-    ) -> Iterator[Answer | Failure]:
+    def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk") -> Answers:
         return self._run(
             asks, lambda ask: sampling.max_tokens, lambda batch: self._sampled(batch, sampling, k, support)
         )
 
-    def score(
-        self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk"
-    ) -> Iterator[Answer | Failure]:
+    def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk") -> Answers:
         return self._run(
             asks, lambda ask: len(ask.response_ids), lambda batch: self._scored(batch, k, stop_token_ids, support)
         )
@@ -69,7 +65,7 @@ class HfEngine:
 
     def _run(
         self, asks: Iterable[Ask], response: Callable[[Ask], int], answer: Callable[[list[Ask]], list[Answer]]
-    ) -> Iterator[Answer | Failure]:
+    ) -> Answers:
         """Answer in batches of similar length. `response(ask)`: the most tokens that its response can have."""
         waiting = iter(asks)
         while window := list(islice(waiting, _WINDOW * self.batch_size)):
@@ -89,7 +85,7 @@ class HfEngine:
         prompt, response = len(ask.prompt_ids), 0 if ask.response_ids is None else len(ask.response_ids)
         return (_size(prompt), _size(response)) if self.seq2seq else (_size(prompt + response),)
 
-    def _halving(self, batch: list[Ask], answer: Callable[[list[Ask]], list[Answer]]) -> Iterator[Answer | Failure]:
+    def _halving(self, batch: list[Ask], answer: Callable[[list[Ask]], list[Answer]]) -> Answers:
         """Answer a batch, in halves where it does not fit into memory, down to a single row."""
         try:
             with interrupts.allowed():
@@ -159,10 +155,17 @@ class HfEngine:
         return self.model(input_ids=input_ids, attention_mask=mask, decoder_input_ids=decoder_ids).logits
 
     def _padded(self, sequences: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask, [B, L] each."""
         longest = _size(max(map(len, sequences)))
         if self.seq2seq:  # padding on the right has positions too
             longest = min(longest, self.context.tokens or longest)
-        return _padded(sequences, longest, self.model.device, left=not self.seq2seq)
+        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)  # padding is masked, so its id means nothing
+        for i, sequence in enumerate(sequences):
+            start = 0 if self.seq2seq else longest - len(sequence)
+            ids[i, start : start + len(sequence)] = torch.tensor(sequence)
+            mask[i, start : start + len(sequence)] = 1
+        return ids.to(self.model.device), mask.to(self.model.device)
 
 
 def _filled(batch: Sequence[Ask]) -> Sequence[Ask]:
@@ -174,17 +177,6 @@ def _size(length: int) -> int:
     """The length that a sequence is padded to: at most an eighth more than its own, in steps of 8 or more."""
     step = max(8, 1 << length.bit_length() >> 4)
     return -(-length // step) * step
-
-
-def _padded(sequences: Sequence[np.ndarray], length: int, device, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, [B, length] each; padding is masked, so its id means nothing."""
-    ids = torch.zeros(len(sequences), length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, sequence in enumerate(sequences):
-        start = length - len(sequence) if left else 0
-        ids[i, start : start + len(sequence)] = torch.tensor(sequence)
-        mask[i, start : start + len(sequence)] = 1
-    return ids.to(device), mask.to(device)
 
 
 class _Capture(LogitsProcessor):

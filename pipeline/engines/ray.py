@@ -19,7 +19,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline import console, interrupts
-from pipeline.engines.base import Answer, Ask, Failure, Loading
+from pipeline.engines.base import Answers, Ask, Failure, Loading
 from pipeline.engines.replica import ASKS, Job, Replica, from_answers
 from pipeline.errors import UserError, reason_of
 from pipeline.provenance import versions
@@ -77,14 +77,10 @@ class RayEngine:
             except ray.exceptions.RayTaskError as error:
                 raise UserError(f"on a machine of the Ray cluster: {error.cause}") from error
 
-    def sample(
-        self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk"
-    ) -> Iterator[Answer | Failure]:
+    def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk") -> Answers:
         return self._run(asks, Job(k, sampling, support=support), lambda ask: sampling.max_tokens)
 
-    def score(
-        self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk"
-    ) -> Iterator[Answer | Failure]:
+    def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk") -> Answers:
         return self._run(asks, Job(k, None, tuple(stop_token_ids), support), lambda ask: len(ask.response_ids))
 
     def close(self) -> None:
@@ -92,7 +88,7 @@ class RayEngine:
         self._copies = None
         self._open.close()
 
-    def _run(self, asks: Iterable[Ask], job: Job, response: Callable[[Ask], int]) -> Iterator[Answer | Failure]:
+    def _run(self, asks: Iterable[Ask], job: Job, response: Callable[[Ask], int]) -> Answers:
         """`response(ask)`: the most tokens that its response can have."""
         waiting = {ask.key: ask for ask in asks}
         if not waiting:

@@ -2,38 +2,28 @@
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 
 from pipeline import console
-from pipeline.engines.base import Answer, Ask, Engine, EngineDead, Failure, Loading
+from pipeline.engines.base import Answer, Answers, Ask, Engine, EngineDead, Failure, Loading
 from pipeline.errors import reason_of
 from pipeline.store.identity import Sampling
 from pipeline.store.schema import Columns, to_table
 
 _IDS, _VALUES = pa.list_(pa.int32()), pa.list_(pa.float32())
 ASKS = pa.schema([("key", pa.string()), ("prompt_ids", _IDS), ("seed", pa.int64()), ("response_ids", _IDS)])
-ANSWERS = pa.schema(
-    [
-        ("key", pa.string()),
-        ("reason", pa.string()),  # of a failure, which has nothing else
-        ("response_ids", _IDS),
-        ("finish", pa.string()),
-        ("logprobs", _VALUES),
-        ("topk_ids", _IDS),
-        ("topk_logprobs", _VALUES),
-        ("lse", _VALUES),
-        ("tau", _VALUES),
-        ("tail", _VALUES),
-        ("dropped", pa.float64()),
-    ]
-)
+ANSWERS = pa.schema([  # a failure has a key and a reason alone
+    ("key", pa.string()), ("reason", pa.string()), ("response_ids", _IDS), ("finish", pa.string()),
+    ("logprobs", _VALUES), ("topk_ids", _IDS), ("topk_logprobs", _VALUES), ("lse", _VALUES), ("tau", _VALUES),
+    ("tail", _VALUES), ("dropped", pa.float64()),
+])  # fmt: skip
 
 
-def from_answers(table: pa.Table) -> Iterator[Answer | Failure]:
+def from_answers(table: pa.Table) -> Answers:
     """The rows of a table of ANSWERS."""
     columns = Columns(table)
     for number in range(len(columns)):
@@ -51,7 +41,7 @@ class Job:
     stop_token_ids: tuple[int, ...] = ()
     support: str = "topk"
 
-    def ask(self, engine: Engine, asks: Iterable[Ask]) -> Iterator[Answer | Failure]:
+    def ask(self, engine: Engine, asks: Iterable[Ask]) -> Answers:
         if self.sampling is not None:
             return engine.sample(asks, self.sampling, self.k, support=self.support)
         return engine.score(asks, self.k, self.stop_token_ids, support=self.support)

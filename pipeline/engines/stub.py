@@ -3,14 +3,14 @@
 Its answers are stored under an identity of their own, so they can never be taken for a real teacher's.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from pipeline import interrupts
-from pipeline.engines.base import Answer, Ask, Failure, Loading
+from pipeline.engines.base import Answer, Answers, Ask, Loading
 from pipeline.engines.kept import kept
 from pipeline.models import load_config
 from pipeline.store.identity import Sampling
@@ -31,9 +31,7 @@ class StubEngine:
     def close(self) -> None:
         """It holds nothing."""
 
-    def sample(
-        self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk"
-    ) -> Iterator[Answer | Failure]:
+    def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk") -> Answers:
         for ask in interrupts.allowing(asks):
             rng = np.random.default_rng(ask.seed)
             length = int(rng.integers(1, sampling.max_tokens + 1))
@@ -43,9 +41,7 @@ class StubEngine:
                 response = np.append(response, np.int32(sampling.stop_token_ids[0]))
             yield self._answer(ask, response, sampling.stop_token_ids, k, support)
 
-    def score(
-        self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk"
-    ) -> Iterator[Answer | Failure]:
+    def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk") -> Answers:
         for ask in interrupts.allowing(asks):
             yield self._answer(ask, ask.response_ids, stop_token_ids, k, support)
 

@@ -7,7 +7,7 @@ it is taken out: a top k has no `lse` and no `tail` then, and there is no sample
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pipeline import console, interrupts
-from pipeline.engines.base import Answer, Ask, EngineDead, Failure, Loading
+from pipeline.engines.base import Answer, Answers, Ask, EngineDead, Failure, Loading
 from pipeline.engines.kept import Kept, kept
 from pipeline.errors import UserError, reason_of
 from pipeline.models import load_config
@@ -231,9 +231,7 @@ class VllmEngine:
             **options,
         )
 
-    def sample(
-        self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk"
-    ) -> Iterator[Answer | Failure]:
+    def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk") -> Answers:
         from vllm import SamplingParams
 
         k = min(k, self._ids(support))
@@ -257,9 +255,7 @@ class VllmEngine:
 
         return self._run(asks, support, lambda ask: ask.prompt_ids, params, answer)
 
-    def score(
-        self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk"
-    ) -> Iterator[Answer | Failure]:
+    def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk") -> Answers:
         from vllm import SamplingParams
 
         k = min(k, self._ids(support))
@@ -278,13 +274,10 @@ class VllmEngine:
 
     def _ids(self, support: str) -> int:
         """How many ids a support can have."""
-        return (
-            min(self.vocab_size, self.loading.vocabulary or self.vocab_size)
-            if support == "sampled"
-            else self.vocab_size
-        )
+        known = self.loading.vocabulary if support == "sampled" else None
+        return min(self.vocab_size, known or self.vocab_size)
 
-    def _run(self, asks: Iterable[Ask], support: str, tokens, params, answer) -> Iterator[Answer | Failure]:
+    def _run(self, asks: Iterable[Ask], support: str, tokens, params, answer) -> Answers:
         """Keep vLLM full and hand out whatever finishes. Raises EngineDead with vLLM's reason where it stops."""
         from vllm.exceptions import VLLMValidationError
         from vllm.inputs import TokensPrompt
@@ -302,16 +295,14 @@ class VllmEngine:
                         yield Failure(ask.key, reason_of(error))
                 if not running:
                     return
-                for output in self._step():
+                with _vllm_works(), interrupts.allowed():
+                    outputs = engine.step()
+                for output in outputs:
                     if output.finished:
                         yield answer(running.pop(output.request_id), output)
         finally:  # whoever stops listening leaves nothing behind for the next who asks
             with suppress(Exception):
                 engine.abort_request(list(running))
-
-    def _step(self) -> list:
-        with _vllm_works(), interrupts.allowed():
-            return self.llm.llm_engine.step()
 
     def _answer(self, ask: Ask, response: np.ndarray, finish: str, flat, k: int, support: str) -> Answer:
         """`flat` holds vLLM's rows, which are those of `Capture` where it is hooked; only the response's are read."""

@@ -40,11 +40,7 @@ class StopAtSignal(TrainerCallback):
             control.should_training_stop = True
             control.should_save = args.save_strategy != SaveStrategy.NO
 
-    def on_log(self, args, state, control, **_):
-        self.on_step_end(args, state, control)
-
-    def on_evaluate(self, args, state, control, **_):
-        self.on_step_end(args, state, control)
+    on_log = on_evaluate = on_step_end
 
     def on_save(self, args, state, control, **_):
         self._has_saved(state.global_step)
@@ -84,17 +80,14 @@ def finished(learner: nn.Module, checkpoint: str, steps: int) -> list[dict] | No
     The Trainer would take one step more.
     """
     state = json.loads((Path(checkpoint) / _STATE).read_text(encoding="utf-8"))
-    if state["global_step"] < steps and not _out_of_patience(state["stateful_callbacks"].get("EarlyStoppingCallback")):
+    stopper = state["stateful_callbacks"].get("EarlyStoppingCallback")
+    patience = stopper["args"]["early_stopping_patience"] if stopper else 1
+    waited = stopper["attributes"]["early_stopping_patience_counter"] if stopper else 0
+    if state["global_step"] < steps and waited < patience:
         return None
     best = state["best_model_checkpoint"] or checkpoint
     safetensors.torch.load_model(learner, str(Path(best) / "model.safetensors"))
     return state["log_history"]
-
-
-def _out_of_patience(stopper: dict | None) -> bool:
-    if stopper is None:
-        return False
-    return stopper["attributes"]["early_stopping_patience_counter"] >= stopper["args"]["early_stopping_patience"]
 
 
 def once(run: Path, learner: nn.Module, training: Callable[[], list[dict]]) -> list[dict]:

@@ -9,7 +9,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
-from transformers import TrainerCallback
 
 from pipeline.learning.batches import collate
 from pipeline.learning.learner import Learner
@@ -77,14 +76,3 @@ class Trained:
     learner: Learner
     history: list[dict]
     seconds_to_first_step: float | None = None  # since the process began; None where nothing was left to do
-
-
-def run(job: Job, training: Training | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Trained:
-    """Train in this process. training: what the job would make, where the caller has made it already.
-
-    A signal ends it after the running step, with a checkpoint of that step: then `Interrupted` is raised. Raises
-    UserError where loss, gradients or weights are no longer finite.
-    """
-    from pipeline.learning.trainer import train
-
-    return train(job, training or job.training(), callbacks)

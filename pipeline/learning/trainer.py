@@ -157,14 +157,26 @@ def held_out(learner: Learner, batches, device) -> dict[str, float]:
     return means | {"loss": sum(weight * means[name] for name, weight in counted.items())}
 
 
-class _Bar(TrainerCallback):
-    """The project's progress bar in place of the Trainer's."""
+class _Watch(TrainerCallback):
+    """The project's progress bar in place of the Trainer's, and how long the first step took.
 
-    def __init__(self, advance):
-        self.advance = advance
+    The Trainer itself, resumed, would log as often as the checkpoint says, and set the sums of a point to zero.
+    """
+
+    seconds_to_first_step: float | None = None  # since the process began: what a cached experiment waits for
+
+    def __init__(self, trainer: TermTrainer, checkpoint: str | None, advance):
+        self.trainer, self.checkpoint, self.advance = trainer, checkpoint, advance
 
     def on_train_begin(self, args, state, control, **_):
+        state.logging_steps = args.logging_steps
+        if self.checkpoint:
+            self.trainer.load_sums(self.checkpoint)
         self.advance(state.global_step)
+
+    def on_step_begin(self, args, state, control, **_):
+        if self.seconds_to_first_step is None:
+            self.seconds_to_first_step = seconds_since_start()
 
     def on_step_end(self, args, state, control, **_):
         self.advance(1)
@@ -175,35 +187,13 @@ class _Bar(TrainerCallback):
             self.advance(0, note="  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
 
 
-class _LogEvery(TrainerCallback):
-    """Logs as often as is asked for now; the Trainer itself would go on as the checkpoint says."""
+def run(job: Job, training: Training | None = None) -> Trained:
+    """Train in this process. training: what the job would make, where the caller has made it already.
 
-    def on_train_begin(self, args, state, control, **_):
-        state.logging_steps = args.logging_steps
-
-
-class _Sums(TrainerCallback):
-    """Loads the sums of a checkpoint after the Trainer has set its own to zero."""
-
-    def __init__(self, trainer: TermTrainer, checkpoint: str):
-        self.trainer, self.checkpoint = trainer, checkpoint
-
-    def on_train_begin(self, args, state, control, **_):
-        self.trainer.load_sums(self.checkpoint)
-
-
-class _FirstStep(TrainerCallback):
-    """Seconds from the start of the process to the first optimiser step: what a cached experiment waits for."""
-
-    seconds: float | None = None
-
-    def on_step_begin(self, args, state, control, **_):
-        if self.seconds is None:
-            self.seconds = seconds_since_start()
-
-
-def train(job: Job, training: Training, callbacks: Sequence[TrainerCallback] = ()) -> Trained:
-    """What `pipeline.learning.job.run` does."""
+    A signal ends it after the running step, with a checkpoint of that step: then `Interrupted` is raised. Raises
+    UserError where loss, gradients or weights are no longer finite.
+    """
+    training = training or job.training()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("training runs in one process: start it without torchrun or accelerate launch")
     _require_trackers(job.report_to)
@@ -248,7 +238,6 @@ def train(job: Job, training: Training, callbacks: Sequence[TrainerCallback] = (
         restore_callback_states_from_checkpoint=True,  # the patience of early stopping
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible GPUs would multiply the batch
-    first_step, patience = _FirstStep(), [EarlyStoppingCallback(job.patience)] if job.patience else []
     trainer = TermTrainer(
         job.what,
         learner,
@@ -256,17 +245,16 @@ def train(job: Job, training: Training, callbacks: Sequence[TrainerCallback] = (
         train_dataset=training.rows,
         eval_dataset=training.held_out or None,
         data_collator=training.collate,
-        callbacks=[_LogEvery(), first_step, *patience, *callbacks],
+        callbacks=[EarlyStoppingCallback(job.patience)] if job.patience else [],
         loader=training.loader,
     )
     trainer.remove_callback(PrinterCallback)
-    if checkpoint:
-        trainer.add_callback(_Sums(trainer, checkpoint))
     trainer.add_callback(StopAtSignal(job.what))
     stopping = f"{job.what}: interrupted; the step that is running is finished and kept in a checkpoint"
     try:
         with console.progress(job.what, optimisation.steps) as advance, interrupts.deferred(stopping):
-            trainer.add_callback(_Bar(advance))
+            watch = _Watch(trainer, checkpoint, advance)
+            trainer.add_callback(watch)
             trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as error:
         if interrupts.noted():  # a process of the loader's got the signal too
@@ -274,7 +262,7 @@ def train(job: Job, training: Training, callbacks: Sequence[TrainerCallback] = (
         raise
     learner.to("cpu")
     require_finite_weights(learner, job.what)
-    return Trained(learner, trainer.state.log_history, first_step.seconds)
+    return Trained(learner, trainer.state.log_history, watch.seconds_to_first_step)
 
 
 def _require_trackers(names: Sequence[str]) -> None:

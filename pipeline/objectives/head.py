@@ -138,7 +138,7 @@ def _run(call: _Call, needed: Sequence[bool], *tensors: Tensor | None):
     d_weight, d_bias, d_states, *_ = gradients
     d_inputs = [gradient for gradient in gradients[len(gradients) - len(inputs) :] if gradient is not None]
     teacher, padded = _known(teacher, labels, len(weight))
-    sums, halo = {}, int(call.neighbours)
+    sums, halo = {}, 1 if call.neighbours else 0
     buffer = states.new_empty(min(call.chunk + 2 * halo, len(states)), len(weight) + padded, dtype=dtype)
     for first in range(0, max(len(states), 1), call.chunk):
         last = min(first + call.chunk, len(states))
@@ -180,7 +180,7 @@ def _chunk(
     with torch.set_grad_enabled(learning):
         divergence = None if teacher.logprobs is None else call.divergence(teacher, student)
         values = call.terms(Scores(student.label, student.lse, divergence), rows, *extra)
-        complete = slice(0, rows.stop - rows.start - (rows.stop > last))
+        complete = slice(0, last - rows.start)
         objective = sum(call.weights[name] * values[name][complete].sum() for name in call.weights)
     values = {name: value.detach() for name, value in values.items()}
     if not (torch.is_tensor(objective) and objective.requires_grad):

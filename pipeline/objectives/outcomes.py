@@ -9,20 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pipeline.objectives import supports
-from pipeline.objectives.logprobs import SparseLogprobs, TopK, at_least_float32
-
-
-def dense(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probabilities over the whole vocabulary, [..., V] each; no T^2 factor.
-
-    The smaller of two vocabularies that are padded to different sizes gives no mass to what it does not have.
-    """
-    size = max(teacher_logits.shape[-1], student_logits.shape[-1])
-    teacher, student = (
-        pad(at_least_float32(logits), (0, size - logits.shape[-1]), value=-torch.inf)
-        for logits in (teacher_logits, student_logits)
-    )
-    return torch.log_softmax(teacher / temperature, -1), torch.log_softmax(student / temperature, -1)
+from pipeline.objectives.logprobs import SparseLogprobs, TopK
 
 
 def outside_too(student: SparseLogprobs, ids: Tensor) -> SparseLogprobs:

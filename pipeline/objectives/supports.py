@@ -69,7 +69,7 @@ def systematic(mass: Tensor, k: int, offset: Tensor, top: tuple[Tensor, Tensor] 
     mass.scatter_(-1, places, 0)
     blocks = _block_sums(mass)
     # The mass of all but the j likeliest is their own sum: 1 - mass would cancel on peaked positions.
-    others = blocks.sum(-1, keepdim=True) + _suffix_sums(masses.double())  # [N, k]
+    others = blocks.sum(-1, keepdim=True) + masses.double().flip(-1).cumsum(-1).flip(-1)  # [N, k]
     slots = torch.arange(k, 0, -1, device=mass.device)  # k - j
     certain = (masses > others / slots).long().cumprod(-1).bool()  # the first place at most tau ends them
     drawn = masses.masked_fill(certain, 0)
@@ -90,10 +90,6 @@ def systematic(mass: Tensor, k: int, offset: Tensor, top: tuple[Tensor, Tensor] 
     kept, order = kept.sort(-1)
     order = kept_mass.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices
     return Support(kept.gather(-1, order), step.to(mass.dtype))
-
-
-def _suffix_sums(x: Tensor) -> Tensor:
-    return x.flip(-1).cumsum(-1).flip(-1)
 
 
 def _block_sums(mass: Tensor) -> Tensor:

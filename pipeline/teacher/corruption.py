@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 EDITS = ("replace", "delete", "repeat", "swap")
+_ATTEMPTS = 50  # to make different corruptions of one response
 
 
 def corrupt(response_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
@@ -22,7 +23,7 @@ def corrupt(response_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray | 
 
 
 def _edit(body: list[int], edit: str, pool: np.ndarray, rng: np.random.Generator) -> list[int]:
-    place = int(rng.integers(len(body) - (edit == "swap")))
+    place = int(rng.integers(len(body) - 1 if edit == "swap" else len(body)))
     if edit == "replace":
         return [*body[:place], int(rng.choice(pool)), *body[place + 1 :]]
     if edit == "delete" and len(body) > 2:
@@ -32,14 +33,12 @@ def _edit(body: list[int], edit: str, pool: np.ndarray, rng: np.random.Generator
     return [*body[:place], body[place + 1], body[place], *body[place + 2 :]]
 
 
-def corruptions(
-    references: Sequence[np.ndarray], n: int, seed: int | Sequence[int], attempts: int = 50
-) -> list[np.ndarray]:
+def corruptions(references: Sequence[np.ndarray], n: int, seed: int | Sequence[int]) -> list[np.ndarray]:
     """Up to `n` different corruptions of the first reference, none of which is itself a reference."""
     rng = np.random.default_rng(seed)
     known = {tuple(reference) for reference in references}
     edited = []
-    for _ in range(attempts):
+    for _ in range(_ATTEMPTS):
         if len(edited) == n:
             break
         wrong = corrupt(references[0], rng)

@@ -37,10 +37,6 @@ class Item:
     def ask(self) -> Ask:
         return Ask(self.key, self.prompt_ids, sample_seed(self.key), self.response_ids)
 
-    def length(self, max_tokens: int) -> int:
-        """Most tokens that the response can have, where one that is drawn has up to `max_tokens`."""
-        return max_tokens if self.response_ids is None else len(self.response_ids)
-
 
 def read_as_models_do(prompts: Sequence[Prompt], form: PromptFormat, tokenizer) -> tuple[list[ReadPrompt], int]:
     """Prompts with the text and the token ids that the teacher reads, and how many were left out.

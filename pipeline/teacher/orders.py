@@ -26,8 +26,8 @@ class Order:
 
     def length(self, item: Item) -> int:
         """Most tokens that prompt and response can have together."""
-        sampling = self.request.sampling
-        return len(item.prompt_ids) + item.length(sampling.max_tokens if sampling else 0)
+        response = self.request.sampling.max_tokens if item.response_ids is None else len(item.response_ids)
+        return len(item.prompt_ids) + response
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,7 @@ class Plan:
 
     @classmethod
     def of(
-        cls,
-        order: Order,
-        teacher: Teacher,
-        folder: RequestFolder,
-        retry_skipped: bool = False,
-        set_aside: bool = True,
+        cls, order: Order, teacher: Teacher, folder: RequestFolder, retry_skipped: bool = False, set_aside: bool = True
     ) -> "Plan":
         """Look up what the store has. Damaged shards count as absent, and are moved aside with `set_aside`.
 
@@ -105,9 +100,8 @@ class Plan:
         """Keys of a part's cached rows for which `accepts(response, references)` is false."""
         items = [item for item in self.cached if item.part == part]
         rows = self.folder.read_each(self.locations[item.key] for item in items)
-        return {
-            item.key for item, row in zip(items, rows, strict=True) if not accepts(row.response, item.prompt.references)
-        }
+        pairs = zip(items, rows, strict=True)
+        return {item.key for item, row in pairs if not accepts(row.response, item.prompt.references)}
 
 
 def _locations(

@@ -60,14 +60,12 @@ class Session:
 
         set_aside: move damaged shards aside, which only a run that asks may do.
         """
-        folders = (RequestFolder(self.storage, self.teacher.identity, order.request.identity) for order in orders)
-        plans = [
-            Plan.of(order, self.teacher, folder, retry_skipped, set_aside)
-            for order, folder in zip(orders, folders, strict=True)
-        ]
-        for plan in plans:
-            for shard, what in plan.folder.damaged.items():
-                console.warn(f"damaged shard, rows that no other one has are made again: {plan.folder}/{shard}: {what}")
+        plans = []
+        for order in orders:
+            folder = RequestFolder(self.storage, self.teacher.identity, order.request.identity)
+            plans.append(Plan.of(order, self.teacher, folder, retry_skipped, set_aside))
+            for shard, what in folder.damaged.items():
+                console.warn(f"damaged shard, rows that no other one has are made again: {folder}/{shard}: {what}")
         if plain := [k for plan in plans for k in plan.plain_only()]:
             console.warn(
                 f"{len(plain):,} stored rows have the teacher's top k and are to be scored anew for "
@@ -92,7 +90,7 @@ class Session:
         engine = self._opened(max(lengths)) if lengths else None
         interrupts.keeps("What was made so far is kept; run the same command to go on")
         begun = time.monotonic()
-        tokens = sum(make(plan, engine, self.teacher) for plan in plans)
+        tokens = sum(make(plan, engine) for plan in plans)
         seconds = time.monotonic() - begun
         plans = [Plan.of(plan.order, self.teacher, plan.folder) for plan in plans]
         unanswered = sum(len(plan.to_make) for plan in plans)
@@ -132,13 +130,10 @@ class Session:
         """
         if self._borrowed is not None:
             return self._borrowed
-        if self._engine is None or longest > self._longest:
-            self.close()
-            self._engine, self._longest = self._open(longest), longest
-        return self._engine
-
-    def _open(self, longest: int) -> Engine:
         teacher = self.teacher
+        if self._engine is not None and longest <= self._longest:
+            return self._engine
+        self.close()
         if teacher.engine != "text":
             console.say(f"loading the {teacher.role} from {teacher.source} with engine {teacher.engine}")
         if teacher.engine in ("vllm", "ray"):  # which would fill what is absent with random values
@@ -146,7 +141,9 @@ class Session:
         with in_one_line(
             f"engine {teacher.engine} cannot start with {teacher.source}", "Nothing was lost; try --engine hf"
         ):
-            return open_engine(teacher.engine, teacher.source, replace(teacher.loading, context=longest))
+            self._engine = open_engine(teacher.engine, teacher.source, replace(teacher.loading, context=longest))
+        self._longest = longest
+        return self._engine
 
     def _require_some(self, plans: Sequence[Plan]) -> None:
         """Raises UserError where rows were left out and none is there."""

@@ -63,21 +63,16 @@ def report(
     rate = f", {cost['tokens_per_second']:,.0f} tokens/s without loading" if cost["tokens_per_second"] else ""
     size = f"{cost['store_bytes'] / 2**20:,.1f} MiB, {cost['bytes_per_token'] or 0:,.0f} bytes per token"
     folder = answered.plans[0].folder
+    reasons = ", ".join(str(plan.folder.path / SKIPPED) for plan in answered.plans if plan.skipped)
     console.facts(
         title,
         [
             ("found in the store", f"{answered.found:,} rows"),
             ("made now", f"{answered.made:,} rows, {cost['tokens_made']:,} tokens in {cost['seconds']:.0f} s{rate}"),
-            ("left out", _left_out(answered)),
+            ("left out", f"{answered.left_out:,} rows" + (f" ({reasons})" if reasons else "")),
             ("selected", ", ".join(f"{part.rows:,} {name}" for name, part in parts.items())),
             *more,
             ("store", f"{folder.storage.name}/{folder.teacher} ({size})"),
             ("selection", out),
         ],
     )
-
-
-def _left_out(answered: Answered) -> str:
-    """How many rows, and where their reasons are."""
-    where = ", ".join(str(plan.folder.path / SKIPPED) for plan in answered.plans if plan.skipped)
-    return f"{answered.left_out:,} rows" + (f" ({where})" if where else "")

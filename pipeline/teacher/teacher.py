@@ -46,29 +46,18 @@ class Teacher:
         require_supported(model_engine, settings)
         tokenizer = load_tokenizer(source)
         description = _describe(settings, model_engine, tokenizer)
+        known, ids = vocabulary(tokenizer), description["vocab_size"]  # ids are what a position can keep
+        if settings.support == "sampled":
+            ids = min(ids, known)
         loading = Loading(
-            description["dtype"],
-            0,
-            settings.tensor_parallel,
-            settings.pipeline_parallel,
-            settings.quantization,
-            settings.replicas,
-            model_engine,
-            dict(settings.engine_options),
-            settings.rows_per_shard,
-            None if text_only else vocabulary(tokenizer),
-        )
-        return cls(
-            source,
-            engine,
-            tokenizer,
-            description,
-            0 if text_only else min(settings.k, _ids(settings, description["vocab_size"], tokenizer)),
-            stop_token_ids(source, tokenizer),
-            Context(None) if text_only else Context.of(load_config(source)),
-            None if text_only else settings.support,
-            loading,
-        )
+            description["dtype"], 0, settings.tensor_parallel, settings.pipeline_parallel, settings.quantization,
+            settings.replicas, model_engine, dict(settings.engine_options), settings.rows_per_shard,
+            None if text_only else known,
+        )  # fmt: skip
+        k, support = (0, None) if text_only else (min(settings.k, ids), settings.support)
+        context = Context(None) if text_only else Context.of(load_config(source))
+        stops = stop_token_ids(source, tokenizer)
+        return cls(source, engine, tokenizer, description, k, stops, context, support, loading)
 
     def student(self, source: Path, batch_size: int) -> "Teacher":
         """A student of this teacher, whose samples are wanted with no more than their own log-probabilities.
@@ -79,17 +68,11 @@ class Teacher:
         require_same_tokenizer(self.description["tokenizer"], load_tokenizer(source), source)
         description = describe_model(source, "float32")
         loading = Loading(description["dtype"], 0, rows=self.loading.rows, batch_size=batch_size)
+        context = Context.of(load_config(source))
         return replace(
-            self,
-            source=Path(source),
-            engine="hf",
-            description=description,
-            k=0,
-            context=Context.of(load_config(source)),
-            support="topk",
-            loading=loading,
-            role="student",
-        )
+            self, source=Path(source), engine="hf", description=description, k=0, context=context, support="topk",
+            loading=loading, role="student",
+        )  # fmt: skip
 
     @property
     def identity(self) -> str:
@@ -100,11 +83,6 @@ class Teacher:
 def vocabulary(tokenizer) -> int:
     """How many ids a tokenizer has, one more than its highest: a model's embedding may be padded to more."""
     return max(tokenizer.get_vocab().values()) + 1
-
-
-def _ids(settings: Generate, embeddings: int, tokenizer) -> int:
-    """How many ids a position can keep."""
-    return min(embeddings, vocabulary(tokenizer)) if settings.support == "sampled" else embeddings
 
 
 def _describe(settings: Generate, engine: str, tokenizer) -> dict:

@@ -7,64 +7,37 @@ from dataclasses import replace
 import numpy as np
 
 from pipeline import console, interrupts
-from pipeline.engines.base import Answer, Ask, Engine, Failure
+from pipeline.engines.base import Answer, Answers, Ask, Engine, Failure
 from pipeline.errors import UserError, reason_of
 from pipeline.store.requests import SKIPPED
 from pipeline.store.schema import Row, footer, value_fault
 from pipeline.teacher.items import Item
 from pipeline.teacher.orders import Plan
-from pipeline.teacher.teacher import Teacher
 
 _DROPPED = 1e-6  # mass at a position on ids that no token has, above which there is a warning
 _WARNINGS = 5  # rows left out that are named on the terminal; skipped.jsonl has them all
 
 
-class Skips:
-    """Rows of a plan that are left out: recorded in the store, and the first ones named on the terminal."""
-
-    def __init__(self, plan: Plan):
-        self.plan, self.warned = plan, 0
-        self._by = "" if plan.teacher.role == "teacher" else f" by the {plan.teacher.role}"
-
-    def record_planned(self) -> None:
-        """Record those that the plan leaves out and the store does not know of yet."""
-        reasons = {key: reason for key, reason in self.plan.skipped.items() if key not in self.plan.folder.skipped()}
-        self.record({item.key: (item, reasons[item.key]) for item in self.plan.order.items if item.key in reasons})
-
-    def record(self, rows: Mapping[str, tuple[Item, str]]) -> None:
-        """rows: key -> what was wanted, and why it cannot be made."""
-        for item, reason in rows.values():
-            self.warned += 1
-            if self.warned <= _WARNINGS:
-                console.warn(f"prompt '{item.prompt.id}' left out{self._by}: {reason}")
-            elif self.warned == _WARNINGS + 1:
-                console.warn(f"more rows are left out: {self.plan.folder.path / SKIPPED} has all, with the reasons")
-        entries = [{"key": key, "prompt_id": item.prompt.id, "reason": reason} for key, (item, reason) in rows.items()]
-        with interrupts.deferred():
-            self.plan.folder.skip(entries)
-
-
-def make(plan: Plan, engine: Engine, teacher: Teacher) -> int:
+def make(plan: Plan, engine: Engine | None) -> int:
     """Make everything that is missing or stored with too few tokens; returns the number of tokens made.
 
     Every `loading.rows` answers become a shard at once, and so does the rest when the run is interrupted.
     """
-    skips = Skips(plan)
+    writer = _Writer(plan, engine)
     if not plan.to_make:
         with suppress(UserError):  # a store that can only be read serves what it has
-            skips.record_planned()
+            writer.record_planned()
         return 0
-    skips.record_planned()
-    writer = _Writer(plan, engine, teacher, skips)
-    asks, order = (item.ask() for item in plan.missing), plan.order
+    writer.record_planned()
+    asks, order, stops = (item.ask() for item in plan.missing), plan.order, plan.teacher.stops
     if order.request.sampling is not None:
         sampled = engine.sample(asks, order.request.sampling, order.k, support=order.support)
         writer.write("sampling", sampled, plan.missing)
     else:
-        writer.write("scoring", engine.score(asks, order.k, teacher.stops, support=order.support), plan.missing)
+        writer.write("scoring", engine.score(asks, order.k, stops, support=order.support), plan.missing)
     stored = plan.folder.read_each(plan.stored(item.key) for item in plan.rescore)
     asks = (Ask(row.key, row.prompt_ids, response_ids=row.response_ids) for row in stored)
-    scored = engine.score(asks, order.k, teacher.stops, support=order.support)
+    scored = engine.score(asks, order.k, stops, support=order.support)
     writer.write(f"scoring for k = {order.k}", scored, plan.rescore)
     if writer.dropped > _DROPPED:
         largest = f"{writer.dropped:.0e}".replace("e-0", "e-")
@@ -76,16 +49,33 @@ def make(plan: Plan, engine: Engine, teacher: Teacher) -> int:
 
 
 class _Writer:
-    """Turns answers into shards."""
+    """Turns answers into shards; rows that are left out are recorded, and the first ones named on the terminal."""
 
-    def __init__(self, plan: Plan, engine: Engine, teacher: Teacher, skips: Skips):
-        self.plan, self.teacher, self.skips = plan, teacher, skips
-        request, order = plan.order.request.describe(), plan.order
-        self.footer = footer(teacher.description, request, order.k, order.support, engine=engine.description)
-        self.tokens = 0
+    def __init__(self, plan: Plan, engine: Engine | None):
+        """engine: None where there is nothing to write."""
+        self.plan, self.teacher, self.engine = plan, plan.teacher, engine
+        self.tokens, self.warned = 0, 0
         self.dropped = 0.0  # largest mass at a position on ids that no token has
 
-    def write(self, what: str, answers: Iterator[Answer | Failure], items: Sequence[Item]) -> None:
+    def record_planned(self) -> None:
+        """Record what the plan leaves out and the store does not know of yet."""
+        reasons = {key: reason for key, reason in self.plan.skipped.items() if key not in self.plan.folder.skipped()}
+        self._record({item.key: (item, reasons[item.key]) for item in self.plan.order.items if item.key in reasons})
+
+    def _record(self, rows: Mapping[str, tuple[Item, str]]) -> None:
+        """rows: key -> what was wanted, and why it cannot be made."""
+        by = "" if self.teacher.role == "teacher" else f" by the {self.teacher.role}"
+        for item, reason in rows.values():
+            self.warned += 1
+            if self.warned <= _WARNINGS:
+                console.warn(f"prompt '{item.prompt.id}' left out{by}: {reason}")
+            elif self.warned == _WARNINGS + 1:
+                console.warn(f"more rows are left out: {self.plan.folder.path / SKIPPED} has all, with the reasons")
+        entries = [{"key": key, "prompt_id": item.prompt.id, "reason": reason} for key, (item, reason) in rows.items()]
+        with interrupts.deferred():
+            self.plan.folder.skip(entries)
+
+    def write(self, what: str, answers: Answers, items: Sequence[Item]) -> None:
         """Have every one of `items` made and stored, or recorded as left out."""
         if not items:
             return
@@ -110,10 +100,12 @@ class _Writer:
 
     def _flush(self, waiting: list[Answer], failed: dict[str, tuple[Item, str]], items: Mapping[str, Item]) -> None:
         if waiting:
-            self.plan.folder.add(list(self._rows(list(self._widened(waiting)), items)), self.footer)
+            order, engine = self.plan.order, self.engine.description
+            about = footer(self.teacher.description, order.request.describe(), order.k, order.support, engine=engine)
+            self.plan.folder.add(list(self._rows(list(self._widened(waiting)), items)), about)
             waiting.clear()
         if failed:
-            self.skips.record(failed)
+            self._record(failed)
             failed.clear()
 
     def _widened(self, answers: Sequence[Answer]) -> Iterator[Answer]:
@@ -159,7 +151,7 @@ def widened(row: Row, answer: Answer) -> Answer:
     )
 
 
-def _from_engine(answers: Iterator[Answer | Failure], role: str) -> Iterator[Answer | Failure]:
+def _from_engine(answers: Answers, role: str) -> Answers:
     """The answers; whatever an engine dies of becomes a UserError."""
     try:
         yield from answers

@@ -7,7 +7,8 @@ from pathlib import Path
 from pipeline import console
 from pipeline.files import digest
 from pipeline.learning.curves import split_history, write_csv
-from pipeline.learning.job import Job, run
+from pipeline.learning.job import Job
+from pipeline.learning.trainer import run
 from pipeline.models import load_tokenizer, require_own_model, save_model, save_note, stop_token_ids
 from pipeline.outputs import begin_results, require_apart, require_can_write, require_own_results
 from pipeline.params import OBSERVING, Distill, Params
@@ -67,16 +68,10 @@ def distill(
     stops = tuple(drawn["stop_token_ids"]) if drawn else stop_token_ids(student_path, tokenizer)
     save_model(out, student, tokenizer, _card(plan, metrics, origins["student"]), stops)
     shutil.rmtree(job.run, ignore_errors=True)
-    console.facts(
-        f"student distilled with {plan.name}",
-        [
-            ("cached responses", f"{len(plan.rows['train']):,}"),
-            *((name, f"{value:.4g}") for name, value in metrics.items() if isinstance(value, float)),
-            ("first step after", f"{trained.seconds_to_first_step or 0:.0f} s"),
-            ("student", out),
-            ("metrics", metrics_out),
-        ],
-    )
+    facts = [("cached responses", f"{metrics['samples']:,}")]
+    facts += [(name, f"{value:.4g}") for name, value in metrics.items() if isinstance(value, float)]
+    facts += [("first step after", f"{trained.seconds_to_first_step or 0:.0f} s")]
+    console.facts(f"student distilled with {plan.name}", [*facts, ("student", out), ("metrics", metrics_out)])
     return metrics
 
 
@@ -84,21 +79,13 @@ def _job(params: Params, plan: Distillation, paths: dict[str, object], runs: Pat
     """The training; its checkpoints are resumed by a run of the same inputs and the same code alone."""
     settings = params.distill
     form = params.reward.model_dump(include={"head", "encoder", "sigma_min"})
-    of = [
-        params.seed,
-        settings.model_dump(exclude=OBSERVING),
-        form,
-        code_fingerprint("stages.distill.training"),
-        origins,
-    ]
+    of = [params.seed, settings.model_dump(exclude=OBSERVING), form]
+    of += [code_fingerprint("stages.distill.training"), origins]
+    inputs = {"params": params.model_dump(include={"distill", "reward"}), "seed": plan.seed}
     return Job(
         what=f"distilling ({plan.name})",
         make="stages.distill.training:training",
-        inputs={
-            "params": params.model_dump(include={"distill", "reward"}),
-            "seed": plan.seed,
-            **{name: None if path is None else str(path) for name, path in paths.items()},
-        },
+        inputs=inputs | {name: None if path is None else str(path) for name, path in paths.items()},
         run=runs / "distill" / digest(of)[:16],
         seed=plan.seed,
         **{name: getattr(settings, name) for name in _JOB},

@@ -43,11 +43,7 @@ class RewardInputs:
 
 
 def reward_inputs(
-    settings: Distill,
-    selection: Selection,
-    rows: dict[str, TeacherRows],
-    reward_path: Path | None,
-    seed: int,
+    settings: Distill, selection: Selection, rows: dict[str, TeacherRows], reward_path: Path | None, seed: int
 ) -> RewardInputs:
     """What the settings ask for. Raises UserError where the fitted reward is absent or of something else."""
     if settings.reward == "none":

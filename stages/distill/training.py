@@ -97,7 +97,7 @@ class Distillation:
 
     def _terms(self) -> Iterable[Term]:
         settings, on_tokens = self.settings, self.settings.objective in TOKEN_OBJECTIVES
-        yield Likelihood(settings.nll_weight + on_tokens)
+        yield Likelihood(settings.nll_weight + (1 if on_tokens else 0))
         if not on_tokens:
             tail = _usual_tail(self.sampled) if settings.tail == "auto" else settings.tail
             yield Divergence(settings.objective, mixture_of(settings), tail)

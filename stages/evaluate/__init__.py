@@ -73,7 +73,7 @@ def evaluate(
         else:
             outcomes[name] = _of(name, path, prompts, held_out, selection.teacher["tokenizer"], params)
 
-    candidate = list(models)[-1]
+    candidate, references = list(models)[-1], [prompt.references for prompt in prompts]
     metrics, differences = scores(task.metrics, outcomes, prompts, params.evaluate, params.seed, candidate)
     results = {
         "metrics": metrics,
@@ -87,24 +87,16 @@ def evaluate(
         "counts": {"test": len(prompts), "heldout": len({row.prompt_id for row in rows})},
         "checked": task.checked,
         "higher_is_better": {metric.name: metric.higher_is_better for metric in task.metrics},
-        "signatures": {
-            metric.name: metric.signature([prompt.references for prompt in prompts]) for metric in task.metrics
-        },
+        "signatures": {metric.name: metric.signature(references) for metric in task.metrics},
     }
     begin_results(out, "evaluate")
     write_metrics(out / "metrics.json", results)
     results = write_results(
-        out / "results.json",
-        "evaluate",
-        results,
-        task={"name": task.name, "version": task.version},
-        seed=params.seed,
-        evaluate=params.evaluate.model_dump(),
-        models={name: outcome.identity for name, outcome in outcomes.items()},
-        prompts=fingerprint(prompts_path),
-        teacher=selection.teacher["identity"],
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+        out / "results.json", "evaluate", results,
+        task={"name": task.name, "version": task.version}, seed=params.seed, evaluate=params.evaluate.model_dump(),
+        models={name: outcome.identity for name, outcome in outcomes.items()}, prompts=fingerprint(prompts_path),
+        teacher=selection.teacher["identity"], date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
     _write_quality(out / "quality.csv", metrics)
     _write_predictions(out / "predictions.parquet", outcomes, prompts, task.metrics[0])
     _report(results, out)
@@ -182,58 +174,43 @@ def _report(results: dict, out: Path) -> None:
     metrics, candidate = results["metrics"], results["candidate"]
     headline = headline_metric(results)
     measure, _ = headline_kl(metrics[candidate])
+
+    def both(modes: dict) -> tuple[str, str]:
+        return say_interval(modes["greedy"][headline]), say_interval(modes["sampled"][headline])
+
+    kls = {name: headline_kl(modes)[1] for name, modes in metrics.items()}
+    said = {name: say_interval(kl, ".3f") if kl else "-" for name, kl in kls.items()}
     console.table(
         f"{headline} on the test prompts; {KL_NAMES[measure]} on held-out samples of the teacher, nats per token",
         ("model", "greedy", "sampled", "KL"),
-        [
-            (
-                name, say_interval(modes["greedy"][headline]), say_interval(modes["sampled"][headline]),
-                say_interval(kl, ".3f") if (kl := headline_kl(modes)[1]) else "-",
-            )
-            for name, modes in metrics.items()
-        ],
-    )  # fmt: skip
+        [(name, *both(modes), said[name]) for name, modes in metrics.items()],
+    )
     measures = [
         (mode, name) for mode in ("heldout", "own") for name in KL_NAMES if name in metrics[candidate].get(mode, {})
     ]
     if measures:
         places = {"heldout": "the teacher's samples", "own": "its own samples"}
-        console.table(
-            "divergence from the teacher on held-out prompts, nats per token",
-            ("measure", "on", *metrics),
-            [
-                (KL_NAMES[name], places[mode], *(f"{modes[mode][name]['value']:.3f}" for modes in metrics.values()))
-                for mode, name in measures
-            ],
-        )
-    console.table(
-        "diversity of the sampled answers",
-        ("model", "distinct-1", "distinct-2", "Self-BLEU"),
-        [
-            (name, f"{d['distinct_1']:.2f}", f"{d['distinct_2']:.2f}", f"{d['self_bleu']:.1f}")
-            for name, d in ((name, modes["diversity"]) for name, modes in metrics.items())
-        ],
-    )
-    if results["differences"]:
-        console.table(
-            f"{headline} of {candidate} minus that of (paired over prompts, 95 % intervals)",
-            ("model", "greedy", "sampled"),
-            [
-                (name, say_interval(d["greedy"][headline]), say_interval(d["sampled"][headline]))
-                for name, d in results["differences"].items()
-            ],
-        )
-    kept = results["kept_mass"]
-    console.facts(
-        "evaluated",
-        [
-            *((name, signature) for name, signature in results["signatures"].items()),
-            *([("kept mass", say_kept_mass(kept))] if kept else []),
-            ("metrics", out / "metrics.json"),
-            ("results", out / "results.json"),
-            ("answers", out / "predictions.parquet"),
-        ],
-    )
+        rows = [
+            (KL_NAMES[name], places[mode], *(f"{modes[mode][name]['value']:.3f}" for modes in metrics.values()))
+            for mode, name in measures
+        ]
+        title = "divergence from the teacher on held-out prompts, nats per token"
+        console.table(title, ("measure", "on", *metrics), rows)
+    diversities = {name: modes["diversity"] for name, modes in metrics.items()}
+    rows = [
+        (name, f"{d['distinct_1']:.2f}", f"{d['distinct_2']:.2f}", f"{d['self_bleu']:.1f}")
+        for name, d in diversities.items()
+    ]
+    console.table("diversity of the sampled answers", ("model", "distinct-1", "distinct-2", "Self-BLEU"), rows)
+    if differences := results["differences"]:
+        title = f"{headline} of {candidate} minus that of (paired over prompts, 95 % intervals)"
+        rows = [(name, *both(modes)) for name, modes in differences.items()]
+        console.table(title, ("model", "greedy", "sampled"), rows)
+    facts = list(results["signatures"].items())
+    if kept := results["kept_mass"]:
+        facts.append(("kept mass", say_kept_mass(kept)))
+    files = {"metrics": "metrics.json", "results": "results.json", "answers": "predictions.parquet"}
+    console.facts("evaluated", [*facts, *((name, out / file) for name, file in files.items())])
 
 
 def _warn(results: dict, params: Params) -> None:

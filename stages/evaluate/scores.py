@@ -10,7 +10,7 @@ from pipeline.prompts import Prompt
 from pipeline.tasks.diversity import distinct_n, self_bleu
 from pipeline.tasks.intervals import intervals
 from pipeline.tasks.metrics import Metric
-from stages.evaluate.answers import Answers, AnswerText
+from stages.evaluate.answers import Answers
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ def scores(
     candidate: str,
 ) -> tuple[dict, dict]:
     """model -> mode -> measure -> value and interval; and those of the candidate minus each other model."""
-    results: dict[str, dict] = {name: {"greedy": {}, "sampled": {}} for name in outcomes}
-    differences: dict[str, dict] = {name: {"greedy": {}, "sampled": {}} for name in outcomes if name != candidate}
+    results: dict[str, dict] = {name: {} for name in outcomes}
+    differences: dict[str, dict] = {name: {} for name in outcomes if name != candidate}
     references = [prompt.references for prompt in prompts]
 
     def add(mode: str, measure: str, statistics: dict[str, np.ndarray], score: Callable) -> None:
@@ -44,8 +44,8 @@ def scores(
         for name, difference in differing.items():
             differences[name].setdefault(mode, {})[measure] = difference
 
-    greedy = {name: texts(o.answers.greedy) for name, o in outcomes.items()}
-    sampled = {name: [texts(answers) for answers in o.answers.sampled] for name, o in outcomes.items()}
+    greedy = {name: [a.text for a in o.answers.greedy] for name, o in outcomes.items()}
+    sampled = {name: [[a.text for a in several] for several in o.answers.sampled] for name, o in outcomes.items()}
     for metric in metrics:
         add("greedy", metric.name, {n: metric.statistics(each, references) for n, each in greedy.items()}, metric.score)
         drawn = {name: metric.pooled(each, references[: len(each)]) for name, each in sampled.items()}
@@ -56,16 +56,9 @@ def scores(
             if all(measure in each and len(each[measure]) for each in sums.values()):
                 add(mode, measure, {name: each[measure] for name, each in sums.items()}, _mean_of_tokens)
     for name, each in sampled.items():
-        results[name]["diversity"] = {
-            "distinct_1": distinct_n(each, 1),
-            "distinct_2": distinct_n(each, 2),
-            "self_bleu": self_bleu(each),
-        }
+        distinct = {f"distinct_{n}": distinct_n(each, n) for n in (1, 2)}
+        results[name]["diversity"] = {**distinct, "self_bleu": self_bleu(each)}
     return results, differences
-
-
-def texts(answers: Sequence[AnswerText]) -> list[str]:
-    return [answer.text for answer in answers]
 
 
 def lengths(answers: Answers) -> dict[str, dict[str, float]]:

@@ -101,14 +101,8 @@ def prepare(params: Params, prompts_path: Path, tokenizer_path: Path, results: P
         data = {"path": settings.dataset.path or "built-in", "config": settings.dataset.config, "task": task.name}
         read = {"template": params.template, "chat": params.chat, "system": params.system}
         write_results(results, "prepare", {"data": data, "prompt_format": read, "counts": counts})
-    console.facts(
-        f"task {task.name}",
-        [
-            *((split, _say_counts(count)) for split, count in counts.items() if count),
-            ("prompts", prompts_path),
-            ("tokenizer", tokenizer_path),
-        ],
-    )
+    facts = [(split, _say_counts(count)) for split, count in counts.items() if count]
+    console.facts(f"task {task.name}", [*facts, ("prompts", prompts_path), ("tokenizer", tokenizer_path)])
 
 
 def _are_counts(path: Path) -> bool:

@@ -24,12 +24,7 @@ def normalised(text: str) -> str:
 
 
 def draw_records(
-    records: Mapping[str, Any],
-    settings: DataSet,
-    sizes: Mapping[str, int],
-    tokenizer,
-    form: PromptFormat,
-    seed: int,
+    records: Mapping[str, Any], settings: DataSet, sizes: Mapping[str, int], tokenizer, form: PromptFormat, seed: int
 ) -> tuple[list[Prompt], dict[str, Counter]]:
     """Up to `sizes[split]` prompts of every split, and for each split how many were kept and left out, by reason.
 
@@ -64,9 +59,8 @@ def draw_records(
         return taken
 
     shots = take("shots", sources["train"], settings.shots, lambda prompts: [None] * len(prompts))
-    lead = "".join(
-        settings.shot.replace("{prompt}", shot.prompt).replace("{reference}", shot.references[0]) for shot in shots
-    )
+    said = [settings.shot.replace("{prompt}", s.prompt).replace("{reference}", s.references[0]) for s in shots]
+    lead = "".join(said)
 
     def with_shots(prompt: Prompt, split: str) -> Prompt:
         return Prompt(prompt_id(lead + prompt.prompt), lead + prompt.prompt, prompt.references, split)

@@ -13,9 +13,9 @@ from pipeline.results import KL_NAMES, headline_kl, headline_metric
 from stages.report import figures
 from stages.report.answered import answers
 from stages.report.experiments import Experiment, differ, read_experiments
-from stages.report.page import GENERATOR, Card, Figure, Section, render_page
+from stages.report.page import GENERATOR, Figure, Section, render_page
 from stages.report.quality import beside, closeness, diversity, quality
-from stages.report.results import Asking, Audit, Distill, Prepared, Taught, read_curve, read_evaluation, read_results
+from stages.report.results import Asking, Audit, Distill, Made, Prepared, read_curve, read_evaluation, read_results
 from stages.report.reward_section import reward_section
 from stages.report.setting import costs, glossary, provenance, setting
 
@@ -23,15 +23,8 @@ from stages.report.setting import costs, glossary, provenance, setting
 _KINDS = {
     "distill": (Distill, "distill"), "plain-metrics": (Distill, "distill"), "audit": (Audit, "reward"),
     "generate": (Asking, "generate"), "score": (Asking, "score"), "prepare": (Prepared, "prepare"),
-    "teach/teacher": (Taught, "teach"), "teach/student": (Taught, "teach"),
+    "teach/teacher": (Made, "teach"), "teach/student": (Made, "teach"),
 }  # fmt: skip
-
-
-def _results_of(name: str, stage: str, layout: Layout) -> Path:
-    """Where the results of a kind are."""
-    if name == "plain-metrics":
-        return sibling(layout.plain, "metrics") / RESULTS
-    return layout.results(stage, name.partition("/")[2])
 
 
 def report(
@@ -47,7 +40,9 @@ def report(
         raise UserError(f"no evaluation at {evaluated.parent}: run `xkd-pipeline evaluate` (or `dvc repro`) first")
     results = {"evaluation": read_evaluation(evaluated)}
     for name, (kind, stage) in _KINDS.items():
-        path = _results_of(name, stage, layout)
+        path = layout.results(stage, name.partition("/")[2])
+        if name == "plain-metrics":
+            path = sibling(layout.plain, "metrics") / RESULTS
         results[name] = read_results(path, kind, stage) if path.is_file() else {}
     objective = results["distill"].get("objective", "student")
     experiments = [Experiment("this one", results["evaluation"], objective), *read_experiments(also, layout)]
@@ -70,12 +65,7 @@ def report(
     if absent:
         console.warn(f"left out of the report, no results in {layout.data}: {', '.join(absent)}")
     task = results["evaluation"]["provenance"]["task"]["name"]
-    page = render_page(
-        f"{task}: {objective}",
-        _subtitle(results),
-        _cards(results),
-        [section for section in sections if section],
-    )
+    page = render_page(f"{task}: {objective}", _subtitle(results), _cards(results), list(filter(None, sections)))
     write_atomically(out.parent, lambda path: path.write_text(page, encoding="utf-8"), out.name)
     console.facts("report written", [("page", out), ("size", f"{out.stat().st_size / 1024:,.0f} KiB")])
 
@@ -95,17 +85,17 @@ def _subtitle(results: dict) -> str:
     return f"Teacher: {name}. {test}95 % intervals over prompts.{date and f' Evaluated on {date}.'}"
 
 
-def _cards(results: dict) -> list[Card]:
+def _cards(results: dict) -> list[tuple[str, str]]:
     evaluation = results["evaluation"]
     metric, metrics = headline_metric(evaluation), evaluation["metrics"]
-    cards = [Card(f"{modes['greedy'][metric]['value']:.1f}", f"{metric}, {name}") for name, modes in metrics.items()]
+    cards = [(f"{modes['greedy'][metric]['value']:.1f}", f"{metric}, {name}") for name, modes in metrics.items()]
     kls = {name: headline_kl(modes) for name, modes in metrics.items()}
     if all(kls.get(name, (None, None))[1] for name in ("undistilled", "distilled")):
         measure = kls["distilled"][0]
         values = (f"{kls[name][1]['value']:.2f}" for name in ("undistilled", "distilled"))
-        cards.append(Card(" → ".join(values), f"{KL_NAMES[measure]}, nats per token"))
+        cards.append((" → ".join(values), f"{KL_NAMES[measure]}, nats per token"))
     if cost := results["generate"].get("cost"):
-        cards.append(Card(f"{cost['tokens_selected']:,}", "cached teacher tokens"))
+        cards.append((f"{cost['tokens_selected']:,}", "cached teacher tokens"))
     return cards
 
 
@@ -113,17 +103,13 @@ def _training(distill: dict, folder: Path) -> Section | None:
     if not distill:
         return None
     section = Section("training", "Distillation", [f"{distill['samples']:,} cached responses, {distill['objective']}."])
-    curves = {name: read_curve(folder / f"{name}.csv") for name in ("training", "heldout")}
+    curves = {"training": read_curve(folder / "training.csv"), "held out": read_curve(folder / "heldout.csv")}
     for term, caption in (
         ("kd", "Distillation loss"),
         ("nll", "Negative log-likelihood of the teacher's tokens"),
         ("td_nll", "TD consistency, −log N(δ/c; μ, σ²)"),
     ):
-        drawn = {
-            name.replace("heldout", "held out"): (curve["step"], curve[term])
-            for name, curve in curves.items()
-            if term in curve
-        }
+        drawn = {name: (curve["step"], curve[term]) for name, curve in curves.items() if term in curve}
         if drawn:
             section.figures.append(Figure(figures.lines(drawn, "step", "nats"), caption))
     return section

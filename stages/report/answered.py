@@ -7,7 +7,7 @@ import polars as pl
 
 from pipeline.errors import in_one_line
 from pipeline.results import headline_metric
-from stages.report.page import Answered, Sample, Section
+from stages.report.page import Sample, Section
 
 _COLUMNS = ["prompt_id", "prompt", "references", "model", "response", "score", "cut"]
 
@@ -34,8 +34,8 @@ def answers(path: Path, evaluation: dict, count: int) -> Section | None:
     for prompts, what in ((at_random, "drawn at random"), (failures, f"{candidate} fails, or does worst")):
         for prompt in prompts:
             rows = groups[prompt]
-            shown = [Answered("reference", text) for text in rows[0]["references"]]
-            shown += [Answered(row["model"], row["response"], _mark(row, checked, metric)) for row in rows]
+            shown = [("reference", text, "") for text in rows[0]["references"]]
+            shown += [(row["model"], row["response"], _mark(row, checked, metric)) for row in rows]
             section.samples.append(Sample(rows[0]["prompt"], shown, what))
     return section
 

@@ -47,12 +47,6 @@ class Scored:
     def modes(self) -> dict:
         return self.experiment.evaluation["metrics"][self.model]
 
-    @property
-    def identity(self) -> tuple:
-        """Equal for a model that several results share, with equal numbers."""
-        provenance = self.experiment.evaluation["provenance"]
-        return self.experiment.set, provenance["models"][self.model], json.dumps(self.modes, sort_keys=True)
-
     def answers(self, name: str) -> float | None:
         """`tokens` or `cut` of the greedy answers."""
         modes = (self.experiment.evaluation.get("answers") or {}).get(self.model, {})
@@ -60,12 +54,13 @@ class Scored:
 
 
 def models_of(experiments: Sequence[Experiment]) -> list[Scored]:
-    """Every model of every experiment; one that several share is there once."""
+    """Every model of every experiment; one that several share, with equal numbers, is there once."""
     models: dict[tuple, Scored] = {}
     for experiment in experiments:
-        for model in experiment.evaluation["metrics"]:
-            scored = Scored(experiment, model)
-            models.setdefault(scored.identity, scored)
+        for model, modes in experiment.evaluation["metrics"].items():
+            identity = experiment.evaluation["provenance"]["models"][model]
+            shared = experiment.set, identity, json.dumps(modes, sort_keys=True)
+            models.setdefault(shared, Scored(experiment, model))
     return list(models.values())
 
 
@@ -87,9 +82,9 @@ def _read(name: str, layout: Layout) -> Experiment:
     for file in (path, path / RESULTS, *evaluations):
         if file.is_file():
             evaluation = read_evaluation(file)
-            data = file.parents[1]
-            beside = Layout(data=data).results("distill")
-            known = file == Layout(data=data).results("evaluate") and beside.is_file()
+            layout_there = Layout(data=file.parents[1])
+            beside = layout_there.results("distill")
+            known = file == layout_there.results("evaluate") and beside.is_file()
             return Experiment(name, evaluation, _objective(read_json(beside), beside) if known else None)
     if path.exists():
         raise UserError(f"{name} holds no results of `xkd-pipeline evaluate`")

@@ -30,18 +30,27 @@ def _draw(width: float, height: float, paint) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def _plane(paint, x_label: str, y_label: str) -> str:
+    """The data URI of what `paint(axes)` draws between two named axes, with a legend."""
+
+    def named(axes) -> None:
+        paint(axes)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+
+    return _draw(5.2, 3.1, named)
+
+
 def lines(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str) -> str:
     """Named curves (x, y)."""
 
     def paint(axes) -> None:
         for colour, (name, (x, y)) in zip(COLOURS, curves.items(), strict=False):
             axes.plot(x, y, color=colour, label=name, linewidth=1.6, marker="o" if len(x) < 12 else None, markersize=4)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
 
-    return _draw(5.2, 3.1, paint)
+    return _plane(paint, x_label, y_label)
 
 
 def intervals(values: Mapping[str, Mapping[str, float]], x_label: str) -> str:
@@ -67,12 +76,8 @@ def trade_off(points: Mapping[str, tuple[float, float]], x_label: str, y_label: 
         for colour, (name, (x, y)) in zip(COLOURS * len(points), points.items(), strict=False):
             axes.plot([x], [y], color=colour, marker="o", markersize=8, linestyle="", label=name)
         axes.margins(0.2)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
 
-    return _draw(5.2, 3.1, paint)
+    return _plane(paint, x_label, y_label)
 
 
 def band(responses: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str) -> str:
@@ -84,9 +89,5 @@ def band(responses: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_lab
             low, high = ([m + sign * s for m, s in zip(mu, sigma, strict=True)] for sign in (-1, 1))
             axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
             axes.plot(steps, mu, color=colour, label=name, linewidth=1.4)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
 
-    return _draw(5.2, 3.1, paint)
+    return _plane(paint, x_label, y_label)

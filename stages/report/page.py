@@ -3,10 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-
-from stages.report.rewarded import Rewarded
 
 GENERATOR = '<meta name="generator" content="xkd-pipeline">'  # by which a page of ours is known
 
@@ -30,29 +29,34 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Answered:
-    """What a model or a reference says, and how that is marked."""
-
-    name: str
-    text: str
-    mark: str = ""
-
-
-@dataclass(frozen=True)
 class Sample:
     """One prompt with what the references and the models say, and why it is shown."""
 
     prompt: str
-    answers: list[Answered]
+    answers: list[tuple[str, str, str]]  # whose, what it says, and how that is marked
     why: str
 
 
 @dataclass(frozen=True)
-class Block:
-    """Text that is folded away."""
+class Token:
+    """One token of a response."""
 
-    title: str
     text: str
+    mu: float
+    sigma: float
+    shade: float  # -1 (low reward) .. 1 (high), relative to the responses shown
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """One response under the reward."""
+
+    origin: str
+    tokens: list[Token]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean([token.mu for token in self.tokens]))
 
 
 @dataclass
@@ -66,19 +70,11 @@ class Section:
     figures: list[Figure] = field(default_factory=list)
     rewarded: list[tuple[str, list[Rewarded]]] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
-    blocks: list[Block] = field(default_factory=list)
+    blocks: list[tuple[str, str]] = field(default_factory=list)  # titles, and texts that are folded away
 
 
-@dataclass(frozen=True)
-class Card:
-    """A headline number."""
-
-    value: str
-    label: str
-
-
-def render_page(title: str, subtitle: str, cards: list[Card], sections: list[Section]) -> str:
-    """One HTML page without scripts; its own policy forbids to load anything."""
+def render_page(title: str, subtitle: str, cards: list[tuple[str, str]], sections: list[Section]) -> str:
+    """One HTML page without scripts; its own policy forbids to load anything. cards: headline numbers and labels."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )

@@ -1,6 +1,6 @@
 """The page's tables of numbers: quality, closeness to the teacher, diversity, and other experiments beside this one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.results import KL_NAMES, headline_kl, headline_metric
@@ -37,16 +37,20 @@ def quality(evaluation: dict) -> Section:
     section.tables.append(Table(columns, [[model, *_scores(modes, names)] for model, modes in metrics.items()], title))
     if evaluation.get("differences"):
         title = f"{evaluation['candidate']} minus the others, paired over prompts"
-        differences = [
-            [f"− {model}", *_scores(modes, names, "+")] for model, modes in evaluation["differences"].items()
-        ]
-        section.tables.append(Table(columns, differences, title))
-    drawn = {model: modes["greedy"][names[0]] for model, modes in metrics.items()}
-    section.figures.append(Figure(figures.intervals(drawn, f"{names[0]}, greedy"), f"{names[0]} of the greedy answers"))
-    kls = {model: kl for model, modes in metrics.items() if (kl := headline_kl(modes)[1])}
-    if kls:
-        section.figures.append(Figure(figures.intervals(kls, "nats per token"), KL_NAMES[measure]))
+        rows = [[f"− {model}", *_scores(modes, names, "+")] for model, modes in evaluation["differences"].items()]
+        section.tables.append(Table(columns, rows, title))
+    kls = {model: headline_kl(modes)[1] for model, modes in metrics.items()}
+    section.figures += _intervals(metrics, names[0], kls, measure)
     return section
+
+
+def _intervals(models: Mapping[str, dict], metric: str, kls: Mapping[str, dict | None], measure: str) -> list[Figure]:
+    """A metric and a KL of models (name -> entry in results.json); without the KL where no model has one."""
+    greedy = {name: modes["greedy"][metric] for name, modes in models.items()}
+    drawn = [Figure(figures.intervals(greedy, f"{metric}, greedy"), f"{metric} of the greedy answers")]
+    if known := {name: kl for name, kl in kls.items() if kl}:
+        drawn.append(Figure(figures.intervals(known, "nats per token"), KL_NAMES[measure]))
+    return drawn
 
 
 def _scores(modes: dict, names: list[str], sign: str = "") -> list[str]:
@@ -55,7 +59,7 @@ def _scores(modes: dict, names: list[str], sign: str = "") -> list[str]:
     return [
         *(say_interval(modes["greedy"][name], sign=sign) for name in names),
         say_interval(modes["sampled"][names[0]], sign=sign),
-        say_interval(kl, ".3f", sign) if kl else "-",
+        _value(kl, sign),
     ]
 
 
@@ -71,15 +75,12 @@ def closeness(evaluation: dict) -> Section | None:
     if not measures:
         return None
     places = {"heldout": "the teacher's samples", "own": "the model's own samples"}
-    section = Section(
-        "closeness",
-        "Closeness to the teacher",
-        [
-            "On held-out prompts, in nats per token. KL(T‖S) punishes what the model leaves out, KL(S‖T) what it makes "
-            "up; on its own samples, where a model is when it is used. Cross-entropy is of the teacher's samples.",
-            *(_CACHED[name] for _, name in measures if name in _CACHED),
-        ],
+    text = (
+        "On held-out prompts, in nats per token. KL(T‖S) punishes what the model leaves out, KL(S‖T) what it makes "
+        "up; on its own samples, where a model is when it is used. Cross-entropy is of the teacher's samples."
     )
+    cached = [_CACHED[name] for _, name in measures if name in _CACHED]
+    section = Section("closeness", "Closeness to the teacher", [text, *cached])
     rows = [
         [KL_NAMES[name], places[mode], *(_value(modes.get(mode, {}).get(name)) for modes in metrics.values())]
         for mode, name in measures
@@ -90,35 +91,25 @@ def closeness(evaluation: dict) -> Section | None:
             f"The {kept['k']} tokens that the cache keeps at a position have {kept['mean']:.3f} of the teacher's "
             f"probability in the mean, and {kept['worst_tenth']:.3f} in the worst tenth of the positions."
         )
-        section.texts += filter(None, [_sentence(kept_mass_warning(kept))])
+        if warning := kept_mass_warning(kept):
+            section.texts.append(f"{warning[0].upper()}{warning[1:]}.")
     return section
 
 
-def _sentence(text: str | None) -> str | None:
-    return text and f"{text[0].upper()}{text[1:]}."
-
-
-def _value(interval: dict | None) -> str:
-    return say_interval(interval, ".3f") if interval else "-"
+def _value(interval: dict | None, sign: str = "") -> str:
+    return say_interval(interval, ".3f", sign) if interval else "-"
 
 
 def diversity(evaluation: dict) -> Section:
     """Quality against diversity of the sampled answers, how long answers are, and how many were cut."""
     metrics, metric = evaluation["metrics"], headline_metric(evaluation)
-    section = Section(
-        "diversity",
-        "Quality and diversity",
-        ["Of several sampled answers to each prompt. Lower Self-BLEU and higher distinct-n mean more diverse."],
-    )
-    rows = [
-        [
-            model,
-            say_interval(modes["sampled"][metric]),
-            *(f"{modes['diversity'][name]:.2f}" for name in ("distinct_1", "distinct_2")),
-            f"{modes['diversity']['self_bleu']:.1f}",
-        ]
-        for model, modes in metrics.items()
-    ]
+    text = "Of several sampled answers to each prompt. Lower Self-BLEU and higher distinct-n mean more diverse."
+    section = Section("diversity", "Quality and diversity", [text])
+    rows = []
+    for model, modes in metrics.items():
+        of = modes["diversity"]
+        numbers = f"{of['distinct_1']:.2f}", f"{of['distinct_2']:.2f}", f"{of['self_bleu']:.1f}"
+        rows.append([model, say_interval(modes["sampled"][metric]), *numbers])
     section.tables.append(Table(["model", f"{metric}, sampled", "distinct-1", "distinct-2", "Self-BLEU"], rows))
     if lengths := evaluation.get("answers"):
         columns = ["model", "tokens, greedy", "cut, greedy", "tokens, sampled", "cut, sampled"]
@@ -148,11 +139,8 @@ def beside(experiments: Sequence[Experiment]) -> Section | None:
     columns = ["result", "model", "objective", metric, f"{metric}, sampled", "KL(T‖S)", "KL(S‖T)", "Self-BLEU"]
     section.tables.append(Table(columns, [_beside(scored, metric) for scored in rows]))
     named = {_name(scored): scored.modes for scored in rows}
-    drawn = {name: modes["greedy"][metric] for name, modes in named.items()}
-    section.figures.append(Figure(figures.intervals(drawn, f"{metric}, greedy"), f"{metric} of the greedy answers"))
-    kls = {name: kl for name, modes in named.items() if (kl := modes.get("heldout", {}).get("kl"))}
-    if kls:
-        section.figures.append(Figure(figures.intervals(kls, "nats per token"), KL_NAMES["kl"]))
+    kls = {name: modes.get("heldout", {}).get("kl") for name, modes in named.items()}
+    section.figures += _intervals(named, metric, kls, "kl")
     return section
 
 

@@ -51,8 +51,16 @@ class EvaluationProvenance(TypedDict):
     models: dict[str, str]
 
 
-class Seconds(TypedDict):
+class Cost(TypedDict):
     seconds: float
+    seconds_to_first_step: NotRequired[float | None]  # of distill
+
+
+class Made(TypedDict):
+    """What every results.json has."""
+
+    cost: Cost
+    provenance: dict[str, Any]
 
 
 class Lengths(TypedDict):
@@ -69,8 +77,7 @@ class Evaluation(TypedDict):
     provenance: EvaluationProvenance
     differences: NotRequired[dict[str, Difference]]
     counts: NotRequired[dict[str, int]]
-    cost: NotRequired[Seconds]
-    kl: NotRequired[str | None]
+    cost: NotRequired[Cost]
     kept_mass: NotRequired[KeptMassFound | None]
     answers: NotRequired[dict[str, dict[str, Lengths]]]
     parameters: NotRequired[dict[str, int | None]]
@@ -79,17 +86,11 @@ class Evaluation(TypedDict):
     signatures: NotRequired[dict[str, str]]
 
 
-class DistillCost(Seconds):
-    seconds_to_first_step: NotRequired[float | None]
-
-
-class Distill(TypedDict):
+class Distill(Made):
     """results.json of `distill`."""
 
     objective: str
     samples: int
-    cost: DistillCost
-    provenance: dict[str, Any]
 
 
 class Fit(TypedDict):
@@ -114,7 +115,7 @@ class Judged(TypedDict):
     pooled_sum: AucInterval
 
 
-class Audit(TypedDict):
+class Audit(Made):
     """results.json of `reward`, in the folder of the audit."""
 
     sarsa: Fit
@@ -122,11 +123,9 @@ class Audit(TypedDict):
     negatives: Negatives
     audit: NotRequired[dict[str, dict[str, Judged]]]
     audited_prompts: NotRequired[dict[str, int]]
-    cost: Seconds
-    provenance: dict[str, Any]
 
 
-class AskingCost(Seconds):
+class AskingCost(Cost):
     rows_found: int
     rows_made: int
     rows_left_out: int
@@ -149,7 +148,6 @@ class Asking(TypedDict):
 class Data(TypedDict):
     path: str
     config: str
-    task: str
 
 
 class Format(TypedDict):
@@ -158,22 +156,11 @@ class Format(TypedDict):
     system: str
 
 
-class Prepared(TypedDict):
+class Prepared(Made):
     """results.json of `prepare`."""
 
     data: Data
     prompt_format: Format
-    counts: dict[str, dict[str, int]]
-    cost: Seconds
-    provenance: dict[str, Any]
-
-
-class Taught(TypedDict):
-    """results.json of `teach`."""
-
-    role: str
-    cost: Seconds
-    provenance: dict[str, Any]
 
 
 def read_results(path: Path, kind: type, stage: str) -> dict:

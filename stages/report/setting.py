@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.layout import counts_of
 from pipeline.store.kept_mass import say_kept_mass
-from stages.report.page import Block, Section, Table
+from stages.report.page import Section, Table
 from stages.report.results import read_results
 
 STAGES = {  # stage -> its key among the results that the report reads
@@ -66,23 +66,19 @@ def costs(results: dict[str, dict]) -> Section:
     section = Section("costs", "Cache and cost")
     if cost := results["generate"].get("cost"):
         speed = f"{cost['tokens_per_second']:,.0f}" if cost["tokens_per_second"] else "- (all cached)"
-        section.tables.append(
-            Table(
-                ["teacher cache", ""],
-                [
-                    ["rows found in the store", f"{cost['rows_found']:,}"],
-                    ["rows made by this run", f"{cost['rows_made']:,}"],
-                    ["rows left out", f"{cost['rows_left_out']:,}"],
-                    ["tokens in this selection", f"{cost['tokens_selected']:,}"],
-                    ["tokens made by this run", f"{cost['tokens_made']:,}"],
-                    ["tokens per second, without loading", speed],
-                    ["bytes per token in the store", f"{cost['bytes_per_token'] or 0:,.0f}"],
-                    ["size of these requests in the store", f"{cost['store_bytes'] / 2**20:,.1f} MiB"],
-                ],
-            )
-        )
-    times = {stage: results[key]["cost"]["seconds"] for stage, key in STAGES.items() if "cost" in results.get(key, {})}
-    rows = [[stage, f"{seconds:,.0f}"] for stage, seconds in times.items()]
+        rows = [
+            ["rows found in the store", f"{cost['rows_found']:,}"],
+            ["rows made by this run", f"{cost['rows_made']:,}"],
+            ["rows left out", f"{cost['rows_left_out']:,}"],
+            ["tokens in this selection", f"{cost['tokens_selected']:,}"],
+            ["tokens made by this run", f"{cost['tokens_made']:,}"],
+            ["tokens per second, without loading", speed],
+            ["bytes per token in the store", f"{cost['bytes_per_token'] or 0:,.0f}"],
+            ["size of these requests in the store", f"{cost['store_bytes'] / 2**20:,.1f} MiB"],
+        ]
+        section.tables.append(Table(["teacher cache", ""], rows))
+    timed = {stage: results[key]["cost"] for stage, key in STAGES.items() if "cost" in results[key]}
+    rows = [[stage, f"{cost['seconds']:,.0f}"] for stage, cost in timed.items()]
     if first := results["distill"].get("cost", {}).get("seconds_to_first_step"):
         rows.append(["distill, from its start to the first step", f"{first:,.1f}"])
     section.tables.append(Table(["stage", "seconds"], rows))
@@ -101,17 +97,14 @@ def provenance(results: dict[str, dict], prompts: Path) -> Section:
     path = counts_of(prompts)
     if path.is_file():
         counts = read_results(path, dict[str, dict[str, int]], "prepare")
-        rows = [
-            [
-                split, f"{reasons.get('kept', 0):,}",
-                ", ".join(f"{n:,} {why}" for why, n in reasons.items() if why != "kept") or "none",
-            ]
-            for split, reasons in counts.items()
-            if reasons
-        ]  # fmt: skip
+        rows = []
+        for split, reasons in counts.items():
+            left_out = ", ".join(f"{n:,} {why}" for why, n in reasons.items() if why != "kept") or "none"
+            if reasons:
+                rows.append([split, f"{reasons.get('kept', 0):,}", left_out])
         section.tables.append(Table(["split", "kept", "left out"], rows))
     for name, read in results.items():
         if read:
             text = json.dumps(read["provenance"], indent=2, ensure_ascii=False)
-            section.blocks.append(Block(f"{name}: inputs, parameters, versions", text))
+            section.blocks.append((f"{name}: inputs, parameters, versions", text))
     return section

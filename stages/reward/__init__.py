@@ -82,11 +82,10 @@ def reward(
         ranked = rankings.rows_of(audited)
         judges |= {
             "student_logprob": rankings.student_judge(ranked, student_path),
-            "teacher_logprob": rankings.teacher_judge(ranked),
+            "teacher_logprob": {row.key: row.logprobs for row in ranked},  # the ceiling
         }
         metrics["audit"] = rankings.judge_all(audited, judges, params.reward.bootstrap, params.seed)
-        counts = {name: len({row.prompt_id for row, _ in ranking}) for name, ranking in audited.items()}
-        metrics["audited_prompts"] = counts
+        metrics["audited_prompts"] = {name: len({row.prompt_id for row, _ in r}) for name, r in audited.items()}
     else:
         console.warn(
             "the reward is not audited: that needs validation prompts with references of two tokens or more, and "
@@ -147,28 +146,20 @@ def _write_rewards(path: Path, rows: Sequence[Row], posterior: RewardPosterior) 
 
 def _report(metrics: dict, out: Path, audit_out: Path) -> None:
     shown = ("c", "inside_1_sigma", "inside_2_sigma", "sigma_at_floor")
-    console.table(
-        "reward posterior on held-out teacher text",
-        ("posterior", "-log q", "phi_kl", "c", "in 1 sigma", "in 2 sigma", "at floor"),
-        [
-            (td, f"{fit['heldout_nll']:.3f}", f"{fit['phi_kl']:g}", *(f"{fit[name]:.2f}" for name in shown))
-            for td, fit in ((td, metrics[td]) for td in POSTERIORS)
-        ],
-    )
+    rows = [
+        (td, f"{fit['heldout_nll']:.3f}", f"{fit['phi_kl']:g}", *(f"{fit[name]:.2f}" for name in shown))
+        for td, fit in ((td, metrics[td]) for td in POSTERIORS)
+    ]
+    columns = ("posterior", "-log q", "phi_kl", "c", "in 1 sigma", "in 2 sigma", "at floor")
+    console.table("reward posterior on held-out teacher text", columns, rows)
     titles = {"corrupted": "references over their corruptions", "samples": "right over wrong samples of the student"}
     for ranking, judges in metrics.get("audit", {}).items():
-        console.table(
-            f"audit: AUC of {titles[ranking]}, within {metrics['audited_prompts'][ranking]} prompts (95 % interval)",
-            ("judge", "mean", "sum", "pooled mean"),
-            [
-                (
-                    judge,
-                    *(say_interval(r[how], ".3f", of="auc") for how in ("within_mean", "within_sum")),
-                    f"{r['pooled_mean']['auc']:.3f}",
-                )
-                for judge, r in judges.items()
-            ],
-        )
+        rows = []
+        for judge, aucs in judges.items():
+            within = (say_interval(aucs[how], ".3f", of="auc") for how in ("within_mean", "within_sum"))
+            rows.append((judge, *within, f"{aucs['pooled_mean']['auc']:.3f}"))
+        title = f"audit: AUC of {titles[ranking]}, within {metrics['audited_prompts'][ranking]} prompts (95 % interval)"
+        console.table(title, ("judge", "mean", "sum", "pooled mean"), rows)
     negatives = metrics["negatives"]
     chosen = f"{negatives['rows']:,} scored responses" if negatives["used"] else "not used"
     console.facts("reward fitted", [("negatives", chosen), ("reward", out), ("audit", audit_out)])

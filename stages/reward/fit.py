@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from pipeline import console
@@ -15,12 +16,12 @@ from pipeline.learning.consistency import Consistency, JointReward
 from pipeline.learning.curves import split_history
 from pipeline.learning.dropout import set_dropout
 from pipeline.learning.forward import per_row, score_tokens
-from pipeline.learning.job import Job, Training, run
+from pipeline.learning.job import Job, Training
 from pipeline.learning.learner import Learner, StudentLearner
 from pipeline.learning.posterior import RewardPosterior
 from pipeline.learning.residuals import Scaled
 from pipeline.learning.terms import Likelihood, Mean
-from pipeline.learning.trainer import seed_everything
+from pipeline.learning.trainer import run, seed_everything
 from pipeline.models import (
     Context,
     best_device,
@@ -35,7 +36,6 @@ from pipeline.params import Reward
 from pipeline.provenance import fingerprint
 from pipeline.store.schema import Row
 from pipeline.store.selection import Selection
-from stages.reward.audit import calibration
 
 POSTERIORS = ("sarsa", "soft")
 
@@ -104,7 +104,8 @@ class Fitting:
             if best is None or nll < best[0]:
                 best = nll, phi_kl, training.learner.to(best_device()).eval(), history
         nll, phi_kl, learner, history = best
-        policy, posterior, scaled = getattr(learner, "student", None), _posterior_of(learner), self._scaled(td)
+        policy, scaled = getattr(learner, "student", None), self._scaled(td)
+        posterior = next(module for module in learner.modules() if isinstance(module, RewardPosterior))
         if policy is not None and posterior.own_encoder:
             posterior.encoder = policy.base_model  # the states that the head was trained on
         known = {"phi_kl": phi_kl, "heldout_nll": nll, "c": scaled.scale, "offset": scaled.offset}
@@ -219,8 +220,23 @@ def _lengths(row: Row) -> tuple[int, int]:
     return len(row.prompt_ids), len(row.response_ids)
 
 
-def _posterior_of(learner: Learner) -> RewardPosterior:
-    return next(module for module in learner.modules() if isinstance(module, RewardPosterior))
+def calibration(
+    posterior: dict[str, tuple[np.ndarray, np.ndarray]],
+    delta: dict[str, np.ndarray],
+    log_floor: float,
+    kept: dict[str, np.ndarray],
+) -> dict[str, float]:
+    """Shares of held-out residuals inside 1 and 2 sigma, and of sigmas at their floor, over the kept steps."""
+    mu, log_sigma, residuals = (
+        np.concatenate([values[key][kept[key]] for key in posterior])
+        for values in ({k: p[0] for k, p in posterior.items()}, {k: p[1] for k, p in posterior.items()}, delta)
+    )
+    distance = np.abs(residuals - mu) / np.exp(log_sigma)
+    return {
+        "inside_1_sigma": float((distance <= 1).mean()),
+        "inside_2_sigma": float((distance <= 2).mean()),
+        "sigma_at_floor": float((log_sigma <= log_floor + 1e-6).mean()),
+    }
 
 
 def _spoken_by(policy, rows: Sequence[Row]) -> list[Row]:

@@ -23,9 +23,10 @@ from pipeline.objectives.avril import gaussian_nll, td_residual
 from pipeline.objectives.divergences import DIVERGENCES
 from pipeline.objectives.head import Head, Scores, chunked_loss
 from pipeline.objectives.logprobs import TopK
-from pipeline.objectives.outcomes import TAILS, dense
+from pipeline.objectives.outcomes import TAILS
 from pipeline.objectives.sparse import sparse_divergence
 from pipeline.objectives.supports import systematic
+from tests.references import dense
 
 HIDDEN, POSITIONS, REPETITIONS = 512, 1024, 5
 TIME_BAR, MEMORY_BAR, DENSE_TIME_BAR, DENSE_MEMORY_BAR = 1.15, 1.2, 2.0, 3.0

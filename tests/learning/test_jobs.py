@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.learning.job import Job
-from pipeline.learning.job import run as train
+from pipeline.learning.trainer import run as train
 from stages.distill import distill
 from stages.reward import reward
 from stages.teach import teach
@@ -18,8 +18,8 @@ def recorded(monkeypatch):
     """Every job that the stages run, as JSON, with the weights that it left."""
     jobs = []
 
-    def record(job, training=None, callbacks=()):
-        trained = train(job, training, callbacks)
+    def record(job, training=None):
+        trained = train(job, training)
         jobs.append((job.model_dump_json(), {name: x.clone() for name, x in trained.learner.state_dict().items()}))
         return trained
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from pipeline import interrupts
 from pipeline.errors import Interrupted
 from pipeline.learning.curves import split_history
-from pipeline.learning.job import run as train
+from pipeline.learning.trainer import run as train
 from pipeline.learning.trainer import seed_everything
 from tests.conftest import ROOT
 from tests.learning.test_training import make_job, make_learner, make_training

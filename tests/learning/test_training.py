@@ -17,11 +17,11 @@ from pipeline.learning.consistency import Consistency, GivenReward, ZeroReward
 from pipeline.learning.curves import split_history, write_csv
 from pipeline.learning.divergence import Divergence
 from pipeline.learning.forward import response_states, score_tokens
-from pipeline.learning.job import Job, Training, run
+from pipeline.learning.job import Job, Training
 from pipeline.learning.learner import Learner, StudentLearner, count
 from pipeline.learning.residuals import Scaled
 from pipeline.learning.terms import Likelihood, Mean
-from pipeline.learning.trainer import held_out
+from pipeline.learning.trainer import held_out, run
 from pipeline.models import load_lm
 from pipeline.params import Optimisation, Residual
 from pipeline.store.schema import Row

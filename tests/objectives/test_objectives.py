@@ -8,10 +8,9 @@ import torch
 
 from pipeline.objectives.avril import followed_steps, gaussian_nll, kept_steps, kl_to_prior, td_residual
 from pipeline.objectives.divergences import DIVERGENCES, forward_kl, jsd, reverse_kl, skew_forward_kl, skew_reverse_kl
-from pipeline.objectives.outcomes import dense
 from tests import golden
 from tests.conftest import ROOT
-from tests.references import divergence, random_logits
+from tests.references import dense, divergence, random_logits
 
 SHARED_GOLDEN = ROOT.parent / "shared" / "golden"
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from pipeline.objectives.divergences import DIVERGENCES, SUMMANDS
 from pipeline.objectives.head import Head, chunked_loss, token_scores
 from pipeline.objectives.logprobs import TopK
-from pipeline.objectives.outcomes import TAILS, dense
+from pipeline.objectives.outcomes import TAILS
 from pipeline.objectives.sparse import sparse_divergence
 from pipeline.objectives.supports import systematic, weighted
 from tests import references
-from tests.references import every_support, random_logits, sparse_logprobs
+from tests.references import dense, every_support, random_logits, sparse_logprobs
 
 every_estimate = pytest.mark.parametrize("name", SUMMANDS)
 every_divergence = pytest.mark.parametrize("name", DIVERGENCES)

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from pipeline.objectives.divergences import DIVERGENCES
 from pipeline.objectives.logprobs import TopK
-from pipeline.objectives.outcomes import TAILS, bucket, dense, tail_mass
+from pipeline.objectives.outcomes import TAILS, bucket, tail_mass
 from pipeline.objectives.sparse import sparse_divergence
 from pipeline.params import Distill
 from tests import references
-from tests.references import FINITE, random_logits, sparse_logprobs, top_k
+from tests.references import FINITE, dense, random_logits, sparse_logprobs, top_k
 
 every_divergence = pytest.mark.parametrize("name", DIVERGENCES)
 every_tail = pytest.mark.parametrize("tail", TAILS)

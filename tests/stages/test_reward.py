@@ -23,8 +23,8 @@ from pipeline.store.selection import Selection
 from pipeline.tasks import get_task
 from stages.generate import generate
 from stages.reward import reward
-from stages.reward.audit import Scored, above_the_median, auc, audit, calibration, rankable
-from stages.reward.rankings import halves, held_out_rankings
+from stages.reward.fit import calibration
+from stages.reward.rankings import Scored, above_the_median, auc, audit, halves, held_out_rankings, rankable
 from stages.score import score
 from tests.conftest import at_once, make_model, make_params, make_prompts
 

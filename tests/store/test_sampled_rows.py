@@ -14,11 +14,11 @@ from pipeline.learning.batches import IGNORED, collate
 from pipeline.learning.consistency import Consistency, GivenReward, ZeroReward
 from pipeline.learning.divergence import Divergence
 from pipeline.learning.forward import score_tokens, teacher_of
-from pipeline.learning.job import Job, Training, run
+from pipeline.learning.job import Job, Training
 from pipeline.learning.learner import StudentLearner
 from pipeline.learning.residuals import Scaled
 from pipeline.learning.terms import Likelihood
-from pipeline.learning.trainer import held_out
+from pipeline.learning.trainer import held_out, run
 from pipeline.models import load_lm
 from pipeline.objectives.divergences import DIVERGENCES
 from pipeline.objectives.sparse import sparse_divergence
