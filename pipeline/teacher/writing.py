@@ -59,7 +59,8 @@ class _Writer:
 
     def record_planned(self) -> None:
         """Record what the plan leaves out and the store does not know of yet."""
-        reasons = {key: reason for key, reason in self.plan.skipped.items() if key not in self.plan.folder.skipped()}
+        known = self.plan.folder.skipped()
+        reasons = {key: reason for key, reason in self.plan.skipped.items() if key not in known}
         self._record({item.key: (item, reasons[item.key]) for item in self.plan.order.items if item.key in reasons})
 
     def _record(self, rows: Mapping[str, tuple[Item, str]]) -> None:
