@@ -1,7 +1,7 @@
 """The store: `<store>/<teacher>/<request>/part-<first 16 hex digits of the file's sha256>.parquet`.
 
 A name that is its content's digest makes damage visible and collisions of writers impossible. Nothing is ever changed
-in place: shards are added whole, and a damaged one is moved aside.
+in place: shards are added whole, and a damaged one is moved to `damaged/`.
 """
 
 import json
@@ -16,15 +16,7 @@ import pyarrow.parquet as pq
 from platformdirs import user_cache_path
 
 from pipeline.errors import UserError
-from pipeline.files import (
-    canonical_json,
-    digest,
-    is_in_the_way,
-    move_aside,
-    sha256_file,
-    write_atomically,
-    writing_to,
-)
+from pipeline.files import canonical_json, digest, sha256_file, write_atomically, writing_to
 from pipeline.store.checks import SHARD, UNREADABLE, Damaged, Header, check_shard, text_of
 from pipeline.store.open_files import OpenFiles
 from pipeline.store.ordering import Group, in_order
@@ -93,8 +85,6 @@ class RequestFolder:
         then support, then shard name.
         """
         rows: dict[str, list[Location]] = {}
-        if set_aside:
-            self._make_way()
         for shard in self._shards(set_aside):
             header = self._passed.get(shard) or self._check(shard, set_aside)
             if header is not None:
@@ -124,13 +114,6 @@ class RequestFolder:
                     self.storage.fetch(name, stored[last])
         waiting = {path.name: path for path in (self.path / "outbox").glob("part-*.parquet")}
         return [path for _, path in sorted((waiting | stored).items())]
-
-    def _make_way(self) -> None:
-        """Move files aside that are in the place of the teacher's or the request's folder."""
-        for folder in (self.path.parent, self.path):
-            if os.path.lexists(folder) and not folder.is_dir():
-                with suppress(OSError):
-                    move_aside(folder)
 
     def _check(self, shard: Path, set_aside: bool) -> Header | None:
         try:
@@ -255,11 +238,12 @@ class RequestFolder:
         if not entries:
             return
         path = self.path / SKIPPED
-        if is_in_the_way(path):
-            move_aside(path)
         with writing_to(self.path), path.open("a+b") as file:
-            torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-            file.write(b"\n" * torn + b"".join(canonical_json(entry).encode() + b"\n" for entry in entries))
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a killed writer's line
+                    file.write(b"\n")
+            file.write(b"".join(canonical_json(entry).encode() + b"\n" for entry in entries))
             file.flush()
             os.fsync(file.fileno())
         if self.storage.remote:

@@ -394,11 +394,6 @@ def remove(shard: Path, store: Path) -> None:
     shard.unlink()
 
 
-def folder_in_its_place(shard: Path, store: Path) -> None:
-    shard.unlink()
-    shard.mkdir()
-
-
 def renamed(shard: Path, store: Path) -> None:
     shard.rename(shard.with_name("part-0123456789abcdef.parquet"))
 
@@ -424,7 +419,6 @@ DAMAGES = {
     renamed: ("a shard is renamed", "its content does not match its name"),
     foreign: ("a shard is replaced by one of another request", "it answers another teacher or request"),
     forged: ("a shard is replaced by some other Parquet file", "the footer has no xkd metadata"),
-    folder_in_its_place: ("a folder is in a shard's place", "Is a directory"),
     remove: ("a shard is deleted", None),
 }
 
@@ -456,6 +450,22 @@ def test_damage_is_named_set_aside_and_repaired_exactly(filled, note, damage, ve
     assert filled.verify()[0] == 0
     how = "named, set aside" if reason else "seen"
     note(fault, f"{how}; exactly its rows made again, the selection as before", "the shard's rows, made again")
+
+
+def test_a_folder_in_a_shards_place_is_refused(filled, note):
+    complete, shard = set(rows_in(filled.store)), biggest(filled)
+    shard.unlink()
+    shard.mkdir()
+    for command, expected in ((filled.verify, 1), (filled.generate, 2)):
+        code, said = command()
+        assert code == expected and f"Move what is at {shard} out of the way" in said, said
+    shard.rmdir()
+    assert filled.finish() <= ROWS_PER_SHARD and set(rows_in(filled.store)) == complete
+    note(
+        "a folder is in a shard's place (exit 2)",
+        "named, and stayed; once it was moved away the shard's rows were made again",
+        "the shard's rows, made again",
+    )
 
 
 def rows_in_readable(store: Path) -> list[str]:
