@@ -119,9 +119,11 @@ class RequestFolder:
         try:
             return check_shard(shard, self.teacher, self.request)
         except Damaged as error:
-            if self.storage.remote and self._fetched_again(shard):
-                return check_shard(shard, self.teacher, self.request)
-            if not self.storage.remote and not os.path.lexists(shard):
+            if self.storage.remote:  # only the mirror's copy may be damaged
+                with suppress(FileNotFoundError, Damaged):
+                    self.storage.fetch(f"{self.name}/{shard.name}", shard)
+                    return check_shard(shard, self.teacher, self.request)
+            elif not os.path.lexists(shard):
                 return None  # removed, or set aside by another process, since it was listed
             self.damaged[shard.name] = str(error)
         if set_aside:
@@ -130,15 +132,6 @@ class RequestFolder:
             except (OSError, UserError) as error:
                 self.damaged[shard.name] += f" (left in place: {getattr(error, 'strerror', None) or error})"
         return None
-
-    def _fetched_again(self, shard: Path) -> bool:
-        """Whether only the mirror's copy was damaged: fetch the shard anew and check it."""
-        try:
-            self.storage.fetch(f"{self.name}/{shard.name}", shard)
-            check_shard(shard, self.teacher, self.request)
-        except (FileNotFoundError, Damaged):
-            return False
-        return True
 
     def set_aside(self, name: str) -> None:
         """Move a file of this folder to `damaged/`, where nothing reads it."""
@@ -197,27 +190,28 @@ class RequestFolder:
 
     def _groups(self, locations: Sequence[Location]) -> Iterator[Group]:
         """The rows at `locations` by row group, in the order in which those are first needed."""
+        for places, shard, number, rows in sorted(self.row_groups(locations), key=lambda group: group[0][0]):
+            with self.reading(shard) as file:
+                table = file.read_row_group(number).take(rows)
+                group = Group(places.tolist(), from_table(table), table.nbytes)
+            yield group
+
+    def row_groups(self, locations: Sequence[Location]) -> Iterator[tuple[np.ndarray, Path, int, np.ndarray]]:
+        """Each row group that holds some of `locations`: their places there, its shard and number, their rows in it."""
         by_shard: dict[Path, list[int]] = {}
         for place, location in enumerate(locations):
             by_shard.setdefault(location.shard, []).append(place)
-        groups = []
         for shard, places in by_shard.items():
-            with self._reading(shard) as file:
+            with self.reading(shard) as file:
                 ends = group_ends(file.metadata)
             rows = np.array([locations[place].row for place in places])
             numbers = np.searchsorted(ends, rows, side="right")
             for number in np.unique(numbers).tolist():
-                here = np.flatnonzero(numbers == number)
-                first = ends[number - 1] if number else 0
-                groups.append(([places[each] for each in here], shard, number, rows[here] - first))
-        for places, shard, number, rows in sorted(groups, key=lambda group: group[0][0]):
-            with self._reading(shard) as file:
-                table = file.read_row_group(number).take(rows)
-                group = Group(places, from_table(table), table.nbytes)
-            yield group
+                here = numbers == number
+                yield np.array(places)[here], shard, number, rows[here] - (ends[number - 1] if number else 0)
 
     @contextmanager
-    def _reading(self, shard: Path) -> Iterator[pq.ParquetFile]:
+    def reading(self, shard: Path) -> Iterator[pq.ParquetFile]:
         """A shard to read from. Raises UserError where it has become unreadable."""
         try:
             with self.files.reader(shard) as file:

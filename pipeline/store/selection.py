@@ -312,21 +312,13 @@ class Selection:
         self.manifest, self.files = _checked(self.folder)
         self.teacher: dict = self.manifest["teacher"]
         self.parts: dict[str, dict] = self.manifest["parts"]
+        self.k: int = self.manifest["k"]  # tokens per position
+        self.support: str | None = self.manifest["support"]  # sampled or topk; None where the rows are text alone
 
     @property
     def fingerprint(self) -> str:
         """Digest of the selection that was opened, whatever is in `folder` by now."""
         return self.manifest["sha256"][:16]
-
-    @property
-    def k(self) -> int:
-        """Tokens per position."""
-        return self.manifest["k"]
-
-    @property
-    def support(self) -> str | None:
-        """Which tokens are kept: sampled or topk; None where the rows are text alone."""
-        return self.manifest["support"]
 
     def require_teacher(self, what: str) -> None:
         """Raises UserError where the rows are text alone, without a teacher's log-probabilities."""

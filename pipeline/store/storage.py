@@ -147,26 +147,23 @@ class Storage:
 
     def put(self, path: Path, name: str) -> None:
         """Copy a file of this machine into the store; it appears whole."""
+        folder, _, last = name.rpartition("/")
         try:
-            self._put(path, name)
+            with self._reaching(name) as fs:
+                protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+                if protocols & _OBJECT_STORES:
+                    fs.put_file(str(path), self._full(name))
+                else:
+                    temporary = self._full(f"{folder}/.tmp-{uuid.uuid4().hex}-{last}")
+                    fs.makedirs(self._full(folder), exist_ok=True)
+                    fs.put_file(str(path), temporary)
+                    fs.mv(temporary, self._full(name))
         except FileNotFoundError as error:
             if not path.exists():  # another process has handed it over
                 raise
             raise UserError(
                 f"cannot write to {self.name}: it does not exist ({error}). What was made is kept in {self.path}"
             ) from error
-
-    def _put(self, path: Path, name: str) -> None:
-        folder, _, last = name.rpartition("/")
-        with self._reaching(name) as fs:
-            protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-            if protocols & _OBJECT_STORES:
-                fs.put_file(str(path), self._full(name))
-            else:
-                temporary = self._full(f"{folder}/.tmp-{uuid.uuid4().hex}-{last}")
-                fs.makedirs(self._full(folder), exist_ok=True)
-                fs.put_file(str(path), temporary)
-                fs.mv(temporary, self._full(name))
 
     def write_json(self, name: str, value: Any) -> None:
         """A small readable file, whole or absent."""

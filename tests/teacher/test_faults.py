@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -483,12 +483,12 @@ def rows_in_readable(store: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda row: replaced(row, key="0" * 32), "has a key that does not fit its tokens"),
-        (lambda row: replaced(row, topk_ids=row.topk_ids[:, ::-1], topk_logprobs=row.topk_logprobs[:, ::-1]), "order"),
-        (lambda row: replaced(row, topk_ids=row.topk_ids + 10**6), "outside the vocabulary"),
-        (lambda row: replaced(row, lse=row.lse * float("nan")), "normalisers that are not finite"),
+        (lambda row: replace(row, key="0" * 32), "has a key that does not fit its tokens"),
+        (lambda row: replace(row, topk_ids=row.topk_ids[:, ::-1], topk_logprobs=row.topk_logprobs[:, ::-1]), "order"),
+        (lambda row: replace(row, topk_ids=row.topk_ids + 10**6), "outside the vocabulary"),
+        (lambda row: replace(row, lse=row.lse * float("nan")), "normalisers that are not finite"),
         # Seen by the counts of the file, or where the row has one token, whose absence counts as a value, by its own.
-        (lambda row: replaced(row, logprobs=row.logprobs[:-1]), "does not have"),
+        (lambda row: replace(row, logprobs=row.logprobs[:-1]), "does not have"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_are_found_by_verify(filled, note, change, reason):
@@ -503,12 +503,6 @@ def test_rows_that_cannot_be_are_found_by_verify(filled, note, change, reason):
         "`cache verify` named the row and set the shard aside",
         "the shard's rows, made again",
     )
-
-
-def replaced(row, **changes):
-    from dataclasses import replace
-
-    return replace(row, **changes)
 
 
 # What describes
