@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import stat
@@ -15,7 +14,7 @@ from typing import Any
 
 from pipeline.errors import UserError, in_one_line, shown
 
-ASIDE = ".aside"  # ending of what was moved out of the way and is no longer read
+ASIDE = ".aside"  # ending of a damaged file that was moved aside and is no longer read
 
 
 def require_file(path: Path) -> None:
@@ -26,15 +25,22 @@ def require_file(path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, what, str(path))  # the same for readers: something is in the file's place
 
 
-def is_in_the_way(path: Path) -> bool:
-    """Whether something is there (a folder, a pipe, a device) that no file can be read from."""
-    try:
-        require_file(path)
-    except IsADirectoryError:
-        return True
-    except OSError:
-        return False
-    return False
+def advice_on(error: Exception, otherwise: str) -> str:
+    """What to do about an error: what is in the place of a file or folder is for the user to move."""
+    if isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError) and error.filename:
+        return f"Move what is at {nearest(Path(error.filename2 or error.filename))} out of the way"
+    return otherwise
+
+
+def cannot_read(path: Path, error: OSError) -> UserError:
+    """The error about a file that may be whole but cannot be read now, or that something else is in the place of."""
+    reason, advice = error.strerror or error, advice_on(error, "Mend that")
+    return UserError(f"cannot read {path}: {reason}. {advice} and run the same command again")
+
+
+def nearest(path: Path) -> Path:
+    """The path where something is there, else the nearest of the folders it is in."""
+    return next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
 
 
 def sha256_file(path: Path) -> str:
@@ -93,30 +99,17 @@ def writing_to(folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        advice = "Free space or make it writable"
-        if isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError):
-            advice = f"Move what is at {error.filename2 or error.filename} out of the way"
+        advice = advice_on(error, "Free space or make it writable")
         raise UserError(
             f"cannot write to {folder}: {error.strerror or error}. {advice} and run the same command again: everything "
             "written so far is kept"
         ) from error
 
 
-def move_aside(path: Path) -> Path:
-    """Rename what is in the way of a file or folder; its new name ends in `.aside`, and nothing is replaced."""
-    aside = next(
-        free
-        for number in itertools.count()
-        if not os.path.lexists(free := path.with_name(f"{path.name}{f'.{number}' * (number > 0)}{ASIDE}"))
-    )
-    os.rename(path, aside)
-    return aside
-
-
 def replace_file(path: Path, to: Path) -> None:
-    """Rename a file, replacing one that is at `to`; a folder or a pipe there is moved aside."""
-    if not to.is_symlink() and is_in_the_way(to):
-        move_aside(to)
+    """Rename a file, replacing one that is at `to`. Raises OSError where something else is there."""
+    if to.exists():
+        require_file(to)
     os.replace(path, to)
 
 

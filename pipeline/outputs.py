@@ -11,14 +11,13 @@ import os
 import re
 import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline import interrupts
 from pipeline.errors import UserError
-from pipeline.files import is_in_the_way, locked, read_text, write_json_atomically, writing_to
+from pipeline.files import locked, nearest, read_text, require_writable, write_json_atomically, writing_to
 from pipeline.layout import RESULTS
 
 MARK = ".xkd-pipeline"
@@ -131,18 +130,14 @@ def require_own_file(path: Path, is_ours: Callable[[Path], bool], option: str = 
     """Raises UserError unless `path` can be written and is missing or a file for which `is_ours` is true."""
     if path.is_dir():
         raise UserError(f"{path} is a folder, expected a file: choose another {option}")
-    if path.exists() and (is_in_the_way(path) or not is_ours(path)):
+    if path.exists() and not (path.is_file() and is_ours(path)):
         raise not_ours(path, option)
     require_can_write(path.parent)
 
 
 def require_can_write(folder: Path) -> None:
     """Raises UserError where nothing can be written into `folder` or it cannot be made; does not make it."""
-    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
-    with writing_to(there):
-        probe = there / f".tmp-{uuid.uuid4().hex}"
-        probe.touch()
-        probe.unlink(missing_ok=True)
+    require_writable(nearest(folder))
 
 
 def require_apart(whole: Mapping[str, Path | None], others: Mapping[str, Path | None] | None = None) -> None:

@@ -11,8 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import UserError
-from pipeline.files import digest, sha256_file
+from pipeline.files import cannot_read, digest, sha256_file
 from pipeline.store.identity import key_of_sample, score_key
 from pipeline.store.narrowing import stored_weights
 from pipeline.store.schema import (
@@ -34,7 +33,7 @@ UNREADABLE = (
     Malformed, pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, pa.ArrowKeyError, pa.ArrowIndexError,
     pa.ArrowSerializationError, pa.ArrowCapacityError, UnicodeDecodeError,
 )  # fmt: skip
-_NOT_A_FILE = (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
+_OF_THE_FILE = (None, errno.ENOENT, errno.ELOOP)  # errors of the system that do not pass
 _ROWS_AT_ONCE = 512
 _ORIGINS, _FINISHES = {"teacher", "reference", "student", "corrupted"}, {"stop", "length"}
 _NEVER_NULL = [name for name in SCHEMA.names if name not in ("logprobs", "lse", *SUPPORT)]
@@ -77,9 +76,9 @@ def check_shard(path: Path, teacher: str, request: str) -> Header:
                 raise Damaged(fault)
             keys = file.read(columns=["key"]).column(0)
     except OSError as error:
-        if error.errno in _NOT_A_FILE:
+        if error.errno in _OF_THE_FILE:
             raise Damaged(text_of(error)) from error
-        raise UserError(f"cannot read {path}: {error.strerror}. Mend that and run the same command again") from error
+        raise cannot_read(path, error) from error
     except UNREADABLE as error:
         raise Damaged(text_of(error)) from error
     if keys.null_count:

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.files import ASIDE, digest, is_in_the_way, sha256_file
+from pipeline.files import ASIDE, cannot_read, digest, read_text, sha256_file
 from pipeline.store.schema import SCHEMAS, with_support
 
 MANIFEST = "manifest.json"
@@ -33,14 +33,16 @@ def sealed(manifest: dict) -> dict:
 def read_manifest(folder: Path) -> dict:
     """A selection's manifest, with its support. Raises UserError where it is missing, damaged or changed."""
     path = folder / MANIFEST
-    if is_in_the_way(path):
-        raise UserError(f"{path} is not a regular file: {WRITE_AGAIN}")
-    if not path.is_file():
-        raise UserError(f"no cached teacher at {folder}: run `xkd-pipeline generate` (or `dvc repro generate`) first")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(read_text(path))
         version, seal = manifest["schema_version"], manifest["sha256"]
         known = version in SCHEMAS
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"no cached teacher at {folder}: run `xkd-pipeline generate` (or `dvc repro generate`) first"
+        ) from None
+    except OSError as error:
+        raise cannot_read(path, error) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error!r}): {WRITE_AGAIN}") from error
     if not known:
@@ -55,7 +57,7 @@ def seal_of(folder: Path) -> str | None:
     """The digest that tells the selection in a folder from others; None without a whole manifest."""
     try:
         return read_manifest(folder)["sha256"]
-    except (UserError, OSError):
+    except UserError:
         return None
 
 
@@ -74,10 +76,14 @@ def is_staged(path: Path) -> bool:
     return bool(_STAGED.fullmatch(path.name))
 
 
+def is_of_selection(path: Path) -> bool:
+    """Whether it has the name of a selection's file, or of one that was moved aside."""
+    return bool(_LEFT_BEHIND.fullmatch(path.name))
+
+
 def is_left_behind(path: Path) -> bool:
     """Whether it is a file of an earlier selection, or what a killed run prepared."""
-    is_file = not path.is_dir() or path.is_symlink()
-    return is_staged(path) or (is_file and bool(_LEFT_BEHIND.fullmatch(path.name)))
+    return is_staged(path) or (is_of_selection(path) and not path.is_dir())
 
 
 def is_named_by_content(path: Path) -> bool:
@@ -89,7 +95,7 @@ def is_named_by_content(path: Path) -> bool:
 def holds_selection(folder: Path) -> bool:
     """Whether a folder has a selection, whole or damaged."""
     try:
-        return any(_LEFT_BEHIND.fullmatch(path.name) for path in folder.iterdir())
+        return any(map(is_of_selection, folder.iterdir()))
     except FileNotFoundError:
         return False
     except OSError:  # something is there that cannot be listed
@@ -99,8 +105,6 @@ def holds_selection(folder: Path) -> bool:
 def file_fault(folder: Path, file: dict) -> str | None:
     """What is wrong with a file that a manifest lists, or None."""
     path = folder / file["name"]
-    if is_in_the_way(path):
-        return "it is not a regular file"
     if not path.is_file():
-        return "it is missing"
+        return "it is not a regular file: move it away" if path.exists() else "it is missing"
     return None if sha256_file(path) == file["sha256"] else "its content is not what manifest.json says"

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from pipeline.files import ASIDE
 from pipeline.outputs import entries, foreign, not_ours, require_can_write
-from pipeline.store.manifest import MANIFEST, is_left_behind, is_named_by_content
+from pipeline.store.manifest import MANIFEST, is_named_by_content, is_of_selection
 from pipeline.store.schema import METADATA_KEY
 
 _HEAD = re.compile(rb'\s*\{\s*"schema_version":\s*\d+,\s*"teacher":')  # how a manifest begins, torn or whole
@@ -17,14 +17,15 @@ _HEAD = re.compile(rb'\s*\{\s*"schema_version":\s*\d+,\s*"teacher":')  # how a m
 def require_own_selection(folder: Path, option: str = "--out") -> None:
     """Raises UserError unless `folder` is missing, empty or has a selection, whole or damaged.
 
-    Files under other names than a selection's stay where they are. A file of such a name that is not ours is refused.
+    Files under other names than a selection's stay where they are. What has such a name and is not ours, or no file, is
+    refused.
     """
     names = entries(folder, option)
     staged = [name for name in names if name.startswith(".tmp-")]
-    files = [folder / name for name in names if name not in staged and is_left_behind(folder / name)]
-    manifests = [path for path in files if path.name.removesuffix(ASIDE) == MANIFEST]
+    files = list(filter(is_of_selection, map(folder.joinpath, names)))
+    manifests = [path for path in files if path.name.removesuffix(ASIDE) == MANIFEST and path.is_file()]
     for path in files:
-        if not _is_ours(path, manifests):
+        if path.exists() and not (path.is_file() and _is_ours(path, manifests)):
             raise not_ours(path, option)
     if not files and len(names) > len(staged):
         raise foreign(folder, names, option)

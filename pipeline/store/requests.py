@@ -1,7 +1,7 @@
 """The store: `<store>/<teacher>/<request>/part-<first 16 hex digits of the file's sha256>.parquet`.
 
 A name that is its content's digest makes damage visible and collisions of writers impossible. Nothing is ever changed
-in place: shards are added whole, and a damaged one is moved aside.
+in place: shards are added whole, and a damaged one is moved to `damaged/`.
 """
 
 import json
@@ -16,15 +16,7 @@ import pyarrow.parquet as pq
 from platformdirs import user_cache_path
 
 from pipeline.errors import UserError
-from pipeline.files import (
-    canonical_json,
-    digest,
-    is_in_the_way,
-    move_aside,
-    sha256_file,
-    write_atomically,
-    writing_to,
-)
+from pipeline.files import canonical_json, digest, sha256_file, write_atomically, writing_to
 from pipeline.store.checks import SHARD, UNREADABLE, Damaged, Header, check_shard, text_of
 from pipeline.store.open_files import OpenFiles
 from pipeline.store.ordering import Group, in_order
@@ -93,8 +85,6 @@ class RequestFolder:
         then support, then shard name.
         """
         rows: dict[str, list[Location]] = {}
-        if set_aside:
-            self._make_way()
         for shard in self._shards(set_aside):
             header = self._passed.get(shard) or self._check(shard, set_aside)
             if header is not None:
@@ -125,20 +115,15 @@ class RequestFolder:
         waiting = {path.name: path for path in (self.path / "outbox").glob("part-*.parquet")}
         return [path for _, path in sorted((waiting | stored).items())]
 
-    def _make_way(self) -> None:
-        """Move files aside that are in the place of the teacher's or the request's folder."""
-        for folder in (self.path.parent, self.path):
-            if os.path.lexists(folder) and not folder.is_dir():
-                with suppress(OSError):
-                    move_aside(folder)
-
     def _check(self, shard: Path, set_aside: bool) -> Header | None:
         try:
             return check_shard(shard, self.teacher, self.request)
         except Damaged as error:
-            if self.storage.remote and self._fetched_again(shard):
-                return check_shard(shard, self.teacher, self.request)
-            if not self.storage.remote and not os.path.lexists(shard):
+            if self.storage.remote:  # only the mirror's copy may be damaged
+                with suppress(FileNotFoundError, Damaged):
+                    self.storage.fetch(f"{self.name}/{shard.name}", shard)
+                    return check_shard(shard, self.teacher, self.request)
+            elif not os.path.lexists(shard):
                 return None  # removed, or set aside by another process, since it was listed
             self.damaged[shard.name] = str(error)
         if set_aside:
@@ -147,15 +132,6 @@ class RequestFolder:
             except (OSError, UserError) as error:
                 self.damaged[shard.name] += f" (left in place: {getattr(error, 'strerror', None) or error})"
         return None
-
-    def _fetched_again(self, shard: Path) -> bool:
-        """Whether only the mirror's copy was damaged: fetch the shard anew and check it."""
-        try:
-            self.storage.fetch(f"{self.name}/{shard.name}", shard)
-            check_shard(shard, self.teacher, self.request)
-        except (FileNotFoundError, Damaged):
-            return False
-        return True
 
     def set_aside(self, name: str) -> None:
         """Move a file of this folder to `damaged/`, where nothing reads it."""
@@ -214,27 +190,28 @@ class RequestFolder:
 
     def _groups(self, locations: Sequence[Location]) -> Iterator[Group]:
         """The rows at `locations` by row group, in the order in which those are first needed."""
+        for places, shard, number, rows in sorted(self.row_groups(locations), key=lambda group: group[0][0]):
+            with self.reading(shard) as file:
+                table = file.read_row_group(number).take(rows)
+                group = Group(places.tolist(), from_table(table), table.nbytes)
+            yield group
+
+    def row_groups(self, locations: Sequence[Location]) -> Iterator[tuple[np.ndarray, Path, int, np.ndarray]]:
+        """Each row group that holds some of `locations`: their places there, its shard and number, their rows in it."""
         by_shard: dict[Path, list[int]] = {}
         for place, location in enumerate(locations):
             by_shard.setdefault(location.shard, []).append(place)
-        groups = []
         for shard, places in by_shard.items():
-            with self._reading(shard) as file:
+            with self.reading(shard) as file:
                 ends = group_ends(file.metadata)
             rows = np.array([locations[place].row for place in places])
             numbers = np.searchsorted(ends, rows, side="right")
             for number in np.unique(numbers).tolist():
-                here = np.flatnonzero(numbers == number)
-                first = ends[number - 1] if number else 0
-                groups.append(([places[each] for each in here], shard, number, rows[here] - first))
-        for places, shard, number, rows in sorted(groups, key=lambda group: group[0][0]):
-            with self._reading(shard) as file:
-                table = file.read_row_group(number).take(rows)
-                group = Group(places, from_table(table), table.nbytes)
-            yield group
+                here = numbers == number
+                yield np.array(places)[here], shard, number, rows[here] - (ends[number - 1] if number else 0)
 
     @contextmanager
-    def _reading(self, shard: Path) -> Iterator[pq.ParquetFile]:
+    def reading(self, shard: Path) -> Iterator[pq.ParquetFile]:
         """A shard to read from. Raises UserError where it has become unreadable."""
         try:
             with self.files.reader(shard) as file:
@@ -255,11 +232,12 @@ class RequestFolder:
         if not entries:
             return
         path = self.path / SKIPPED
-        if is_in_the_way(path):
-            move_aside(path)
         with writing_to(self.path), path.open("a+b") as file:
-            torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-            file.write(b"\n" * torn + b"".join(canonical_json(entry).encode() + b"\n" for entry in entries))
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a killed writer's line
+                    file.write(b"\n")
+            file.write(b"".join(canonical_json(entry).encode() + b"\n" for entry in entries))
             file.flush()
             os.fsync(file.fileno())
         if self.storage.remote:

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from pipeline import interrupts
 from pipeline.errors import UserError
 from pipeline.files import (
+    cannot_read,
     locked,
     replace_file,
     sha256_file,
@@ -29,7 +30,7 @@ from pipeline.files import (
     write_atomically,
     write_json_atomically,
     writing_to,
-)
+)  # fmt: skip
 from pipeline.store.identity import Request
 from pipeline.store.kept_mass import KeptMass
 from pipeline.store.manifest import (
@@ -41,7 +42,7 @@ from pipeline.store.manifest import (
     read_manifest,
     rows_name,
     sealed,
-)
+)  # fmt: skip
 from pipeline.store.narrowing import narrowed
 from pipeline.store.open_files import OpenFiles
 from pipeline.store.requests import Location, RequestFolder, open_store, pick, pick_unsure
@@ -61,7 +62,7 @@ from pipeline.store.schema import (
     row_groups,
     value_fault,
     write_row_groups,
-)
+)  # fmt: skip
 
 ROWS_PER_FILE = 4096
 
@@ -293,10 +294,10 @@ def _checked(folder: Path) -> tuple[dict, OpenFiles]:
 def _add(files: OpenFiles, path: Path, file: dict) -> bool:
     try:
         return files.add(path, file["sha256"])
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except FileNotFoundError:
         return False
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise cannot_read(path, error) from error
 
 
 class Selection:
@@ -311,21 +312,13 @@ class Selection:
         self.manifest, self.files = _checked(self.folder)
         self.teacher: dict = self.manifest["teacher"]
         self.parts: dict[str, dict] = self.manifest["parts"]
+        self.k: int = self.manifest["k"]  # tokens per position
+        self.support: str | None = self.manifest["support"]  # sampled or topk; None where the rows are text alone
 
     @property
     def fingerprint(self) -> str:
         """Digest of the selection that was opened, whatever is in `folder` by now."""
         return self.manifest["sha256"][:16]
-
-    @property
-    def k(self) -> int:
-        """Tokens per position."""
-        return self.manifest["k"]
-
-    @property
-    def support(self) -> str | None:
-        """Which tokens are kept: sampled or topk; None where the rows are text alone."""
-        return self.manifest["support"]
 
     def require_teacher(self, what: str) -> None:
         """Raises UserError where the rows are text alone, without a teacher's log-probabilities."""

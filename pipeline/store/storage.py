@@ -7,7 +7,6 @@ lost with the network.
 
 import os
 import re
-import stat
 import uuid
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
@@ -20,10 +19,11 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from pipeline.errors import UserError, reason_of
-from pipeline.files import digest, require_file, write_json_atomically, writing_to
+from pipeline.files import advice_on, digest, require_file, write_json_atomically, writing_to
 
 _URL = re.compile(r"[A-Za-z][\w+.-]*(::[A-Za-z][\w+.-]*)*://")  # also of a chain, as in simplecache::s3://
 # Here a put is whole or absent; elsewhere a file gets its name only after its last byte.
+_ENDINGS = (".json", ".jsonl", ".parquet")  # of all files of a store
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "memory"}
 
 
@@ -62,15 +62,16 @@ class Storage:
 
     @contextmanager
     def _reaching(self, name: str):
-        """Turn errors on the way into a UserError, except for a file that is absent or not a file."""
+        """Turn errors on the way into a UserError, except for a file that is absent."""
         try:
             yield self._target[0]
-        except (FileNotFoundError, IsADirectoryError, UserError):
+        except (FileNotFoundError, UserError):
             raise
         except Exception as error:  # every file system has errors of its own
-            kept = f" What was made is kept in {self.path};" if self.remote else ""
+            kept = f" What was made is kept in {self.path}." if self.remote else ""
             raise UserError(
-                f"cannot use {self.name}/{name}: {reason_of(error)}.{kept} run the same command again"
+                f"cannot use {self.name}/{name}: {reason_of(error)}.{kept} {advice_on(error, 'Mend that')} and run the "
+                "same command again"
             ) from error
 
     def find(self, folder: str = "") -> dict[str, StoredFile]:
@@ -87,20 +88,22 @@ class Storage:
             return {path[base:]: StoredFile(info["size"], _modified(info)) for path, info in sorted(files.items())}
 
     def _find_here(self, folder: str) -> dict[str, StoredFile]:
-        """Follows links: a request may have moved to another disk. Leaves out pipes and devices, as at a URL.
+        """Follows links: a request may have moved to another disk. Raises UserError where it cannot look.
 
-        Raises UserError where it cannot look.
+        Whatever is in a file's place is listed like one: a pipe, a device, a folder with a file's ending.
         """
-        stored, seen = {}, set()
+        stored, seen, top = {}, set(), self.path / folder
         with self._reaching(folder):
-            for inside, folders, files in os.walk(self.path / folder, followlinks=True, onerror=_unless_absent):
+            walk = os.walk(top, followlinks=True, onerror=_unless_absent)
+            for inside, folders, files in walk if top.is_dir() else [(top.parent, [], [top.name])]:
                 if (real := os.path.realpath(inside)) in seen:
                     folders.clear()
                     continue
                 seen.add(real)
-                for path in (Path(inside) / name for name in files):
-                    status = _status(path)
-                    if status and (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
+                in_the_way = [name for name in folders if name.endswith(_ENDINGS)]
+                folders[:] = [name for name in folders if name not in in_the_way]
+                for path in (Path(inside) / name for name in [*files, *in_the_way]):
+                    if status := _status(path):
                         stored[path.relative_to(self.path).as_posix()] = StoredFile(status.st_size, status.st_mtime)
         return dict(sorted(stored.items()))
 
@@ -118,7 +121,7 @@ class Storage:
         try:
             with self.open(name) as file:
                 return file.read().decode("utf-8", errors="replace")
-        except (FileNotFoundError, IsADirectoryError):
+        except FileNotFoundError:
             return None
 
     def has_gone(self, name: str) -> bool:
@@ -144,26 +147,23 @@ class Storage:
 
     def put(self, path: Path, name: str) -> None:
         """Copy a file of this machine into the store; it appears whole."""
+        folder, _, last = name.rpartition("/")
         try:
-            self._put(path, name)
+            with self._reaching(name) as fs:
+                protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+                if protocols & _OBJECT_STORES:
+                    fs.put_file(str(path), self._full(name))
+                else:
+                    temporary = self._full(f"{folder}/.tmp-{uuid.uuid4().hex}-{last}")
+                    fs.makedirs(self._full(folder), exist_ok=True)
+                    fs.put_file(str(path), temporary)
+                    fs.mv(temporary, self._full(name))
         except FileNotFoundError as error:
             if not path.exists():  # another process has handed it over
                 raise
             raise UserError(
                 f"cannot write to {self.name}: it does not exist ({error}). What was made is kept in {self.path}"
             ) from error
-
-    def _put(self, path: Path, name: str) -> None:
-        folder, _, last = name.rpartition("/")
-        with self._reaching(name) as fs:
-            protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-            if protocols & _OBJECT_STORES:
-                fs.put_file(str(path), self._full(name))
-            else:
-                temporary = self._full(f"{folder}/.tmp-{uuid.uuid4().hex}-{last}")
-                fs.makedirs(self._full(folder), exist_ok=True)
-                fs.put_file(str(path), temporary)
-                fs.mv(temporary, self._full(name))
 
     def write_json(self, name: str, value: Any) -> None:
         """A small readable file, whole or absent."""

@@ -9,7 +9,6 @@ selection is rewritten, or when `cache gc` removes what it reads.
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -145,25 +144,17 @@ class _Stored:
         self.support = selection.support
         self.unread = dict.fromkeys(name for name in (*TEXT, *SUPPORT) if name in without)
         self.folder, self.labels, self.locations = selection.checked(part)
-        shards: dict[Path, list[int]] = {}
-        for place, location in enumerate(self.locations):
-            shards.setdefault(location.shard, []).append(place)
-        self.rows, self.places = [], []  # of each group: places in the canonical order; shard, number, first row
-        for shard, places in shards.items():
-            with self.folder.files.reader(shard) as reader:
-                ends = group_ends(reader.metadata)
-            numbers = np.searchsorted(ends, [self.locations[place].row for place in places], side="right")
-            for number in np.unique(numbers):
-                self.rows.append(np.array(places)[numbers == number])
-                self.places.append((shard, int(number), int(ends[number - 1]) if number else 0))
+        self.rows, self.places = [], []  # of each group: places in the canonical order; shard, number, rows in it
+        for places, *of_shard in self.folder.row_groups(self.locations):
+            self.rows.append(places)
+            self.places.append(of_shard)
 
     def read_light(self, group: int) -> tuple[list[str], list[str], pa.Table]:
-        at, (shard, number, first) = self.rows[group], self.places[group]
-        with self.folder.files.reader(shard) as reader:
-            table = reader.read_row_group(number, columns=_LIGHT)
-        labels = [self.labels[place] for place in at]
-        rows = table.take([self.locations[place].row - first for place in at])
-        return [label.key for label in labels], [label.origin for label in labels], rows
+        shard, number, rows = self.places[group]
+        with self.folder.reading(shard) as reader:
+            table = reader.read_row_group(number, columns=_LIGHT).take(rows)
+        labels = [self.labels[place] for place in self.rows[group]]
+        return [label.key for label in labels], [label.origin for label in labels], table
 
     def load(self, group: int) -> Columns:
         at = self.rows[group]

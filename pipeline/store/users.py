@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.errors import UserError
-from pipeline.files import ASIDE, digest, is_in_the_way, move_aside
+from pipeline.files import ASIDE, digest
 from pipeline.store.manifest import holds_selection, read_manifest, seal_of
 from pipeline.store.storage import Storage
 
@@ -85,13 +85,12 @@ class User:
         """Write this use into the store; returns whether that was possible.
 
         An unfinished run keeps the file of the selection that it is to replace. It renames the file of one that is
-        absent, since what will be written to the same place does not replace that one.
+        absent, since what will be written to the same place does not replace that one. Raises UserError where its file
+        cannot be read, or something is in its place.
         """
+        place = replace(self, kind=WRITTEN).name
+        earlier = None if self.complete else _parsed(storage.read_text(place), place)
         try:
-            if _in_the_way(storage) == [FOLDER]:
-                move_aside(storage.path / FOLDER)
-            place = replace(self, kind=WRITTEN).name
-            earlier = None if self.complete else _parsed(storage.read_text(place), place)
             # DVC itself removes what a stage is about to replace, and keeps it in its own cache.
             if earlier is not None and earlier.absent and "DVC_STAGE" not in os.environ:
                 storage.move(place, replace(earlier, kind=DISPLACED).name)
@@ -136,12 +135,13 @@ def keys_of(selection: Path) -> dict[str, Used]:
 
 
 def users_of(storage: Storage) -> tuple[list[User], list[str]]:
-    """All users that were recorded, and the names of files in their folder that cannot be read as one."""
-    users, unreadable = [], _in_the_way(storage)
+    """All users that were recorded, and the names of files in their folder that are not of one.
+
+    Raises UserError where something is in the place of a file.
+    """
+    users, unreadable = [], []
     for name, file in storage.find(FOLDER).items():
         if name.rpartition("/")[2].startswith(".tmp-") or ASIDE in name:  # aside: written anew under its own name
-            continue
-        if any(name.startswith(f"{other}/") for other in unreadable):
             continue
         text = storage.read_text(name)
         if text is None and storage.has_gone(name):
@@ -171,17 +171,6 @@ def named(users: list[User], names: Iterable[str]) -> list[User]:
             raise UserError(f"--forget {name}: no selection of this name uses the store; those that do: {known}")
         meant += [user for user in same_name if user.absent] or same_name
     return meant
-
-
-def _in_the_way(storage: Storage) -> list[str]:
-    """What is in the place of the folder of users, or a folder, pipe or device in the place of a user's file."""
-    folder = storage.path / FOLDER
-    if storage.remote or not os.path.lexists(folder):
-        return []
-    if not folder.is_dir():
-        return [FOLDER]
-    strange = (path.name for path in sorted(folder.iterdir()) if ASIDE not in path.name and is_in_the_way(path))
-    return [f"{FOLDER}/{name}" for name in strange]
 
 
 def _parsed(text: str | None, name: str) -> User | None:

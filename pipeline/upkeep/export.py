@@ -6,6 +6,7 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -166,14 +167,7 @@ def _files(rows: Iterator[Row]) -> Iterator[Iterator[list[Row]]]:
     """The row groups of each file; write one file before asking for the next."""
     waiting = iter(rows)
     for first in waiting:
-        yield row_groups(_one_file(first, waiting))
-
-
-def _one_file(first: Row, more: Iterator[Row]) -> Iterator[Row]:
-    """At most ROWS_PER_FILE rows."""
-    yield first
-    for _, row in zip(range(ROWS_PER_FILE - 1), more, strict=False):
-        yield row
+        yield row_groups(chain([first], islice(waiting, ROWS_PER_FILE - 1)))
 
 
 def _card(teacher: dict, splits: list[Split], counts: dict[str, int], tokens: int, more: list[pa.Field]) -> str:

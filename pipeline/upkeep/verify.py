@@ -3,7 +3,9 @@
 What is set aside is no longer read, so the next `generate` makes exactly those rows, or that selection, again.
 """
 
+import itertools
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -13,8 +15,8 @@ from tempfile import TemporaryDirectory
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
-from pipeline.files import ASIDE, is_in_the_way, locked, move_aside, require_file
-from pipeline.store.checks import SHARD, UNREADABLE, Damaged, RowCheck, check_shard, row_faults, text_of
+from pipeline.files import ASIDE, locked, require_file
+from pipeline.store.checks import UNREADABLE, Damaged, RowCheck, check_shard, row_faults, text_of
 from pipeline.store.manifest import (
     MANIFEST,
     WRITE_AGAIN,
@@ -28,9 +30,10 @@ from pipeline.store.requests import SKIPPED, RequestFolder, describes, skipped_e
 from pipeline.store.schema import checked_metadata, read_metadata
 from pipeline.store.selection import Selection, labels_of
 from pipeline.store.storage import Storage
-from pipeline.store.users import users_of
+from pipeline.store.users import FOLDER, users_of
 from pipeline.upkeep.catalogue import IDENTITY, files_by_request
 
+_FOLDER = re.compile(rf"{IDENTITY.pattern}(/{IDENTITY.pattern})?")
 _OF_ALL = ("teacher", "k", "support")  # what all files of a selection share
 
 
@@ -46,60 +49,38 @@ class Problem:
 
 def verify_store(storage: Storage, prefix: str, set_aside: bool, advance: Callable[[], None]) -> Iterator[Problem]:
     """All that is wrong in the requests whose name begins with `prefix`. `advance` is called once per file."""
-    for name in users_of(storage)[1]:
-        yield Problem(name, "not a readable record of a selection; `cache gc` refuses to guess", "remove it")
-    yield from _misplaced(storage, prefix, set_aside)
+    for name in storage.find():
+        if _FOLDER.fullmatch(name) and (name.startswith(prefix) or prefix.startswith(name)):
+            yield Problem(name, "it is not a folder", "move it away")
+    yield from _readable(storage, FOLDER, _user_problems(storage))
     requests = files_by_request(storage, prefix)
     for teacher in sorted({request.split("/")[0] for request in requests}):
-        yield from _description_problems(storage, f"{teacher}/teacher.json", set_aside)
+        name = f"{teacher}/teacher.json"
+        yield from _readable(storage, name, _description_problems(storage, name, set_aside))
     for request, files in sorted(requests.items()):
         folder = RequestFolder(storage, *request.split("/"))
         if any(name.rpartition("/")[0] == request for name in files):  # not only what was set aside before
-            yield from _description_problems(storage, f"{request}/request.json", set_aside)
+            name = f"{request}/request.json"
+            yield from _readable(storage, name, _description_problems(storage, name, set_aside))
         for name in sorted(files):
             inside, _, last = name.rpartition("/")
             if inside == request and not last.startswith(".tmp-") and not last.endswith(ASIDE):
-                yield from _file_problems(storage, folder, last, set_aside)
+                yield from _readable(storage, name, _file_problems(storage, folder, last, set_aside))
             advance()
 
 
-def _misplaced(storage: Storage, prefix: str, set_aside: bool) -> Iterator[Problem]:
-    """Files in the place of folders, and folders, pipes and devices in the place of files; a URL has neither."""
-    for teacher in _inside(storage.path) if not storage.remote else ():
-        if not IDENTITY.fullmatch(teacher.name):
-            continue
-        requests = _inside(teacher)
-        folders = [teacher, *(path for path in requests if IDENTITY.fullmatch(path.name))]
-        files = [*(path for path in requests if path.name == "teacher.json")]
-        files += [path for folder in folders[1:] for path in _inside(folder) if _is_for_a_file(path)]
-        strange = [(path, "it is not a folder") for path in folders if not path.is_dir() and os.path.lexists(path)]
-        for path in filter(is_in_the_way, files):
-            what = "Is a directory, where a file must be" if path.is_dir() else "it is not a regular file"
-            strange.append((path, what))
-        for path, what in strange:
-            name = path.relative_to(storage.path).as_posix()
-            if name.startswith(prefix) or prefix.startswith(name):
-                moved = set_aside and _try_to(lambda path=path: _move(storage, path))
-                yield Problem(name, what, "generate makes what was in its place again", moved)
-
-
-def _inside(folder: Path) -> list[Path]:
-    """What is in a folder; nothing where it is not a folder, or has gone since it was listed."""
+def _readable(storage: Storage, name: str, problems: Iterator[Problem]) -> Iterator[Problem]:
+    """`problems`, and one more where the file cannot be read now, or something is in its place."""
     try:
-        return sorted(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+        yield from problems
+    except UserError as error:
+        if not storage.has_gone(name):
+            yield Problem(name, str(error), "verify again")
 
 
-def _move(storage: Storage, path: Path) -> None:
-    if SHARD.fullmatch(path.name):
-        RequestFolder(storage, *path.parent.relative_to(storage.path).parts).set_aside(path.name)
-    else:
-        move_aside(path)
-
-
-def _is_for_a_file(path: Path) -> bool:
-    return bool(SHARD.fullmatch(path.name)) or path.name in (SKIPPED, "request.json")
+def _user_problems(storage: Storage) -> Iterator[Problem]:
+    for name in users_of(storage)[1]:
+        yield Problem(name, "not a readable record of a selection; `cache gc` refuses to guess", "remove it")
 
 
 def _description_problems(storage: Storage, name: str, set_aside: bool) -> Iterator[Problem]:
@@ -125,12 +106,7 @@ def _file_problems(storage: Storage, folder: RequestFolder, last: str, set_aside
     elif last != "request.json" and not last.startswith("part-"):
         yield Problem(name, "it is not a file of the store and is ignored", "remove it, or leave it")
     elif last != "request.json":
-        try:
-            what = _shard_fault(storage, folder, name)
-        except UserError as error:
-            if not storage.has_gone(name):
-                yield Problem(name, str(error), "verify again")
-            return
+        what = _shard_fault(storage, folder, name)
         if what and not storage.has_gone(name):  # `gc` removes shards, and `generate` sets them aside, at any time
             moved = set_aside and _try_to(lambda: folder.set_aside(last))
             yield Problem(name, what, "generate makes the rows again that no other shard has", moved)
@@ -185,8 +161,8 @@ def verify_selection(folder: Path, store: str | Path | None, set_aside: bool) ->
             if all(fault.path.name != MANIFEST for fault in faults):
                 faults += [_Fault(path, "manifest.json does not list it") for path in _unlisted(folder)]
             for fault in faults:
-                movable = set_aside and fault.movable and os.path.lexists(fault.path)
-                moved = movable and _try_to(lambda path=fault.path: move_aside(path))
+                movable = set_aside and fault.movable and fault.path.is_file()
+                moved = movable and _try_to(lambda path=fault.path: _move_aside(path))
                 yield Problem(str(fault.path), fault.what, "generate (or score) writes the selection again", moved)
         return
 
@@ -200,7 +176,7 @@ def _selection_faults(folder: Path, store: str | Path | None) -> Iterator[_Fault
     try:
         manifest = read_manifest(folder)
         unlisted = _unlisted(folder)
-    except (UserError, OSError) as error:
+    except UserError as error:
         what = str(error).removeprefix(f"{folder / MANIFEST} ").removesuffix(f": {WRITE_AGAIN}")
         yield _Fault(folder / MANIFEST, f"it {what}" if what.startswith("is ") else what)
         return
@@ -272,6 +248,14 @@ def _row_faults(selection: Selection, name: str) -> Iterator[_Fault]:
         except (*UNREADABLE, OSError) as error:
             yield _Fault(path, f"its rows cannot be read: {text_of(error)}")
             return
+
+
+def _move_aside(path: Path) -> None:
+    """Give a file a name that ends in `.aside`; nothing is replaced."""
+    aside, numbers = path.with_name(f"{path.name}{ASIDE}"), itertools.count(1)
+    while os.path.lexists(aside):
+        aside = path.with_name(f"{path.name}.{next(numbers)}{ASIDE}")
+    path.rename(aside)
 
 
 def _try_to(move: Callable[[], None]) -> bool:

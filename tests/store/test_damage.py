@@ -252,34 +252,6 @@ def in_place_of(path: Path) -> None:
     (path / "inside" / "precious").write_text("mine")
 
 
-@pytest.mark.parametrize("name", ["*/teacher.json", "*/*/request.json", "*/*/skipped.jsonl", "*/*/part-*.parquet"])
-def test_a_folder_in_a_files_place_is_moved_aside_with_all_that_is_in_it(lab, name):
-    request = lab.sampled.parent
-    path = request / "skipped.jsonl" if "skipped" in name else next(lab.store.glob(name))
-    in_place_of(path)
-    assert any(path.name in problem.file and problem.aside for problem in lab.verify())
-    lab.generate()
-    assert len(list(lab.store.rglob("precious"))) == 1 and lab.restored()
-    in_place_of(path)
-    for shard in request.glob("part-*"):
-        if shard.is_file():
-            shard.unlink()
-    assert lab.restored() or "skipped" in name  # nothing has to be written there
-
-
-@pytest.mark.parametrize("pattern", ["manifest.json", "train-00000-*.parquet"])
-def test_a_folder_in_the_place_of_a_selections_file_is_moved_aside(lab, pattern):
-    (name,) = [path.name for path in lab.out.glob(pattern)]
-    in_place_of(lab.out / name)
-    assert lab.verify()
-    shutil.rmtree(lab.out / f"{name}.aside", ignore_errors=True)
-    in_place_of(lab.out / name)
-    assert lab.generate() == 0
-    assert (lab.out / f"{name}.aside" / "inside" / "precious").exists()
-    shutil.rmtree(lab.out / f"{name}.aside")
-    assert contents(lab.out) == lab.undisturbed
-
-
 def pipe(path: Path) -> None:
     os.mkfifo(path)
 
@@ -296,47 +268,49 @@ def device(path: Path) -> None:
     path.symlink_to("/dev/null")
 
 
+def move_away(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 OF_THE_STORE = ["*/teacher.json", "*/*/request.json", "*/*/skipped.jsonl", "*/*/part-*.parquet", "references/*.json"]
+in_the_way = pytest.mark.parametrize("put", [in_place_of, pipe, socket_file, device], ids=lambda put: put.__name__)
 
 
-@pytest.mark.parametrize("put", [pipe, socket_file, device], ids=lambda put: put.__name__)
+@in_the_way
 @pytest.mark.parametrize("name", OF_THE_STORE)
-def test_what_is_no_regular_file_hangs_nobody_and_is_damage(lab, name, put):
+def test_what_is_no_file_in_the_stores_is_named_and_refused_and_hangs_nobody(lab, name, put):
     path = lab.sampled.parent / "skipped.jsonl" if "skipped" in name else next(lab.store.glob(name))
+    for shard in lab.shards:  # so that all is to be made
+        shard.unlink()
     path.unlink(missing_ok=True)
     put(path)
     with at_once():
-        assert any(path.name in problem.file for problem in lab.verify(set_aside=False))
-        assert list(catalogue(Storage(lab.store)))
-        with suppress(UserError):  # it does not know who uses what
-            assert not lab.garbage()
-        lab.generate()  # meets it
-        assert contents(lab.out) == lab.undisturbed
-        problems = lab.verify()
-        assert not problems or any(path.name in problem.file and problem.aside for problem in problems)
-        assert lab.restored()
-    assert path.is_file() or not path.exists()
+        for read in (lambda: list(catalogue(Storage(lab.store))), lab.garbage):
+            with suppress(UserError):
+                read()
+        assert any(str(path) in problem.what and not problem.aside for problem in lab.verify())
+        with pytest.raises(UserError, match=f"Move what is at {path} out of the way"):
+            lab.generate()
+    move_away(path)  # nobody else did
+    assert lab.restored()
 
 
-@pytest.mark.parametrize("put", [pipe, socket_file, device], ids=lambda put: put.__name__)
+@in_the_way
 @pytest.mark.parametrize("pattern", ["manifest.json", "train-*.parquet"])
-def test_what_is_no_regular_file_in_a_selection_hangs_nobody_and_is_damage(lab, pattern, put):
+def test_what_is_no_file_in_a_selections_is_named_and_refused_and_hangs_nobody(lab, pattern, put):
     (path,) = lab.out.glob(pattern)
     path.unlink()
     put(path)
     with at_once():
-        with pytest.raises(UserError, match=r"(not a regular file|missing or not what manifest\.json says).*generate"):
+        with pytest.raises(UserError, match=f"Move what is at {path} out of the way"):
             Selection(lab.out)
         assert not lab.garbage()
         (problem,) = lab.verify()
-        assert problem.file == str(path) and "is not a regular file" in problem.what and problem.aside
-        assert lab.generate() == 0 and not lab.verify()
-        path.unlink()
-        put(path)
-        assert lab.generate() == 0  # which meets it
-    for left in lab.out.glob("*.aside"):
-        left.unlink()
-    assert contents(lab.out) == lab.undisturbed
+        assert problem.file == str(path) and not problem.aside
+        with pytest.raises(UserError, match=rf"{path} is not what xkd-pipeline writes.*Move it away"):
+            lab.generate()
+    move_away(path)  # nobody else did
+    assert lab.restored()
 
 
 def test_what_goes_while_verify_looks_is_no_problem(lab):
@@ -413,11 +387,16 @@ def test_a_folder_is_never_taken_for_a_url(teacher, tmp_path, name):
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_a_file_in_a_folders_place_is_moved_aside(lab, depth):
+def test_a_file_in_a_folders_place_is_named_and_refused(lab, depth):
     folder = lab.sampled.parent if depth == 2 else lab.sampled.parent.parent
     shutil.rmtree(folder)
     folder.write_text("mine")
-    assert lab.verify(set_aside=False)[0].what == "it is not a folder"
+    problem = lab.verify()[0]
+    assert problem.what == "it is not a folder" and not problem.aside
+    with pytest.raises(UserError, match=f"Move what is at {folder} out of the way"):
+        lab.generate()
+    assert folder.read_text() == "mine"
+    folder.unlink()
     assert lab.restored()
 
 
@@ -566,9 +545,16 @@ def test_gc_does_not_guess_which_selection_a_damaged_record_was_of(lab, damage):
         path.parent.write_text("mine")
     else:
         path.write_text(damage)
-    with pytest.raises(UserError, match=r"references.*: not a readable record"):
+    with pytest.raises(UserError, match=r"references"):
         lab.garbage()
-    assert "not a readable record" in lab.verify()[0].what
+    assert "references" in lab.verify()[0].file
+    if damage in ("folder", "file"):
+        in_the_way = path if damage == "folder" else path.parent
+        with pytest.raises(UserError, match=f"Move what is at {in_the_way} out of the way"):
+            lab.generate()
+        move_away(in_the_way)
+    else:
+        assert "not a readable record" in lab.verify()[0].what
     lab.generate()  # records its use again
     assert contents(lab.out) == lab.undisturbed and not lab.verify() and not lab.garbage()
 

@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -394,11 +394,6 @@ def remove(shard: Path, store: Path) -> None:
     shard.unlink()
 
 
-def folder_in_its_place(shard: Path, store: Path) -> None:
-    shard.unlink()
-    shard.mkdir()
-
-
 def renamed(shard: Path, store: Path) -> None:
     shard.rename(shard.with_name("part-0123456789abcdef.parquet"))
 
@@ -424,7 +419,6 @@ DAMAGES = {
     renamed: ("a shard is renamed", "its content does not match its name"),
     foreign: ("a shard is replaced by one of another request", "it answers another teacher or request"),
     forged: ("a shard is replaced by some other Parquet file", "the footer has no xkd metadata"),
-    folder_in_its_place: ("a folder is in a shard's place", "Is a directory"),
     remove: ("a shard is deleted", None),
 }
 
@@ -458,6 +452,22 @@ def test_damage_is_named_set_aside_and_repaired_exactly(filled, note, damage, ve
     note(fault, f"{how}; exactly its rows made again, the selection as before", "the shard's rows, made again")
 
 
+def test_a_folder_in_a_shards_place_is_refused(filled, note):
+    complete, shard = set(rows_in(filled.store)), biggest(filled)
+    shard.unlink()
+    shard.mkdir()
+    for command, expected in ((filled.verify, 1), (filled.generate, 2)):
+        code, said = command()
+        assert code == expected and f"Move what is at {shard} out of the way" in said, said
+    shard.rmdir()
+    assert filled.finish() <= ROWS_PER_SHARD and set(rows_in(filled.store)) == complete
+    note(
+        "a folder is in a shard's place (exit 2)",
+        "named, and stayed; once it was moved away the shard's rows were made again",
+        "the shard's rows, made again",
+    )
+
+
 def rows_in_readable(store: Path) -> list[str]:
     """Keys of the shards that are what their name says, in the folder of their request."""
     found = []
@@ -473,12 +483,12 @@ def rows_in_readable(store: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda row: replaced(row, key="0" * 32), "has a key that does not fit its tokens"),
-        (lambda row: replaced(row, topk_ids=row.topk_ids[:, ::-1], topk_logprobs=row.topk_logprobs[:, ::-1]), "order"),
-        (lambda row: replaced(row, topk_ids=row.topk_ids + 10**6), "outside the vocabulary"),
-        (lambda row: replaced(row, lse=row.lse * float("nan")), "normalisers that are not finite"),
+        (lambda row: replace(row, key="0" * 32), "has a key that does not fit its tokens"),
+        (lambda row: replace(row, topk_ids=row.topk_ids[:, ::-1], topk_logprobs=row.topk_logprobs[:, ::-1]), "order"),
+        (lambda row: replace(row, topk_ids=row.topk_ids + 10**6), "outside the vocabulary"),
+        (lambda row: replace(row, lse=row.lse * float("nan")), "normalisers that are not finite"),
         # Seen by the counts of the file, or where the row has one token, whose absence counts as a value, by its own.
-        (lambda row: replaced(row, logprobs=row.logprobs[:-1]), "does not have"),
+        (lambda row: replace(row, logprobs=row.logprobs[:-1]), "does not have"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_are_found_by_verify(filled, note, change, reason):
@@ -493,12 +503,6 @@ def test_rows_that_cannot_be_are_found_by_verify(filled, note, change, reason):
         "`cache verify` named the row and set the shard aside",
         "the shard's rows, made again",
     )
-
-
-def replaced(row, **changes):
-    from dataclasses import replace
-
-    return replace(row, **changes)
 
 
 # What describes
