@@ -13,15 +13,7 @@ from pipeline import console
 from pipeline.cli.listing import Column, Form, Listing
 from pipeline.engines import Loading
 from pipeline.errors import UserError
-from pipeline.models import (
-    Context,
-    has_weights,
-    load_config,
-    load_tokenizer,
-    local_folder,
-    number_type,
-    stop_token_ids,
-)
+from pipeline.models import Context, has_weights, load_config, load_tokenizer, local_folder, number_type, stop_token_ids
 from pipeline.params import Generate, Params
 from pipeline.prompts import PromptFormat
 from pipeline.store.requests import open_store
