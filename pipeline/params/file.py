@@ -27,7 +27,7 @@ def load_params(path: Path | None = None, overrides: list[str] | tuple[str, ...]
     tree: dict[str, Any] = {} if path is None else _read(Path(path))
     for override in overrides:
         _apply(tree, override)
-    source = ", ".join([str(path)] * (path is not None) + [f"--set {shown(o)}" for o in overrides])
+    source = ", ".join([*([] if path is None else [str(path)]), *(f"--set {shown(o)}" for o in overrides)])
     return _validate(_merge(Params().model_dump(), tree), source)
 
 
@@ -130,12 +130,7 @@ def _is_quoted(value: str) -> bool:
 def _merge(default: Any, partial: Any) -> Any:
     """Fill a partial tree with defaults; keys that no default has are kept for the schema to refuse."""
     if isinstance(default, dict) and isinstance(partial, dict):
-        return {
-            key: _merge(default[key], partial[key])
-            if key in default and key in partial
-            else partial.get(key, default.get(key))
-            for key in [*default, *(k for k in partial if k not in default)]
-        }
+        return default | {key: _merge(default.get(key), value) for key, value in partial.items()}
     return partial
 
 
@@ -188,14 +183,18 @@ def to_yaml(params: Params) -> str:
     return "\n".join(lines) + "\n"
 
 
+def to_text(value: Any) -> str:
+    """A parameter's value as YAML, in one line."""
+    style = '"' if isinstance(value, str) and "\n" in value else None
+    text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=10_000)
+    return text.replace("\n...", "").strip()
+
+
 def _write(section: Section, lines: list[str], indent: str) -> None:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        if isinstance(value, Section):
-            lines.append(f"{indent}{name}:" + (f"  # {field.description}" if field.description else ""))
+        is_section = isinstance(value, Section)
+        text = "" if is_section else f" {to_text(value)}"
+        lines.append(f"{indent}{name}:{text}" + (f"  # {field.description}" if field.description else ""))
+        if is_section:
             _write(value, lines, indent + "  ")
-        else:
-            style = '"' if isinstance(value, str) and "\n" in value else None  # one line each
-            text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=10_000)
-            text = text.replace("\n...", "").strip()
-            lines.append(f"{indent}{name}: {text}" + (f"  # {field.description}" if field.description else ""))
