@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,7 @@ from pipeline.cli.options import (
     StoreOption,
     StudentOption,
     TokensOption,
+    described,
     example,
     load,
     placed,
@@ -103,9 +105,7 @@ def teach(
     set: SetOption = None,
     prompts: PromptsOption = None,
     tokenizer: Annotated[Path | None, placed("tokenizer", "--tokenizer", "Tokenizer folder.")] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Model folder.  [dim]default: data/models/ROLE[/dim]")
-    ] = None,
+    out: Annotated[Path | None, described("--out", help="Model folder.", default="data/models/ROLE")] = None,
     runs: RunsOption = None,
     root: RootOption = HERE,
 ) -> None:
@@ -138,37 +138,27 @@ def generate(
     out: Annotated[Path | None, placed("selection", "--out", "Folder for this experiment's selection.")] = None,
     results: Annotated[
         Path | None,
-        typer.Option(
-            "--results",
-            help="File for the run's results and costs.  [dim]default: data/generate/results.json, else none[/dim]",
-        ),
+        described(help="File for the run's results and costs.", default="data/generate/results.json, else none"),
     ] = None,
     answers: Annotated[
         Path | None,
-        typer.Option(
-            "--answers",
-            help="Folder for the teacher's answers to the test prompts, which evaluate reads.  "
-            "[dim]default: data/answers with the default --out, else none[/dim]",
+        described(
+            help="Folder for the teacher's answers to the test prompts, which evaluate reads.",
+            default="data/answers with the default --out, else none",
         ),
     ] = None,
     store: StoreOption = None,
-    engine: Annotated[str | None, typer.Option("--engine", help="auto, vllm, hf, ray, stub or text.")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, vllm, hf, ray, stub or text.")] = None,
     responses: Annotated[
         str | None,
-        typer.Option("--responses", help="Responses made elsewhere (.jsonl, .parquet): scored, not sampled."),
+        typer.Option(help="Responses made elsewhere (.jsonl, .parquet): scored, not sampled."),
     ] = None,
     samples: Annotated[int | None, typer.Option("--samples", "-n", help="Responses per training prompt.")] = None,
     k: Annotated[int | None, typer.Option("--k", "-k", help="Tokens kept per position.")] = None,
-    support: Annotated[
-        str | None, typer.Option("--support", help="Which tokens: sampled (an unbiased draw) or topk.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option("--temperature", help="Sampling temperature; 0 is greedy.")
-    ] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Longest response.")] = None,
-    template: Annotated[
-        str | None, typer.Option("--template", help="What the teacher reads, with {prompt} in it.")
-    ] = None,
+    support: Annotated[str | None, typer.Option(help="Which tokens: sampled (an unbiased draw) or topk.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest response.")] = None,
+    template: Annotated[str | None, typer.Option(help="What the teacher reads, with {prompt} in it.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what is cached, what is missing and what that takes.")
     ] = False,
@@ -213,10 +203,10 @@ def generate(
         from pipeline.cli.dry_run import dry_run as run_dry
 
         summary = run_dry(loaded, prompts, store, retry_skipped, Assumptions(**assumed), form, answers is not None)
-        return _require_few_skipped(summary.skipped, loaded.generate.max_skipped)
-    from stages.generate import generate as run
+    else:
+        from stages.generate import generate as run
 
-    summary = run(loaded, prompts, out, store, retry_skipped, results=results or default, answers=answers)
+        summary = run(loaded, prompts, out, store, retry_skipped, results=results or default, answers=answers)
     _require_few_skipped(summary.skipped, loaded.generate.max_skipped)
 
 
@@ -230,10 +220,10 @@ def score(
     out: Annotated[Path | None, placed("scored", "--out", "Folder for the scored responses.")] = None,
     samples_out: Annotated[
         Path | None,
-        typer.Option(
+        described(
             "--samples",
-            help="Folder for the student's samples as it drew them, which keeps them in the store.  "
-            "[dim]default: data/samples with the default --out, else none[/dim]",
+            help="Folder for the student's samples as it drew them, which keeps them in the store.",
+            default="data/samples with the default --out, else none",
         ),
     ] = None,
     store: StoreOption = None,
@@ -301,10 +291,7 @@ def reward(
     selection: SelectionOption = None,
     student: StudentOption = None,
     out: Annotated[Path | None, placed("reward", "--out", "Folder for the fitted reward.")] = None,
-    audit: Annotated[
-        Path | None,
-        typer.Option("--audit", help="Folder for its audit.  [dim]default: data/audit, else OUT-audit[/dim]"),
-    ] = None,
+    audit: Annotated[Path | None, described(help="Folder for its audit.", default="data/audit, else OUT-audit")] = None,
     store: StoreOption = None,
     runs: RunsOption = None,
     scored: ScoredOption = None,
@@ -338,8 +325,7 @@ def distill(
         Path | None, placed("reward", "--reward", "Fitted reward, for distill.reward frozen, joint and shuffled.")
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Folder for the student.  [dim]default: data/student, or data/plain[/dim]"),
+        Path | None, described(help="Folder for the student.", default="data/student, or data/plain")
     ] = None,
     plain: Annotated[
         bool,
@@ -347,9 +333,7 @@ def distill(
     ] = False,
     metrics: Annotated[
         Path | None,
-        typer.Option(
-            "--metrics", help="Folder for metrics and curves.  [dim]default: data/distill, else OUT-metrics[/dim]"
-        ),
+        described(help="Folder for metrics and curves.", default="data/distill, else OUT-metrics"),
     ] = None,
     store: StoreOption = None,
     runs: RunsOption = None,
@@ -385,19 +369,17 @@ def evaluate(
     selection: SelectionOption = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            "--model", metavar="NAME=FOLDER",
-            help="Model to score, repeatable; the last is compared with the others.  "
-            "[dim]default: teacher, undistilled, plain and distilled student[/dim]",
+        described(
+            metavar="NAME=FOLDER", help="Model to score, repeatable; the last is compared with the others.",
+            default="teacher, undistilled, plain and distilled student",
         ),
     ] = None,
     out: Annotated[Path | None, placed("evaluation", "--out", "Folder for metrics and answers.")] = None,
     answers: Annotated[
         Path | None,
-        typer.Option(
-            "--answers",
-            help="The teacher's cached answers to the test prompts (out of generate).  "
-            "[dim]default: data/answers if it exists, with the default --selection[/dim]",
+        described(
+            help="The teacher's cached answers to the test prompts (out of generate).",
+            default="data/answers if it exists, with the default --selection",
         ),
     ] = None,
     store: StoreOption = None,
@@ -439,7 +421,6 @@ def report(
     also: Annotated[
         list[str] | None,
         typer.Option(
-            "--also",
             metavar="RESULT",
             help="Folder with results, DVC experiment or git revision whose students are shown beside; repeatable.",
         ),
@@ -499,17 +480,18 @@ def _say_error(message: str) -> None:
 
 def _run() -> int:
     """The exit code of the command; 1 where its output was not read to the end."""
-    code, together = 0, _is_one_file(1, 2)
+    code, together = 0, False
+    with suppress(OSError):  # one of them was closed from the start
+        together = os.path.sameopenfile(1, 2)
     try:
-        try:
-            interrupts.begin()
-            app()
-        finally:
-            interrupts.end()
+        interrupts.begin()
+        app()
     except SystemExit as ended:
         if isinstance(ended.code, str):
             raise
         code = int(ended.code or 0)
+    finally:
+        interrupts.end()
     STDOUT.flush()
     lost = STDOUT.failure
     if lost is None or lost.errno == errno.EIO:  # the terminal is gone; the run goes on
@@ -521,10 +503,3 @@ def _run() -> int:
     # The output of a stage is its files.
     is_stage = next((word for word in sys.argv[1:] if not word.startswith("-")), "") in _STAGES
     return code if is_stage else code or 1
-
-
-def _is_one_file(*descriptors: int) -> bool:
-    try:
-        return os.path.sameopenfile(*descriptors)
-    except OSError:  # one of them was closed from the start
-        return False

@@ -15,7 +15,7 @@ from pipeline.cli.cache_listings import (
     say_user,
 )
 from pipeline.cli.listing import Form, Listing, shown
-from pipeline.cli.options import HERE, CsvOption, JsonOption, RootOption, StoreOption, example, placed
+from pipeline.cli.options import HERE, CsvOption, JsonOption, RootOption, StoreOption, described, example, placed
 from pipeline.layout import Layout
 
 cache = typer.Typer(
@@ -116,10 +116,9 @@ def verify(
     store: StoreOption = None,
     selection: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--selection",
-            help="Selection to verify beside the store, repeatable.  "
-            f"[dim]default: {', '.join(map(str, Layout().selections))}, those that exist[/dim]",
+        described(
+            help="Selection to verify beside the store, repeatable.",
+            default=f"{', '.join(map(str, Layout().selections))}, those that exist",
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is wrong; move nothing.")] = False,
@@ -162,14 +161,11 @@ def gc(
     store: StoreOption = None,
     keep: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--keep", help="Another selection whose rows are kept (one that came from elsewhere); repeatable."
-        ),
+        typer.Option(help="Another selection whose rows are kept (one that came from elsewhere); repeatable."),
     ] = None,
     forget: Annotated[
         list[str] | None,
         typer.Option(
-            "--forget",
             metavar="SELECTION",
             help="Selection that no longer keeps its rows, named as in the list; `all`: every one that is not at its "
             "place any more; repeatable.",

