@@ -112,17 +112,21 @@ def _of_plans(columns: Sequence[Column], counted: bool) -> Iterator[Column]:
         yield replace(column, read=lambda row, read=column.read, known=known: read(row.plan) if known else None)
 
 
+def _quantities(gpus: Gpus | None, assumed: Assumptions) -> Iterator[tuple[str, str, Callable, Callable]]:
+    """Of every quantity its key, its name, how it is read from a `Need` (None: unknown), and how it is shown."""
+    rate, count = assumed.rate if gpus else None, "{:,.0f}".format
+    yield "responses", "responses", lambda need: need.responses, count
+    yield "prompt_tokens", "prompt tokens", lambda need: None if assumed.tokens else need.prompt_tokens, count
+    yield "response_tokens", "response tokens", lambda need: need.response_tokens, count
+    yield "bytes", "bytes in the store", lambda need: need.store, console.size
+    yield "gpu_hours", "GPU-hours", lambda need: rate and need.gpu_hours(rate), _hours
+    on_these = f"hours on {_count(gpus.used)}" if gpus else ""
+    yield "hours", on_these, lambda need: rate and need.gpu_hours(rate) / gpus.used, _hours
+
+
 def _cost_columns(gpus: Gpus | None, assumed: Assumptions) -> Iterator[Column]:
     """For JSON and CSV: every quantity at `max_tokens` and as expected."""
-    quantities: dict[str, Callable[[Need], float | None]] = {
-        "responses": lambda need: need.responses,
-        "prompt_tokens": lambda need: None if assumed.tokens else need.prompt_tokens,
-        "response_tokens": lambda need: need.response_tokens,
-        "bytes": lambda need: need.store,
-        "gpu_hours": lambda need: need.gpu_hours(assumed.rate) if gpus and assumed.rate else None,
-        "hours": lambda need: need.gpu_hours(assumed.rate) / gpus.used if gpus and assumed.rate else None,
-    }
-    for name, quantity in quantities.items():
+    for name, _, quantity, _ in _quantities(gpus, assumed):
         for length, key in (("most", "at_max_tokens"), ("expected", "expected")):
             yield Column(f"{name}_{key}", lambda row, of=length, quantity=quantity: quantity(getattr(row, of)))
 
@@ -230,11 +234,11 @@ def _show_cost(
 ) -> None:
     nothing = Need(0, 0, 0, 0)
     needs = [sum((getattr(each, length) for each in estimates), nothing) for length in ("most", "expected")]
-    rows = [("responses", *(f"{need.responses:,.0f}" for need in needs))]
-    if not assumed.tokens:  # else there are no prompts to count
-        rows.append(("prompt tokens", *(f"{need.prompt_tokens:,.0f}" for need in needs)))
-    rows.append(("response tokens", *(f"{need.response_tokens:,.0f}" for need in needs)))
-    rows.append(("bytes in the store", *(console.size(need.store) for need in needs)))
+    rows = [
+        (name, *(show(quantity(need)) for need in needs))
+        for _, name, quantity, show in _quantities(gpus, assumed)
+        if quantity(nothing) is not None
+    ]
     measured = any(each.held.bytes_per_token for each in estimates)
     by = "the store's shards" if measured else f"the line for {teacher.support or 'text'}, k = {teacher.k}"
     held = estimates[0].held
@@ -246,10 +250,6 @@ def _show_cost(
     if isinstance(teacher.tokenizer, _Characters) and not assumed.tokens:
         facts.append(("prompt tokens", f"{CHARACTERS} characters each: {teacher.source} has no tokenizer"))
     if gpus:
-        if assumed.rate is not None:
-            hours = [need.gpu_hours(assumed.rate) for need in needs]
-            rows.append(("GPU-hours", *map(_hours, hours)))
-            rows.append((f"hours on {_count(gpus.used)}", *(_hours(each / gpus.used) for each in hours)))
         facts += _of_gpus(params.generate, teacher.description["dtype"], gpus, assumed)
     console.table("what is missing takes", ("", "at max_tokens", "expected"), rows)
     console.facts("where the numbers come from", facts)
