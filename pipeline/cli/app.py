@@ -12,33 +12,10 @@ import typer
 from rich.markup import escape
 
 from pipeline import __version__, console, interrupts
+from pipeline.cli import options
 from pipeline.cli.cache import cache
 from pipeline.cli.listing import Form
-from pipeline.cli.options import (
-    HERE,
-    CsvOption,
-    GpuMemoryOption,
-    GpusOption,
-    JsonOption,
-    ParamsOption,
-    PromptsOption,
-    RateOption,
-    RetryOption,
-    RootOption,
-    RunsOption,
-    ScoredOption,
-    SelectionOption,
-    SetOption,
-    StoreOption,
-    StudentOption,
-    TokensOption,
-    described,
-    example,
-    load,
-    placed,
-    protect_default,
-    require_unicode,
-)
+from pipeline.cli.options import HERE, described, example, load, placed, protect_default, require_unicode
 from pipeline.cli.tools import COMMANDS
 from pipeline.errors import Interrupted, UserError, reason_of
 from pipeline.layout import Layout, sibling
@@ -79,11 +56,11 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 )
 def prepare(
     ctx: typer.Context,
-    params: ParamsOption = None,
-    set: SetOption = None,
+    params: options.ParamsFile = None,
+    set: options.Overrides = None,
     out: Annotated[Path | None, placed("prompts", "--out", "Prompt file to write.")] = None,
     tokenizer_out: Annotated[Path | None, placed("tokenizer", "--tokenizer", "Tokenizer folder to write.")] = None,
-    root: RootOption = HERE,
+    root: options.Root = HERE,
 ) -> None:
     """Draw prompts with references in disjoint splits, from a built-in task or a data set, and make their tokenizer."""
     loaded, layout = load(params, set, root), Layout(root)
@@ -101,13 +78,13 @@ def prepare(
 def teach(
     ctx: typer.Context,
     role: Annotated[Role, typer.Argument(help="Which model to make.")],
-    params: ParamsOption = None,
-    set: SetOption = None,
-    prompts: PromptsOption = None,
+    params: options.ParamsFile = None,
+    set: options.Overrides = None,
+    prompts: options.Prompts = None,
     tokenizer: Annotated[Path | None, placed("tokenizer", "--tokenizer", "Tokenizer folder.")] = None,
     out: Annotated[Path | None, described("--out", help="Model folder.", default="data/models/ROLE")] = None,
-    runs: RunsOption = None,
-    root: RootOption = HERE,
+    runs: options.Runs = None,
+    root: options.Root = HERE,
 ) -> None:
     """Make the teacher, or the student's starting point: new, or from a base, cut to fewer layers, fine-tuned."""
     loaded, layout = load(params, set, root), Layout(root)
@@ -131,10 +108,10 @@ def teach(
 )
 def generate(
     ctx: typer.Context,
-    params: ParamsOption = None,
-    set: SetOption = None,
+    params: options.ParamsFile = None,
+    set: options.Overrides = None,
     teacher: Annotated[str | None, typer.Option("--teacher", metavar="PATH_OR_HUB_NAME", help="The teacher.")] = None,
-    prompts: PromptsOption = None,
+    prompts: options.Prompts = None,
     out: Annotated[Path | None, placed("selection", "--out", "Folder for this experiment's selection.")] = None,
     results: Annotated[
         Path | None,
@@ -147,7 +124,7 @@ def generate(
             default="data/answers with the default --out, else none",
         ),
     ] = None,
-    store: StoreOption = None,
+    store: options.Store = None,
     engine: Annotated[str | None, typer.Option(help="auto, vllm, hf, ray, stub or text.")] = None,
     responses: Annotated[
         str | None,
@@ -162,26 +139,26 @@ def generate(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what is cached, what is missing and what that takes.")
     ] = False,
-    tokens: TokensOption = None,
-    rate: RateOption = None,
-    gpus: GpusOption = None,
-    gpu_memory: GpuMemoryOption = None,
-    as_json: JsonOption = False,
-    as_csv: CsvOption = False,
-    retry_skipped: RetryOption = False,
-    root: RootOption = HERE,
+    tokens: options.Tokens = None,
+    rate: options.Rate = None,
+    gpus: options.Gpus = None,
+    gpu_memory: options.GpuMemory = None,
+    as_json: options.AsJson = False,
+    as_csv: options.AsCsv = False,
+    retry_skipped: options.Retry = False,
+    root: options.Root = HERE,
 ) -> None:
     """Run the teacher on what the store does not hold yet, and select this experiment's rows.
 
     Every answer is kept in plain Parquet files in the store and never asked for twice: not by a rerun, not after
     a crash, not by another experiment. Exit code 3: rows were left out (see generate.max_skipped).
     """
-    options = {
+    chosen = {
         "generate.teacher": teacher, "generate.engine": engine, "generate.samples": samples, "generate.k": k,
         "generate.support": support, "generate.responses": responses,
         "generate.temperature": temperature, "max_tokens": max_tokens, "template": template,
     }  # fmt: skip
-    quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in options.items() if value is not None}
+    quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in chosen.items() if value is not None}
     overrides = [*(set or []), *(f"{key}={value}" for key, value in quoted.items())]
     loaded, layout = load(params, overrides, root), Layout(root)
     assumed = {"tokens": tokens, "rate": rate, "gpus": gpus, "memory": gpu_memory}
@@ -213,10 +190,10 @@ def generate(
 @app.command(epilog=example("xkd-pipeline score", "xkd-pipeline score --set score.validation_samples=16 --out scored"))
 def score(
     ctx: typer.Context,
-    params: ParamsOption = None,
-    set: SetOption = None,
-    prompts: PromptsOption = None,
-    student: StudentOption = None,
+    params: options.ParamsFile = None,
+    set: options.Overrides = None,
+    prompts: options.Prompts = None,
+    student: options.Student = None,
     out: Annotated[Path | None, placed("scored", "--out", "Folder for the scored responses.")] = None,
     samples_out: Annotated[
         Path | None,
@@ -226,9 +203,9 @@ def score(
             default="data/samples with the default --out, else none",
         ),
     ] = None,
-    store: StoreOption = None,
-    retry_skipped: RetryOption = False,
-    root: RootOption = HERE,
+    store: options.Store = None,
+    retry_skipped: options.Retry = False,
+    root: options.Root = HERE,
 ) -> None:
     """Have the teacher score references, corrupted references and the student's samples, into the same store.
 
@@ -286,17 +263,17 @@ def _limit_threads(teacher: str) -> None:
 @app.command(epilog=example("xkd-pipeline reward", "xkd-pipeline reward --set reward.sigma_min=0.5 --out floor"))
 def reward(
     ctx: typer.Context,
-    params: ParamsOption = None,
-    set: SetOption = None,
-    selection: SelectionOption = None,
-    student: StudentOption = None,
+    params: options.ParamsFile = None,
+    set: options.Overrides = None,
+    selection: options.Selection = None,
+    student: options.Student = None,
     out: Annotated[Path | None, placed("reward", "--out", "Folder for the fitted reward.")] = None,
     audit: Annotated[Path | None, described(help="Folder for its audit.", default="data/audit, else OUT-audit")] = None,
-    store: StoreOption = None,
-    runs: RunsOption = None,
-    scored: ScoredOption = None,
-    prompts: PromptsOption = None,
-    root: RootOption = HERE,
+    store: options.Store = None,
+    runs: options.Runs = None,
+    scored: options.Scored = None,
+    prompts: options.Prompts = None,
+    root: options.Root = HERE,
 ) -> None:
     """Fit the reward that explains the cached teacher, and audit it on held-out prompts."""
     loaded, layout = load(params, set, root), Layout(root)
@@ -317,10 +294,10 @@ def reward(
 )
 def distill(
     ctx: typer.Context,
-    params: ParamsOption = None,
-    set: SetOption = None,
-    selection: SelectionOption = None,
-    student: StudentOption = None,
+    params: options.ParamsFile = None,
+    set: options.Overrides = None,
+    selection: options.Selection = None,
+    student: options.Student = None,
     reward: Annotated[
         Path | None, placed("reward", "--reward", "Fitted reward, for distill.reward frozen, joint and shuffled.")
     ] = None,
@@ -335,10 +312,10 @@ def distill(
         Path | None,
         described(help="Folder for metrics and curves.", default="data/distill, else OUT-metrics"),
     ] = None,
-    store: StoreOption = None,
-    runs: RunsOption = None,
-    scored: ScoredOption = None,
-    root: RootOption = HERE,
+    store: options.Store = None,
+    runs: options.Runs = None,
+    scored: options.Scored = None,
+    root: options.Root = HERE,
 ) -> None:
     """Train the student on the cached teacher. Killed and started again, it goes on from its last checkpoint."""
     loaded, layout = load(params, [*(set or []), "distill.reward=none"] if plain else set, root), Layout(root)
@@ -363,10 +340,10 @@ def distill(
 )
 def evaluate(
     ctx: typer.Context,
-    params: ParamsOption = None,
-    set: SetOption = None,
-    prompts: PromptsOption = None,
-    selection: SelectionOption = None,
+    params: options.ParamsFile = None,
+    set: options.Overrides = None,
+    prompts: options.Prompts = None,
+    selection: options.Selection = None,
     model: Annotated[
         list[str] | None,
         described(
@@ -382,8 +359,8 @@ def evaluate(
             default="data/answers if it exists, with the default --selection",
         ),
     ] = None,
-    store: StoreOption = None,
-    root: RootOption = HERE,
+    store: options.Store = None,
+    root: options.Root = HERE,
 ) -> None:  # fmt: skip
     """Score models side by side on the test prompts, with intervals paired over the prompts."""
     loaded, layout = load(params, set, root), Layout(root)
@@ -414,8 +391,8 @@ def evaluate(
 )
 def report(
     ctx: typer.Context,
-    params: ParamsOption = None,
-    set: SetOption = None,
+    params: options.ParamsFile = None,
+    set: options.Overrides = None,
     data: Annotated[Path | None, placed("data", "--data", "Folder that the stages filled.")] = None,
     out: Annotated[Path | None, placed("report", "--out", "Page to write.")] = None,
     also: Annotated[
@@ -425,8 +402,8 @@ def report(
             help="Folder with results, DVC experiment or git revision whose students are shown beside; repeatable.",
         ),
     ] = None,
-    store: StoreOption = None,
-    root: RootOption = HERE,
+    store: options.Store = None,
+    root: options.Root = HERE,
 ) -> None:
     """Write one self-contained HTML page about an experiment: tables, curves, rewarded tokens, samples, costs."""
     loaded = load(params, set, root)

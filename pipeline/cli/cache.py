@@ -6,16 +6,10 @@ from typing import Annotated
 import typer
 
 from pipeline import console
-from pipeline.cli.cache_listings import (
-    GARBAGE_COLUMNS,
-    SHARD_COLUMNS,
-    USER_COLUMNS,
-    describe,
-    request_columns,
-    say_user,
-)
+from pipeline.cli import options
+from pipeline.cli.cache_listings import FILE_COLUMNS, SHARD_COLUMNS, USER_COLUMNS, describe, request_columns, say_user
 from pipeline.cli.listing import Form, Listing, shown
-from pipeline.cli.options import HERE, CsvOption, JsonOption, RootOption, StoreOption, described, example, placed
+from pipeline.cli.options import HERE, described, example, placed
 from pipeline.layout import Layout
 
 cache = typer.Typer(
@@ -36,10 +30,10 @@ RequestArgument = Annotated[
 )
 def ls(
     request: RequestArgument = "",
-    store: StoreOption = None,
-    root: RootOption = HERE,
-    as_json: JsonOption = False,
-    as_csv: CsvOption = False,
+    store: options.Store = None,
+    root: options.Root = HERE,
+    as_json: options.AsJson = False,
+    as_csv: options.AsCsv = False,
 ) -> None:
     """List the requests in the store: who was asked what, how much is there."""
     form = Form.of(as_json, as_csv)
@@ -61,10 +55,10 @@ def ls(
 @cache.command(epilog=example("xkd-pipeline cache show 3f2a", "xkd-pipeline cache show 3f2a --csv"))
 def show(
     request: Annotated[str, typer.Argument(help="The beginning of a request's name, or of its identity.")],
-    store: StoreOption = None,
-    root: RootOption = HERE,
-    as_json: JsonOption = False,
-    as_csv: CsvOption = False,
+    store: options.Store = None,
+    root: options.Root = HERE,
+    as_json: options.AsJson = False,
+    as_csv: options.AsCsv = False,
 ) -> None:
     """Show one request: its teacher, what was asked, engines and versions, every shard, and who uses it.
 
@@ -113,7 +107,7 @@ def show(
 )
 def verify(
     request: RequestArgument = "",
-    store: StoreOption = None,
+    store: options.Store = None,
     selection: Annotated[
         list[Path] | None,
         described(
@@ -122,7 +116,7 @@ def verify(
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is wrong; move nothing.")] = False,
-    root: RootOption = HERE,
+    root: options.Root = HERE,
 ) -> None:
     """Read every byte and every row, and set aside what is damaged: `generate` then makes exactly that again.
 
@@ -158,7 +152,7 @@ def verify(
     )
 )
 def gc(
-    store: StoreOption = None,
+    store: options.Store = None,
     keep: Annotated[
         list[Path] | None,
         typer.Option(help="Another selection whose rows are kept (one that came from elsewhere); repeatable."),
@@ -172,7 +166,7 @@ def gc(
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
-    root: RootOption = HERE,
+    root: options.Root = HERE,
 ) -> None:
     """Show what no selection refers to, and remove it once you agree.
 
@@ -200,7 +194,7 @@ def gc(
     if not files:
         console.result(f"nothing to remove in {storage.name}")
         return
-    Listing(GARBAGE_COLUMNS, files).show(f"nothing refers to these files of {storage.name}")
+    Listing(FILE_COLUMNS, files).show(f"nothing refers to these files of {storage.name}")
     total = f"{len(files)} files, {console.size(sum(file.size for file in files))}"
     if not yes and not console.agrees(f"Remove {total}?"):
         console.result(f"nothing was removed; `--yes` removes {total}")
@@ -228,8 +222,8 @@ def export(
     request: Annotated[
         str, typer.Option("--request", help="In place of a selection: all rows of this request in the store.")
     ] = "",
-    store: StoreOption = None,
-    root: RootOption = HERE,
+    store: options.Store = None,
+    root: options.Root = HERE,
 ) -> None:
     """Write a plain folder that `datasets.load_dataset` reads, with a card, ready for a hub."""
     from pipeline.store.requests import open_store

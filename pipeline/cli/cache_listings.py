@@ -67,7 +67,7 @@ USER_COLUMNS = [
     Column("last_recorded", lambda user: _time(user.recorded), show=_date),
     Column("age", lambda user: _days_since(user.recorded), show="{:,.0f} days".format),
 ]
-GARBAGE_COLUMNS = [
+FILE_COLUMNS = [
     Column("file", attrgetter("name")),
     Column("size", attrgetter("size"), show=console.size),
     Column("why", attrgetter("why")),

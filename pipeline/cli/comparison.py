@@ -36,13 +36,8 @@ def _columns(rows: Sequence[Scored]) -> Iterator[Column]:
     yield Column("model", lambda row: row.model)
     yield Column("objective", lambda row: row.experiment.objective_of(row.model))
     for metric in dict.fromkeys(row.experiment.headline for row in rows):
-        yield _measure(metric, lambda row, metric=metric: row.modes["greedy"].get(metric), ".1f", metric)
-        yield _measure(
-            f"{metric}_sampled",
-            lambda row, metric=metric: row.modes["sampled"].get(metric),
-            ".1f",
-            f"{metric}, sampled",
-        )
+        for mode, key, heading in (("greedy", "", ""), ("sampled", "_sampled", ", sampled")):
+            yield _measure(metric + key, partial(_read, mode, metric), ".1f", metric + heading)
     exact = all(_read("heldout", "kl", row) for row in rows)
     shown = {"kl", "reverse_kl"} if exact else set(FORWARD_KLS)
     for mode, key in (("heldout", ""), ("own", "own_")):

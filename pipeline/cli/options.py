@@ -42,7 +42,7 @@ def placed(name: str, option: str, help: str) -> typer.models.OptionInfo:
     )
 
 
-RootOption = Annotated[
+Root = Annotated[
     Path,
     typer.Option(
         "--root",
@@ -52,25 +52,25 @@ RootOption = Annotated[
     ),
 ]
 HERE = Path()
-ParamsOption = Annotated[
+ParamsFile = Annotated[
     Path | None, described("--params", help="Parameter file, may be partial.", default="params.yaml if it exists")
 ]
-SetOption = Annotated[
+Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one parameter; repeatable.")
 ]
-StoreOption = Annotated[
+Store = Annotated[
     str | None,
     described(
         "--store", metavar="FOLDER_OR_URL", help="Teacher store.", default="$XKD_STORE, else the user's cache directory"
     ),
 ]
-PromptsOption = Annotated[
+Prompts = Annotated[
     Path | None,
     placed("prompts", "--prompts", "Prompt file (.parquet or .jsonl): prompt, and optionally id, references, split."),
 ]
-RunsOption = Annotated[Path | None, placed("runs", "--runs", "Checkpoints of unfinished training.")]
-SelectionOption = Annotated[Path | None, placed("selection", "--selection", "Cached teacher (out of generate).")]
-ScoredOption = Annotated[
+Runs = Annotated[Path | None, placed("runs", "--runs", "Checkpoints of unfinished training.")]
+Selection = Annotated[Path | None, placed("selection", "--selection", "Cached teacher (out of generate).")]
+Scored = Annotated[
     Path | None,
     described(
         "--scored",
@@ -78,29 +78,29 @@ ScoredOption = Annotated[
         default="data/scored if it exists, with the default selection and student",
     ),
 ]
-StudentOption = Annotated[Path | None, placed("start", "--student", "The student's starting point.")]
-RetryOption = Annotated[bool, typer.Option("--retry-skipped", help="Try rows again that were left out before.")]
-TokensOption = Annotated[
+Student = Annotated[Path | None, placed("start", "--student", "The student's starting point.")]
+Retry = Annotated[bool, typer.Option("--retry-skipped", help="Try rows again that were left out before.")]
+Tokens = Annotated[
     float | None,
     typer.Option(
         callback=_finite, min=1, help="With --dry-run: response tokens to plan for, instead of a prompt file."
     ),
 ]
-RateOption = Annotated[
+Rate = Annotated[
     float | None,
     typer.Option(callback=_finite, min=0.01, help="With --dry-run: response tokens per second and GPU, for GPU-hours."),
 ]
-GpusOption = Annotated[
+Gpus = Annotated[
     int | None, described("--gpus", min=1, help="With --dry-run: number of GPUs.", default="those of one teacher")
 ]
-GpuMemoryOption = Annotated[
+GpuMemory = Annotated[
     float | None,
     described("--gpu-memory", callback=_finite, min=1, help="With --dry-run: GiB per GPU.", default="80"),
 ]
-JsonOption = Annotated[
+AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON, and nothing else on stdout: numbers as numbers, sizes in bytes.")
 ]
-CsvOption = Annotated[bool, typer.Option("--csv", help="Print CSV, likewise: a line of names, then one line per row.")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV, likewise: a line of names, then one line per row.")]
 
 
 def require_unicode(arguments: Iterable[str]) -> None:

