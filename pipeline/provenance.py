@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import time
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,10 +22,8 @@ def versions() -> dict[str, str]:
     """Installed versions of what can change a result."""
     numbers = {"xkd-pipeline": pipeline.__version__}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             numbers[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return numbers
 
 

@@ -16,7 +16,7 @@ from pipeline.cli import options
 from pipeline.cli.cache import cache
 from pipeline.cli.listing import Form
 from pipeline.cli.options import HERE, described, example, load, placed, protect_default, require_unicode
-from pipeline.cli.tools import COMMANDS
+from pipeline.cli.tools import tools
 from pipeline.errors import Interrupted, UserError, reason_of
 from pipeline.layout import Layout, sibling
 from pipeline.params import Role
@@ -414,8 +414,7 @@ def report(
 
 
 _STAGES = {command.callback.__name__ for command in app.registered_commands if command.callback}
-for _command, _examples in COMMANDS.items():
-    app.command(epilog=_examples)(_command)
+app.add_typer(tools)
 app.add_typer(cache)
 
 

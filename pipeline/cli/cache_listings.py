@@ -7,13 +7,11 @@ from operator import attrgetter
 from pipeline import console
 from pipeline.cli.listing import Column
 
+_DATE = "{:%Y-%m-%d %H:%M}".format
+
 
 def _time(seconds: float | None) -> datetime | None:
     return None if seconds is None else datetime.fromtimestamp(seconds)
-
-
-def _date(moment: datetime) -> str:
-    return f"{moment:%Y-%m-%d %H:%M}"
 
 
 def _days_since(seconds: float | None) -> float | None:
@@ -47,7 +45,7 @@ def request_columns() -> list[Column]:
         ),
         Column("left_out", attrgetter("skipped")),
         Column("damaged", lambda info: info.damaged + len(info.unreadable)),
-        Column("changed", lambda info: _time(info.modified), show=_date),
+        Column("changed", lambda info: _time(info.modified), show=_DATE),
     ]
 
 
@@ -59,12 +57,12 @@ SHARD_COLUMNS = [
     Column("support", attrgetter("support"), None),
     Column("", attrgetter("kept"), "kept"),
     Column("bytes", attrgetter("size"), "size", console.size),
-    Column("changed", lambda shard: _time(shard.modified), show=_date),
+    Column("changed", lambda shard: _time(shard.modified), show=_DATE),
 ]
 USER_COLUMNS = [
     Column("selection", attrgetter("selection")),
     Column("host", attrgetter("host")),
-    Column("last_recorded", lambda user: _time(user.recorded), show=_date),
+    Column("last_recorded", lambda user: _time(user.recorded), show=_DATE),
     Column("age", lambda user: _days_since(user.recorded), show="{:,.0f} days".format),
 ]
 FILE_COLUMNS = [

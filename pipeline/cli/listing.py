@@ -6,7 +6,6 @@ what is unknown is null (JSON) or empty (CSV).
 """
 
 import csv
-import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -99,18 +98,13 @@ class Listing:
     def write(self, form: Form, name: str = "rows", beside: Mapping[str, Any] | None = None) -> None:
         """Print the records as JSON or CSV. beside: in JSON, further entries, with the records under the key `name`."""
         if form is Form.CSV:
-            return console.write(self._csv())
+            writer = csv.writer(STDOUT, lineterminator="\n")
+            writer.writerow(key for column in self.columns for key in column.keys)
+            writer.writerows(map(_csv_cell, record.values()) for record in self.records())
+            return STDOUT.flush()
         content = self.records() if beside is None else {**beside, name: self.records()}
         is_unicode = (STDOUT.encoding or "").lower().startswith("utf")
         console.write(json.dumps(plain(content), indent=2, ensure_ascii=not is_unicode, allow_nan=False) + "\n")
-
-    def _csv(self) -> str:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([key for column in self.columns for key in column.keys])
-        for record in self.records():
-            writer.writerow([_csv_cell(value) for value in record.values()])
-        return text.getvalue()
 
 
 def _csv_cell(value: Any) -> Any:

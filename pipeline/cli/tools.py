@@ -19,7 +19,16 @@ from pipeline.layout import Layout
 from pipeline.outputs import require_own_file
 from pipeline.params.file import is_params_file, load_params, to_yaml
 
+tools = typer.Typer()
 
+
+@tools.command(
+    epilog=example(
+        "xkd-pipeline params --out params.yaml",
+        "xkd-pipeline params --set prepare.task=translation",
+        "xkd-pipeline params --params presets/smollm2-gsm8k.yaml > params.yaml",
+    )
+)
 def params(
     params: options.ParamsFile = None,
     set: options.Overrides = None,
@@ -45,6 +54,7 @@ def _require_not_stdout(read: Path | None) -> None:
             raise UserError(f"{read} is to be read, but the shell has emptied it for the output: use --out {read}")
 
 
+@tools.command(epilog=example("xkd-pipeline fetch", "xkd-pipeline fetch --out models/smollm2"))
 def fetch(
     out: Annotated[Path | None, described(help="Model folder to write.", default="models/smollm2")] = None,
     root: options.Root = HERE,
@@ -55,6 +65,13 @@ def fetch(
     fetch_smollm2(out or root / "models" / "smollm2")
 
 
+@tools.command(
+    epilog=example(
+        "xkd-pipeline compare data other/data",
+        "xkd-pipeline compare jsd zero   # DVC experiments by name",
+        "xkd-pipeline compare data jsd --csv | column -s, -t",
+    )
+)
 def compare(
     results: Annotated[
         list[str], typer.Argument(metavar="RESULT...", help="Folder with results, DVC experiment, or git revision.")
@@ -70,6 +87,7 @@ def compare(
     run(results, Layout(root), form)
 
 
+@tools.command(epilog=example("xkd-pipeline doctor", "xkd-pipeline doctor --json"))
 def doctor(
     store: options.Store = None,
     root: options.Root = HERE,
@@ -91,19 +109,3 @@ def doctor(
         Listing(columns, findings).write(form)
     if any(finding.state == BAD for finding in findings):
         raise typer.Exit(1)
-
-
-COMMANDS = {
-    params: example(
-        "xkd-pipeline params --out params.yaml",
-        "xkd-pipeline params --set prepare.task=translation",
-        "xkd-pipeline params --params presets/smollm2-gsm8k.yaml > params.yaml",
-    ),
-    fetch: example("xkd-pipeline fetch", "xkd-pipeline fetch --out models/smollm2"),
-    compare: example(
-        "xkd-pipeline compare data other/data",
-        "xkd-pipeline compare jsd zero   # DVC experiments by name",
-        "xkd-pipeline compare data jsd --csv | column -s, -t",
-    ),
-    doctor: example("xkd-pipeline doctor", "xkd-pipeline doctor --json"),
-}
