@@ -127,8 +127,7 @@ def generate(
     store: options.Store = None,
     engine: Annotated[str | None, typer.Option(help="auto, vllm, hf, ray, stub or text.")] = None,
     responses: Annotated[
-        str | None,
-        typer.Option(help="Responses made elsewhere (.jsonl, .parquet): scored, not sampled."),
+        str | None, typer.Option(help="Responses made elsewhere (.jsonl, .parquet): scored, not sampled.")
     ] = None,
     samples: Annotated[int | None, typer.Option("--samples", "-n", help="Responses per training prompt.")] = None,
     k: Annotated[int | None, typer.Option("--k", "-k", help="Tokens kept per position.")] = None,
@@ -309,8 +308,7 @@ def distill(
         typer.Option("--plain", help="Train the baseline: the same loss without the X term, if distill.plain is true."),
     ] = False,
     metrics: Annotated[
-        Path | None,
-        described(help="Folder for metrics and curves.", default="data/distill, else OUT-metrics"),
+        Path | None, described(help="Folder for metrics and curves.", default="data/distill, else OUT-metrics")
     ] = None,
     store: options.Store = None,
     runs: options.Runs = None,
@@ -414,7 +412,7 @@ def report(
 
 
 _STAGES = {command.callback.__name__ for command in app.registered_commands if command.callback}
-app.add_typer(tools)
+app.registered_commands += tools.registered_commands
 app.add_typer(cache)
 
 

@@ -94,8 +94,7 @@ Gpus = Annotated[
     int | None, described("--gpus", min=1, help="With --dry-run: number of GPUs.", default="those of one teacher")
 ]
 GpuMemory = Annotated[
-    float | None,
-    described("--gpu-memory", callback=_finite, min=1, help="With --dry-run: GiB per GPU.", default="80"),
+    float | None, described("--gpu-memory", callback=_finite, min=1, help="With --dry-run: GiB per GPU.", default="80")
 ]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON, and nothing else on stdout: numbers as numbers, sizes in bytes.")
