@@ -85,10 +85,8 @@ def imports(file: str) -> frozenset[str]:
 
 def _file(module: str) -> str | None:
     path = Path(*module.split("."))
-    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
-        if (_ROOT / candidate).is_file():
-            return candidate.as_posix()
-    return None
+    candidates = path.with_suffix(".py"), path / "__init__.py"
+    return next((file.as_posix() for file in candidates if (_ROOT / file).is_file()), None)
 
 
 def has_no_code(file: str) -> bool:

@@ -160,8 +160,8 @@ def generate(
     quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in chosen.items() if value is not None}
     overrides = [*(set or []), *(f"{key}={value}" for key, value in quoted.items())]
     loaded, layout = load(params, overrides, root), Layout(root)
-    assumed = {"tokens": tokens, "rate": rate, "gpus": gpus, "memory": gpu_memory}
-    assumed = {name: value for name, value in assumed.items() if value is not None}
+    assumptions = {"tokens": tokens, "rate": rate, "gpus": gpus, "memory": gpu_memory}
+    assumed = {name: value for name, value in assumptions.items() if value is not None}
     if assumed and not dry_run:
         raise UserError("--tokens, --rate, --gpus and --gpu-memory are for planning: add --dry-run")
     form = Form.of(as_json, as_csv)

@@ -37,12 +37,7 @@ def request_columns() -> list[Column]:
         Column("k", attrgetter("ks"), None),
         Column("kept", attrgetter("kept")),
         Column("bytes", attrgetter("size"), "size", console.size),
-        Column(
-            "bytes_per_token",
-            lambda info: info.size / info.tokens if info.tokens else None,
-            "bytes per token",
-            "{:,.0f}".format,
-        ),
+        Column("bytes_per_token", lambda info: info.size / info.tokens if info.tokens else None, show="{:,.0f}".format),
         Column("left_out", attrgetter("skipped")),
         Column("damaged", lambda info: info.damaged + len(info.unreadable)),
         Column("changed", lambda info: _time(info.modified), show=_DATE),

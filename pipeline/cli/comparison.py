@@ -44,8 +44,8 @@ def _columns(rows: Sequence[Scored]) -> Iterator[Column]:
         for name, heading in KL_NAMES.items():
             heading = heading if mode == "heldout" and name in shown else None  # the others are in JSON and CSV only
             yield _measure(key + name, partial(_read, mode, name), ".3f", heading)
-    yield Column("kept_mass", _kept_mass, "kept mass", "{:.3f}".format)
-    yield Column("cut", lambda row: row.answers("cut"), "cut", "{:.0%}".format)
+    yield Column("kept_mass", _kept_mass, show="{:.3f}".format)
+    yield Column("cut", lambda row: row.answers("cut"), show="{:.0%}".format)
     yield Column("tokens", lambda row: row.answers("tokens"), None)
     yield Column("self_bleu", lambda row: row.modes["diversity"]["self_bleu"], "Self-BLEU", "{:.1f}".format)
 

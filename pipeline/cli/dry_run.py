@@ -100,7 +100,7 @@ _REQUEST_COLUMNS = [
     Column("request", lambda plan: plan.order.request.kind),
     Column("cached", lambda plan: len(plan.cached)),
     Column("missing", lambda plan: len(plan.missing)),
-    Column("to_rescore", lambda plan: len(plan.rescore), "to rescore"),
+    Column("to_rescore", lambda plan: len(plan.rescore)),
     Column("left_out", lambda plan: len(plan.skipped)),
 ]
 

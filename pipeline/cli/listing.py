@@ -51,10 +51,6 @@ class Column:
     show: Callable[[Any], str] = shown
     interval: bool = False  # values are mappings of `value`, `low` and `high`
 
-    @property
-    def title(self) -> str:
-        return self.heading or self.key.replace("_", " ")
-
     def cell(self, row: object) -> str:
         value = self.read(row)
         return "-" if value is None else self.show(value)
@@ -93,7 +89,8 @@ class Listing:
         """Print the table."""
         columns = [column for column in self.columns if column.heading is not None]
         cells = [[column.cell(row) for column in columns] for row in self.rows]
-        console.table(title, [column.title for column in columns], cells, self.names)
+        headings = [column.heading or column.key.replace("_", " ") for column in columns]
+        console.table(title, headings, cells, self.names)
 
     def write(self, form: Form, name: str = "rows", beside: Mapping[str, Any] | None = None) -> None:
         """Print the records as JSON or CSV. beside: in JSON, further entries, with the records under the key `name`."""

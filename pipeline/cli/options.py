@@ -149,9 +149,7 @@ def _as_typed(parameter, value) -> list[str]:
 
 
 def _holds_something(path: Path) -> bool:
-    if not path.is_dir():
-        return path.exists()
-    return any(name != ".gitignore" for name in os.listdir(path))
+    return any(name != ".gitignore" for name in os.listdir(path)) if path.is_dir() else path.exists()
 
 
 def example(*lines: str) -> str:

@@ -100,11 +100,12 @@ def doctor(
 
     findings = list(examine(store, root))
     styles = {"ok": "green", "look": "yellow", "bad": "red"}
-    for finding in findings if form is Form.TEXT else ():
-        console.result(f"{finding.what}: {finding.found}", f"{finding.state:4} ", styles[finding.state])
-        if finding.advice:
-            console.result(finding.advice, " " * 7)
-    if form is not Form.TEXT:
+    if form is Form.TEXT:
+        for finding in findings:
+            console.result(f"{finding.what}: {finding.found}", f"{finding.state:4} ", styles[finding.state])
+            if finding.advice:
+                console.result(finding.advice, " " * 7)
+    else:
         columns = [Column(name, attrgetter(name)) for name in ("what", "state", "found", "advice")]
         Listing(columns, findings).write(form)
     if any(finding.state == BAD for finding in findings):

@@ -79,7 +79,9 @@ def rouge(name: str, stemmer: bool = True) -> Metric:
     """F1 of ROUGE `name` (rouge1, rouge2, rougeL; rouge-score's own tokenizer), the best of the references."""
 
     def statistics(hypotheses: Hypotheses, references: References) -> np.ndarray:
-        scorer = _rouge_scorer(name, stemmer)
+        from rouge_score.rouge_scorer import RougeScorer
+
+        scorer = RougeScorer([name], use_stemmer=stemmer)
         best = [
             max(scorer.score(reference, hypothesis)[name].fmeasure for reference in refs)
             for hypothesis, refs in zip(hypotheses, references, strict=True)
@@ -90,13 +92,6 @@ def rouge(name: str, stemmer: bool = True) -> Metric:
         return f"F1|refs:best|stemmer:{'Porter' if stemmer else 'none'}|rouge-score:{version('rouge-score')}"
 
     return Metric(name, statistics, _share, signature)
-
-
-@cache
-def _rouge_scorer(name: str, stemmer: bool):
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer([name], use_stemmer=stemmer)
 
 
 def bleu() -> Metric:
