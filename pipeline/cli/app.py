@@ -15,7 +15,7 @@ from pipeline import __version__, console, interrupts
 from pipeline.cli import options
 from pipeline.cli.cache import cache
 from pipeline.cli.listing import Form
-from pipeline.cli.options import HERE, described, example, load, placed, protect_default, require_unicode
+from pipeline.cli.options import HERE, command, described, load, placed, protect_default, require_unicode
 from pipeline.cli.tools import tools
 from pipeline.errors import Interrupted, UserError, reason_of
 from pipeline.layout import Layout, sibling
@@ -48,11 +48,10 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     console.quiet_libraries()
 
 
-@app.command(
-    epilog=example(
-        "xkd-pipeline prepare",
-        "xkd-pipeline prepare --set prepare.task=summarisation --out other/prompts.parquet --tokenizer other/tokenizer",
-    )
+@command(
+    app,
+    "xkd-pipeline prepare",
+    "xkd-pipeline prepare --set prepare.task=summarisation --out other/prompts.parquet --tokenizer other/tokenizer",
 )
 def prepare(
     ctx: typer.Context,
@@ -72,9 +71,7 @@ def prepare(
     run(loaded, out, tokenizer_out, results)
 
 
-@app.command(
-    epilog=example("xkd-pipeline teach teacher", "xkd-pipeline teach student --set teach.student.pairs=200 --out start")
-)
+@command(app, "xkd-pipeline teach teacher", "xkd-pipeline teach student --set teach.student.pairs=200 --out start")
 def teach(
     ctx: typer.Context,
     role: Annotated[Role, typer.Argument(help="Which model to make.")],
@@ -96,15 +93,14 @@ def teach(
     run(loaded, role, prompts, tokenizer, out, runs, results)
 
 
-@app.command(
-    epilog=example(
-        "xkd-pipeline generate",
-        "xkd-pipeline generate --teacher path/to/model --prompts questions.jsonl --samples 4 -k 32 --out cache",
-        "xkd-pipeline generate --responses answers.jsonl --engine text --out answers",
-        "xkd-pipeline generate --dry-run",
-        "xkd-pipeline generate --dry-run --json",
-        "xkd-pipeline generate --dry-run --teacher folder/with/config --tokens 1e9 -k 32 --rate 2500 --gpus 64",
-    )
+@command(
+    app,
+    "xkd-pipeline generate",
+    "xkd-pipeline generate --teacher path/to/model --prompts questions.jsonl --samples 4 -k 32 --out cache",
+    "xkd-pipeline generate --responses answers.jsonl --engine text --out answers",
+    "xkd-pipeline generate --dry-run",
+    "xkd-pipeline generate --dry-run --json",
+    "xkd-pipeline generate --dry-run --teacher folder/with/config --tokens 1e9 -k 32 --rate 2500 --gpus 64",
 )
 def generate(
     ctx: typer.Context,
@@ -186,7 +182,7 @@ def generate(
     _require_few_skipped(summary.skipped, loaded.generate.max_skipped)
 
 
-@app.command(epilog=example("xkd-pipeline score", "xkd-pipeline score --set score.validation_samples=16 --out scored"))
+@command(app, "xkd-pipeline score", "xkd-pipeline score --set score.validation_samples=16 --out scored")
 def score(
     ctx: typer.Context,
     params: options.ParamsFile = None,
@@ -259,7 +255,7 @@ def _limit_threads(teacher: str) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@app.command(epilog=example("xkd-pipeline reward", "xkd-pipeline reward --set reward.sigma_min=0.5 --out floor"))
+@command(app, "xkd-pipeline reward", "xkd-pipeline reward --set reward.sigma_min=0.5 --out floor")
 def reward(
     ctx: typer.Context,
     params: options.ParamsFile = None,
@@ -285,11 +281,10 @@ def reward(
     run(loaded, selection, student, out, audit or default, runs, store, scored, prompts if scored else None)
 
 
-@app.command(
-    epilog=example(
-        "xkd-pipeline distill",
-        "xkd-pipeline distill --set distill.objective=jsd --set distill.reward=none --out data/plain",
-    )
+@command(
+    app,
+    "xkd-pipeline distill",
+    "xkd-pipeline distill --set distill.objective=jsd --set distill.reward=none --out data/plain",
 )
 def distill(
     ctx: typer.Context,
@@ -330,11 +325,10 @@ def distill(
     run(loaded, selection, student, reward, out, metrics or default, runs, store, scored)
 
 
-@app.command(
-    epilog=example(
-        "xkd-pipeline evaluate",
-        "xkd-pipeline evaluate --model plain=data/plain --model x=data/student --out data/comparison",
-    )
+@command(
+    app,
+    "xkd-pipeline evaluate",
+    "xkd-pipeline evaluate --model plain=data/plain --model x=data/student --out data/comparison",
 )
 def evaluate(
     ctx: typer.Context,
@@ -380,12 +374,11 @@ def evaluate(
     run(loaded, prompts, models, selection, out, store, answers)
 
 
-@app.command(
-    epilog=example(
-        "xkd-pipeline report",
-        "xkd-pipeline report --also jsd --also other/data --out comparison.html",
-        "xkd-pipeline report --set report.samples=20 --out report.html",
-    )
+@command(
+    app,
+    "xkd-pipeline report",
+    "xkd-pipeline report --also jsd --also other/data --out comparison.html",
+    "xkd-pipeline report --set report.samples=20 --out report.html",
 )
 def report(
     ctx: typer.Context,

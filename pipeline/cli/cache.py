@@ -9,7 +9,7 @@ from pipeline import console
 from pipeline.cli import options
 from pipeline.cli.cache_listings import FILE_COLUMNS, SHARD_COLUMNS, USER_COLUMNS, describe, request_columns, say_user
 from pipeline.cli.listing import Form, Listing, shown
-from pipeline.cli.options import HERE, described, example, placed
+from pipeline.cli.options import HERE, command, described, placed
 from pipeline.layout import Layout
 
 cache = typer.Typer(
@@ -23,10 +23,8 @@ RequestArgument = Annotated[
 ]
 
 
-@cache.command(
-    epilog=example(
-        "xkd-pipeline cache ls", "xkd-pipeline cache ls --store s3://bucket/teachers", "xkd-pipeline cache ls --json"
-    )
+@command(
+    cache, "xkd-pipeline cache ls", "xkd-pipeline cache ls --store s3://bucket/teachers", "xkd-pipeline cache ls --json"
 )
 def ls(
     request: RequestArgument = "",
@@ -52,7 +50,7 @@ def ls(
     console.result(f"{len(requests)} requests, {sum(info.rows for info in requests):,} rows, {console.size(total)}")
 
 
-@cache.command(epilog=example("xkd-pipeline cache show 3f2a", "xkd-pipeline cache show 3f2a --csv"))
+@command(cache, "xkd-pipeline cache show 3f2a", "xkd-pipeline cache show 3f2a --csv")
 def show(
     request: Annotated[str, typer.Argument(help="The beginning of a request's name, or of its identity.")],
     store: options.Store = None,
@@ -102,9 +100,7 @@ def show(
     shards.show("shards")
 
 
-@cache.command(
-    epilog=example("xkd-pipeline cache verify", "xkd-pipeline cache verify --selection data/teacher --dry-run")
-)
+@command(cache, "xkd-pipeline cache verify", "xkd-pipeline cache verify --selection data/teacher --dry-run")
 def verify(
     request: RequestArgument = "",
     store: options.Store = None,
@@ -144,12 +140,11 @@ def verify(
     raise typer.Exit(1)
 
 
-@cache.command(
-    epilog=example(
-        "xkd-pipeline cache gc",
-        "xkd-pipeline cache gc --keep ../other/data/teacher --yes",
-        "xkd-pipeline cache gc --forget /old/data/teacher",
-    )
+@command(
+    cache,
+    "xkd-pipeline cache gc",
+    "xkd-pipeline cache gc --keep ../other/data/teacher --yes",
+    "xkd-pipeline cache gc --forget /old/data/teacher",
 )
 def gc(
     store: options.Store = None,
@@ -209,12 +204,11 @@ def gc(
     console.result(f"removed {len(files)} files, {console.size(sum(file.size for file in files))}")
 
 
-@cache.command(
-    epilog=example(
-        "xkd-pipeline cache export shared/teacher",
-        "xkd-pipeline cache export shared/teacher --selection data/scored",
-        "xkd-pipeline cache export shared/all --request 3f2a",
-    )
+@command(
+    cache,
+    "xkd-pipeline cache export shared/teacher",
+    "xkd-pipeline cache export shared/teacher --selection data/scored",
+    "xkd-pipeline cache export shared/all --request 3f2a",
 )
 def export(
     out: Annotated[Path, typer.Argument(help="New folder to write.")],

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -152,6 +152,7 @@ def _holds_something(path: Path) -> bool:
     return any(name != ".gitignore" for name in os.listdir(path)) if path.is_dir() else path.exists()
 
 
-def example(*lines: str) -> str:
-    """The closing part of a command's help."""
-    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"[cyan]{escape(line)}[/cyan]" for line in lines)
+def command(app: typer.Typer, *examples: str) -> Callable:
+    """Makes a function a command of `app`, whose help ends with examples."""
+    lines = "\n\n".join(f"[cyan]{escape(example)}[/cyan]" for example in examples)
+    return app.command(epilog=f"[bold]Examples[/bold]\n\n{lines}")

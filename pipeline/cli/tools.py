@@ -12,7 +12,7 @@ import typer
 from pipeline import console
 from pipeline.cli import options
 from pipeline.cli.listing import Column, Form, Listing
-from pipeline.cli.options import HERE, described, example, file_of
+from pipeline.cli.options import HERE, command, described, file_of
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
 from pipeline.layout import Layout
@@ -22,12 +22,11 @@ from pipeline.params.file import is_params_file, load_params, to_yaml
 tools = typer.Typer()
 
 
-@tools.command(
-    epilog=example(
-        "xkd-pipeline params --out params.yaml",
-        "xkd-pipeline params --set prepare.task=translation",
-        "xkd-pipeline params --params presets/smollm2-gsm8k.yaml > params.yaml",
-    )
+@command(
+    tools,
+    "xkd-pipeline params --out params.yaml",
+    "xkd-pipeline params --set prepare.task=translation",
+    "xkd-pipeline params --params presets/smollm2-gsm8k.yaml > params.yaml",
 )
 def params(
     params: options.ParamsFile = None,
@@ -54,7 +53,7 @@ def _require_not_stdout(read: Path | None) -> None:
             raise UserError(f"{read} is to be read, but the shell has emptied it for the output: use --out {read}")
 
 
-@tools.command(epilog=example("xkd-pipeline fetch", "xkd-pipeline fetch --out models/smollm2"))
+@command(tools, "xkd-pipeline fetch", "xkd-pipeline fetch --out models/smollm2")
 def fetch(
     out: Annotated[Path | None, described(help="Model folder to write.", default="models/smollm2")] = None,
     root: options.Root = HERE,
@@ -65,12 +64,11 @@ def fetch(
     fetch_smollm2(out or root / "models" / "smollm2")
 
 
-@tools.command(
-    epilog=example(
-        "xkd-pipeline compare data other/data",
-        "xkd-pipeline compare jsd zero   # DVC experiments by name",
-        "xkd-pipeline compare data jsd --csv | column -s, -t",
-    )
+@command(
+    tools,
+    "xkd-pipeline compare data other/data",
+    "xkd-pipeline compare jsd zero   # DVC experiments by name",
+    "xkd-pipeline compare data jsd --csv | column -s, -t",
 )
 def compare(
     results: Annotated[
@@ -87,7 +85,7 @@ def compare(
     run(results, Layout(root), form)
 
 
-@tools.command(epilog=example("xkd-pipeline doctor", "xkd-pipeline doctor --json"))
+@command(tools, "xkd-pipeline doctor", "xkd-pipeline doctor --json")
 def doctor(
     store: options.Store = None,
     root: options.Root = HERE,
