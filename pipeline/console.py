@@ -11,10 +11,11 @@ import textwrap
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
+from rich.filesize import pick_unit_and_suffix
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -155,11 +156,8 @@ class _Lines:
 
 @contextmanager
 def _lines(description: str, total: int):
-    lines = _Lines(description, total)
-    try:
+    with closing(_Lines(description, total)) as lines:
         yield lines.move
-    finally:
-        lines.close()
 
 
 def _per_second(speed: float) -> str:
@@ -240,11 +238,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
 
 def size(count: float) -> str:
     """Bytes for people."""
-    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
-    power = 0
-    while count >= 1024 and power + 1 < len(units):
-        count, power = count / 1024, power + 1
-    return f"{count:,.{min(power, 1)}f} {units[power]}"
+    unit, name = pick_unit_and_suffix(int(count), ["bytes", "KiB", "MiB", "GiB", "TiB"], 1024)
+    return f"{count / unit:,.{0 if unit == 1 else 1}f} {name}"
 
 
 def _room(console: Console) -> int | None:
@@ -294,5 +289,4 @@ def _draw(rows: Sequence[tuple], widths: tuple, stacked: bool, room: int) -> Non
 
 
 def _pad(text: str, width: int, right: bool = False) -> str:
-    gap = " " * (width - cell_len(text))
-    return gap + text if right else text + gap
+    return " " * (width - cell_len(text)) + text if right else set_cell_size(text, width)

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import ModuleType
 
 from pipeline.errors import Interrupted
 
@@ -34,8 +33,8 @@ class _State:
 
 def is_command_line(name: str) -> bool:
     """Whether the module of this `__name__` is or was loaded by the process's own command, not by a test or a child."""
-    main: ModuleType = sys.modules["__main__"]
-    return name == "__main__" or os.path.basename(getattr(main, "__file__", None) or "") == "xkd-pipeline"
+    command = getattr(sys.modules["__main__"], "__file__", None) or ""
+    return name == "__main__" or os.path.basename(command) == "xkd-pipeline"
 
 
 def install() -> None:

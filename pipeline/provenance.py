@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import time
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,10 +22,8 @@ def versions() -> dict[str, str]:
     """Installed versions of what can change a result."""
     numbers = {"xkd-pipeline": pipeline.__version__}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             numbers[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return numbers
 
 
@@ -86,10 +85,8 @@ def imports(file: str) -> frozenset[str]:
 
 def _file(module: str) -> str | None:
     path = Path(*module.split("."))
-    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
-        if (_ROOT / candidate).is_file():
-            return candidate.as_posix()
-    return None
+    candidates = path.with_suffix(".py"), path / "__init__.py"
+    return next((file.as_posix() for file in candidates if (_ROOT / file).is_file()), None)
 
 
 def has_no_code(file: str) -> bool:

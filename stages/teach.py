@@ -15,7 +15,6 @@ from pipeline.learning.learner import StudentLearner
 from pipeline.learning.terms import Likelihood
 from pipeline.learning.trainer import run, seed_everything
 from pipeline.models import (
-    ModelSize,
     build_causal_lm,
     build_from_config,
     has_weights,
@@ -93,8 +92,7 @@ def _starting_point(settings: Teach, tokenizer_path: Path, seed: int):
     """Model, tokenizer and stop tokens before any training."""
     if not settings.base:
         tokenizer = load_tokenizer(tokenizer_path)
-        size = ModelSize(**settings.model.model_dump())
-        return build_causal_lm(size, tokenizer, CONTEXT, seed), tokenizer, None
+        return build_causal_lm(settings.model, tokenizer, CONTEXT, seed), tokenizer, None
     if not has_weights(settings.base):
         tokenizer, config = load_tokenizer(tokenizer_path), load_config(settings.base)
         if settings.layers:

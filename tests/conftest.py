@@ -49,11 +49,13 @@ def make_model(
     """A tiny causal model whose weights are scaled up, so that its distributions are not uniform."""
     import torch
 
-    from pipeline.models import ModelSize, build_causal_lm, save_model, word_tokenizer
+    from pipeline.models import build_causal_lm, save_model, word_tokenizer
+    from pipeline.params import Model
 
     tokenizer = word_tokenizer(list(words))
     tokenizer.chat_template = chat_template
-    model = build_causal_lm(ModelSize(width, layers, width // 32, 2 * width), tokenizer, context, seed)
+    size = Model(width=width, layers=layers, heads=width // 32, intermediate=2 * width)
+    model = build_causal_lm(size, tokenizer, context, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:

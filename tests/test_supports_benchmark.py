@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.models import ModelSize
 from pipeline.objectives.divergences import DIVERGENCES
+from pipeline.params import Model
 from tests.benchmarks import supports, supports_report
 from tests.benchmarks.supports_data import SMOLLM2, TEXT, Made, Taught
 
 SMALL = {"train": 20, "held_out": 4, "prompt": 2, "response": 6, "steps": 2, "batch": 4, "seeds": 1}
 PART = replace(TEXT, **SMALL)
-SIZE = ModelSize(32, 1, 1, 64)
+SIZE = Model(width=32, layers=1, heads=1, intermediate=64)
 MADE = Made(300, SIZE, SIZE, 2, 1, 2e-3)
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -11,33 +12,11 @@ import typer
 from rich.markup import escape
 
 from pipeline import __version__, console, interrupts
+from pipeline.cli import options
 from pipeline.cli.cache import cache
 from pipeline.cli.listing import Form
-from pipeline.cli.options import (
-    HERE,
-    CsvOption,
-    GpuMemoryOption,
-    GpusOption,
-    JsonOption,
-    ParamsOption,
-    PromptsOption,
-    RateOption,
-    RetryOption,
-    RootOption,
-    RunsOption,
-    ScoredOption,
-    SelectionOption,
-    SetOption,
-    StoreOption,
-    StudentOption,
-    TokensOption,
-    example,
-    load,
-    placed,
-    protect_default,
-    require_unicode,
-)
-from pipeline.cli.tools import COMMANDS
+from pipeline.cli.options import HERE, command, described, load, placed, protect_default, require_unicode
+from pipeline.cli.tools import tools
 from pipeline.errors import Interrupted, UserError, reason_of
 from pipeline.layout import Layout, sibling
 from pipeline.params import Role
@@ -69,19 +48,18 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     console.quiet_libraries()
 
 
-@app.command(
-    epilog=example(
-        "xkd-pipeline prepare",
-        "xkd-pipeline prepare --set prepare.task=summarisation --out other/prompts.parquet --tokenizer other/tokenizer",
-    )
+@command(
+    app,
+    "xkd-pipeline prepare",
+    "xkd-pipeline prepare --set prepare.task=summarisation --out other/prompts.parquet --tokenizer other/tokenizer",
 )
 def prepare(
     ctx: typer.Context,
-    params: ParamsOption = None,
-    set: SetOption = None,
+    params: options.ParamsFile = None,
+    set: options.Overrides = None,
     out: Annotated[Path | None, placed("prompts", "--out", "Prompt file to write.")] = None,
     tokenizer_out: Annotated[Path | None, placed("tokenizer", "--tokenizer", "Tokenizer folder to write.")] = None,
-    root: RootOption = HERE,
+    root: options.Root = HERE,
 ) -> None:
     """Draw prompts with references in disjoint splits, from a built-in task or a data set, and make their tokenizer."""
     loaded, layout = load(params, set, root), Layout(root)
@@ -93,21 +71,17 @@ def prepare(
     run(loaded, out, tokenizer_out, results)
 
 
-@app.command(
-    epilog=example("xkd-pipeline teach teacher", "xkd-pipeline teach student --set teach.student.pairs=200 --out start")
-)
+@command(app, "xkd-pipeline teach teacher", "xkd-pipeline teach student --set teach.student.pairs=200 --out start")
 def teach(
     ctx: typer.Context,
     role: Annotated[Role, typer.Argument(help="Which model to make.")],
-    params: ParamsOption = None,
-    set: SetOption = None,
-    prompts: PromptsOption = None,
+    params: options.ParamsFile = None,
+    set: options.Overrides = None,
+    prompts: options.Prompts = None,
     tokenizer: Annotated[Path | None, placed("tokenizer", "--tokenizer", "Tokenizer folder.")] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Model folder.  [dim]default: data/models/ROLE[/dim]")
-    ] = None,
-    runs: RunsOption = None,
-    root: RootOption = HERE,
+    out: Annotated[Path | None, described("--out", help="Model folder.", default="data/models/ROLE")] = None,
+    runs: options.Runs = None,
+    root: options.Root = HERE,
 ) -> None:
     """Make the teacher, or the student's starting point: new, or from a base, cut to fewer layers, fine-tuned."""
     loaded, layout = load(params, set, root), Layout(root)
@@ -119,83 +93,71 @@ def teach(
     run(loaded, role, prompts, tokenizer, out, runs, results)
 
 
-@app.command(
-    epilog=example(
-        "xkd-pipeline generate",
-        "xkd-pipeline generate --teacher path/to/model --prompts questions.jsonl --samples 4 -k 32 --out cache",
-        "xkd-pipeline generate --responses answers.jsonl --engine text --out answers",
-        "xkd-pipeline generate --dry-run",
-        "xkd-pipeline generate --dry-run --json",
-        "xkd-pipeline generate --dry-run --teacher folder/with/config --tokens 1e9 -k 32 --rate 2500 --gpus 64",
-    )
+@command(
+    app,
+    "xkd-pipeline generate",
+    "xkd-pipeline generate --teacher path/to/model --prompts questions.jsonl --samples 4 -k 32 --out cache",
+    "xkd-pipeline generate --responses answers.jsonl --engine text --out answers",
+    "xkd-pipeline generate --dry-run",
+    "xkd-pipeline generate --dry-run --json",
+    "xkd-pipeline generate --dry-run --teacher folder/with/config --tokens 1e9 -k 32 --rate 2500 --gpus 64",
 )
 def generate(
     ctx: typer.Context,
-    params: ParamsOption = None,
-    set: SetOption = None,
+    params: options.ParamsFile = None,
+    set: options.Overrides = None,
     teacher: Annotated[str | None, typer.Option("--teacher", metavar="PATH_OR_HUB_NAME", help="The teacher.")] = None,
-    prompts: PromptsOption = None,
+    prompts: options.Prompts = None,
     out: Annotated[Path | None, placed("selection", "--out", "Folder for this experiment's selection.")] = None,
     results: Annotated[
         Path | None,
-        typer.Option(
-            "--results",
-            help="File for the run's results and costs.  [dim]default: data/generate/results.json, else none[/dim]",
-        ),
+        described(help="File for the run's results and costs.", default="data/generate/results.json, else none"),
     ] = None,
     answers: Annotated[
         Path | None,
-        typer.Option(
-            "--answers",
-            help="Folder for the teacher's answers to the test prompts, which evaluate reads.  "
-            "[dim]default: data/answers with the default --out, else none[/dim]",
+        described(
+            help="Folder for the teacher's answers to the test prompts, which evaluate reads.",
+            default="data/answers with the default --out, else none",
         ),
     ] = None,
-    store: StoreOption = None,
-    engine: Annotated[str | None, typer.Option("--engine", help="auto, vllm, hf, ray, stub or text.")] = None,
+    store: options.Store = None,
+    engine: Annotated[str | None, typer.Option(help="auto, vllm, hf, ray, stub or text.")] = None,
     responses: Annotated[
-        str | None,
-        typer.Option("--responses", help="Responses made elsewhere (.jsonl, .parquet): scored, not sampled."),
+        str | None, typer.Option(help="Responses made elsewhere (.jsonl, .parquet): scored, not sampled.")
     ] = None,
     samples: Annotated[int | None, typer.Option("--samples", "-n", help="Responses per training prompt.")] = None,
     k: Annotated[int | None, typer.Option("--k", "-k", help="Tokens kept per position.")] = None,
-    support: Annotated[
-        str | None, typer.Option("--support", help="Which tokens: sampled (an unbiased draw) or topk.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option("--temperature", help="Sampling temperature; 0 is greedy.")
-    ] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Longest response.")] = None,
-    template: Annotated[
-        str | None, typer.Option("--template", help="What the teacher reads, with {prompt} in it.")
-    ] = None,
+    support: Annotated[str | None, typer.Option(help="Which tokens: sampled (an unbiased draw) or topk.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest response.")] = None,
+    template: Annotated[str | None, typer.Option(help="What the teacher reads, with {prompt} in it.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what is cached, what is missing and what that takes.")
     ] = False,
-    tokens: TokensOption = None,
-    rate: RateOption = None,
-    gpus: GpusOption = None,
-    gpu_memory: GpuMemoryOption = None,
-    as_json: JsonOption = False,
-    as_csv: CsvOption = False,
-    retry_skipped: RetryOption = False,
-    root: RootOption = HERE,
+    tokens: options.Tokens = None,
+    rate: options.Rate = None,
+    gpus: options.Gpus = None,
+    gpu_memory: options.GpuMemory = None,
+    as_json: options.AsJson = False,
+    as_csv: options.AsCsv = False,
+    retry_skipped: options.Retry = False,
+    root: options.Root = HERE,
 ) -> None:
     """Run the teacher on what the store does not hold yet, and select this experiment's rows.
 
     Every answer is kept in plain Parquet files in the store and never asked for twice: not by a rerun, not after
     a crash, not by another experiment. Exit code 3: rows were left out (see generate.max_skipped).
     """
-    options = {
+    chosen = {
         "generate.teacher": teacher, "generate.engine": engine, "generate.samples": samples, "generate.k": k,
         "generate.support": support, "generate.responses": responses,
         "generate.temperature": temperature, "max_tokens": max_tokens, "template": template,
     }  # fmt: skip
-    quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in options.items() if value is not None}
+    quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in chosen.items() if value is not None}
     overrides = [*(set or []), *(f"{key}={value}" for key, value in quoted.items())]
     loaded, layout = load(params, overrides, root), Layout(root)
-    assumed = {"tokens": tokens, "rate": rate, "gpus": gpus, "memory": gpu_memory}
-    assumed = {name: value for name, value in assumed.items() if value is not None}
+    assumptions = {"tokens": tokens, "rate": rate, "gpus": gpus, "memory": gpu_memory}
+    assumed = {name: value for name, value in assumptions.items() if value is not None}
     if assumed and not dry_run:
         raise UserError("--tokens, --rate, --gpus and --gpu-memory are for planning: add --dry-run")
     form = Form.of(as_json, as_csv)
@@ -213,32 +175,32 @@ def generate(
         from pipeline.cli.dry_run import dry_run as run_dry
 
         summary = run_dry(loaded, prompts, store, retry_skipped, Assumptions(**assumed), form, answers is not None)
-        return _require_few_skipped(summary.skipped, loaded.generate.max_skipped)
-    from stages.generate import generate as run
+    else:
+        from stages.generate import generate as run
 
-    summary = run(loaded, prompts, out, store, retry_skipped, results=results or default, answers=answers)
+        summary = run(loaded, prompts, out, store, retry_skipped, results=results or default, answers=answers)
     _require_few_skipped(summary.skipped, loaded.generate.max_skipped)
 
 
-@app.command(epilog=example("xkd-pipeline score", "xkd-pipeline score --set score.validation_samples=16 --out scored"))
+@command(app, "xkd-pipeline score", "xkd-pipeline score --set score.validation_samples=16 --out scored")
 def score(
     ctx: typer.Context,
-    params: ParamsOption = None,
-    set: SetOption = None,
-    prompts: PromptsOption = None,
-    student: StudentOption = None,
+    params: options.ParamsFile = None,
+    set: options.Overrides = None,
+    prompts: options.Prompts = None,
+    student: options.Student = None,
     out: Annotated[Path | None, placed("scored", "--out", "Folder for the scored responses.")] = None,
     samples_out: Annotated[
         Path | None,
-        typer.Option(
+        described(
             "--samples",
-            help="Folder for the student's samples as it drew them, which keeps them in the store.  "
-            "[dim]default: data/samples with the default --out, else none[/dim]",
+            help="Folder for the student's samples as it drew them, which keeps them in the store.",
+            default="data/samples with the default --out, else none",
         ),
     ] = None,
-    store: StoreOption = None,
-    retry_skipped: RetryOption = False,
-    root: RootOption = HERE,
+    store: options.Store = None,
+    retry_skipped: options.Retry = False,
+    root: options.Root = HERE,
 ) -> None:
     """Have the teacher score references, corrupted references and the student's samples, into the same store.
 
@@ -293,23 +255,20 @@ def _limit_threads(teacher: str) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@app.command(epilog=example("xkd-pipeline reward", "xkd-pipeline reward --set reward.sigma_min=0.5 --out floor"))
+@command(app, "xkd-pipeline reward", "xkd-pipeline reward --set reward.sigma_min=0.5 --out floor")
 def reward(
     ctx: typer.Context,
-    params: ParamsOption = None,
-    set: SetOption = None,
-    selection: SelectionOption = None,
-    student: StudentOption = None,
+    params: options.ParamsFile = None,
+    set: options.Overrides = None,
+    selection: options.Selection = None,
+    student: options.Student = None,
     out: Annotated[Path | None, placed("reward", "--out", "Folder for the fitted reward.")] = None,
-    audit: Annotated[
-        Path | None,
-        typer.Option("--audit", help="Folder for its audit.  [dim]default: data/audit, else OUT-audit[/dim]"),
-    ] = None,
-    store: StoreOption = None,
-    runs: RunsOption = None,
-    scored: ScoredOption = None,
-    prompts: PromptsOption = None,
-    root: RootOption = HERE,
+    audit: Annotated[Path | None, described(help="Folder for its audit.", default="data/audit, else OUT-audit")] = None,
+    store: options.Store = None,
+    runs: options.Runs = None,
+    scored: options.Scored = None,
+    prompts: options.Prompts = None,
+    root: options.Root = HERE,
 ) -> None:
     """Fit the reward that explains the cached teacher, and audit it on held-out prompts."""
     loaded, layout = load(params, set, root), Layout(root)
@@ -322,39 +281,34 @@ def reward(
     run(loaded, selection, student, out, audit or default, runs, store, scored, prompts if scored else None)
 
 
-@app.command(
-    epilog=example(
-        "xkd-pipeline distill",
-        "xkd-pipeline distill --set distill.objective=jsd --set distill.reward=none --out data/plain",
-    )
+@command(
+    app,
+    "xkd-pipeline distill",
+    "xkd-pipeline distill --set distill.objective=jsd --set distill.reward=none --out data/plain",
 )
 def distill(
     ctx: typer.Context,
-    params: ParamsOption = None,
-    set: SetOption = None,
-    selection: SelectionOption = None,
-    student: StudentOption = None,
+    params: options.ParamsFile = None,
+    set: options.Overrides = None,
+    selection: options.Selection = None,
+    student: options.Student = None,
     reward: Annotated[
         Path | None, placed("reward", "--reward", "Fitted reward, for distill.reward frozen, joint and shuffled.")
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Folder for the student.  [dim]default: data/student, or data/plain[/dim]"),
+        Path | None, described(help="Folder for the student.", default="data/student, or data/plain")
     ] = None,
     plain: Annotated[
         bool,
         typer.Option("--plain", help="Train the baseline: the same loss without the X term, if distill.plain is true."),
     ] = False,
     metrics: Annotated[
-        Path | None,
-        typer.Option(
-            "--metrics", help="Folder for metrics and curves.  [dim]default: data/distill, else OUT-metrics[/dim]"
-        ),
+        Path | None, described(help="Folder for metrics and curves.", default="data/distill, else OUT-metrics")
     ] = None,
-    store: StoreOption = None,
-    runs: RunsOption = None,
-    scored: ScoredOption = None,
-    root: RootOption = HERE,
+    store: options.Store = None,
+    runs: options.Runs = None,
+    scored: options.Scored = None,
+    root: options.Root = HERE,
 ) -> None:
     """Train the student on the cached teacher. Killed and started again, it goes on from its last checkpoint."""
     loaded, layout = load(params, [*(set or []), "distill.reward=none"] if plain else set, root), Layout(root)
@@ -371,37 +325,34 @@ def distill(
     run(loaded, selection, student, reward, out, metrics or default, runs, store, scored)
 
 
-@app.command(
-    epilog=example(
-        "xkd-pipeline evaluate",
-        "xkd-pipeline evaluate --model plain=data/plain --model x=data/student --out data/comparison",
-    )
+@command(
+    app,
+    "xkd-pipeline evaluate",
+    "xkd-pipeline evaluate --model plain=data/plain --model x=data/student --out data/comparison",
 )
 def evaluate(
     ctx: typer.Context,
-    params: ParamsOption = None,
-    set: SetOption = None,
-    prompts: PromptsOption = None,
-    selection: SelectionOption = None,
+    params: options.ParamsFile = None,
+    set: options.Overrides = None,
+    prompts: options.Prompts = None,
+    selection: options.Selection = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            "--model", metavar="NAME=FOLDER",
-            help="Model to score, repeatable; the last is compared with the others.  "
-            "[dim]default: teacher, undistilled, plain and distilled student[/dim]",
+        described(
+            metavar="NAME=FOLDER", help="Model to score, repeatable; the last is compared with the others.",
+            default="teacher, undistilled, plain and distilled student",
         ),
     ] = None,
     out: Annotated[Path | None, placed("evaluation", "--out", "Folder for metrics and answers.")] = None,
     answers: Annotated[
         Path | None,
-        typer.Option(
-            "--answers",
-            help="The teacher's cached answers to the test prompts (out of generate).  "
-            "[dim]default: data/answers if it exists, with the default --selection[/dim]",
+        described(
+            help="The teacher's cached answers to the test prompts (out of generate).",
+            default="data/answers if it exists, with the default --selection",
         ),
     ] = None,
-    store: StoreOption = None,
-    root: RootOption = HERE,
+    store: options.Store = None,
+    root: options.Root = HERE,
 ) -> None:  # fmt: skip
     """Score models side by side on the test prompts, with intervals paired over the prompts."""
     loaded, layout = load(params, set, root), Layout(root)
@@ -423,29 +374,27 @@ def evaluate(
     run(loaded, prompts, models, selection, out, store, answers)
 
 
-@app.command(
-    epilog=example(
-        "xkd-pipeline report",
-        "xkd-pipeline report --also jsd --also other/data --out comparison.html",
-        "xkd-pipeline report --set report.samples=20 --out report.html",
-    )
+@command(
+    app,
+    "xkd-pipeline report",
+    "xkd-pipeline report --also jsd --also other/data --out comparison.html",
+    "xkd-pipeline report --set report.samples=20 --out report.html",
 )
 def report(
     ctx: typer.Context,
-    params: ParamsOption = None,
-    set: SetOption = None,
+    params: options.ParamsFile = None,
+    set: options.Overrides = None,
     data: Annotated[Path | None, placed("data", "--data", "Folder that the stages filled.")] = None,
     out: Annotated[Path | None, placed("report", "--out", "Page to write.")] = None,
     also: Annotated[
         list[str] | None,
         typer.Option(
-            "--also",
             metavar="RESULT",
             help="Folder with results, DVC experiment or git revision whose students are shown beside; repeatable.",
         ),
     ] = None,
-    store: StoreOption = None,
-    root: RootOption = HERE,
+    store: options.Store = None,
+    root: options.Root = HERE,
 ) -> None:
     """Write one self-contained HTML page about an experiment: tables, curves, rewarded tokens, samples, costs."""
     loaded = load(params, set, root)
@@ -456,8 +405,7 @@ def report(
 
 
 _STAGES = {command.callback.__name__ for command in app.registered_commands if command.callback}
-for _command, _examples in COMMANDS.items():
-    app.command(epilog=_examples)(_command)
+app.registered_commands += tools.registered_commands
 app.add_typer(cache)
 
 
@@ -499,17 +447,18 @@ def _say_error(message: str) -> None:
 
 def _run() -> int:
     """The exit code of the command; 1 where its output was not read to the end."""
-    code, together = 0, _is_one_file(1, 2)
+    code, together = 0, False
+    with suppress(OSError):  # one of them was closed from the start
+        together = os.path.sameopenfile(1, 2)
     try:
-        try:
-            interrupts.begin()
-            app()
-        finally:
-            interrupts.end()
+        interrupts.begin()
+        app()
     except SystemExit as ended:
         if isinstance(ended.code, str):
             raise
         code = int(ended.code or 0)
+    finally:
+        interrupts.end()
     STDOUT.flush()
     lost = STDOUT.failure
     if lost is None or lost.errno == errno.EIO:  # the terminal is gone; the run goes on
@@ -521,10 +470,3 @@ def _run() -> int:
     # The output of a stage is its files.
     is_stage = next((word for word in sys.argv[1:] if not word.startswith("-")), "") in _STAGES
     return code if is_stage else code or 1
-
-
-def _is_one_file(*descriptors: int) -> bool:
-    try:
-        return os.path.sameopenfile(*descriptors)
-    except OSError:  # one of them was closed from the start
-        return False

@@ -6,16 +6,10 @@ from typing import Annotated
 import typer
 
 from pipeline import console
-from pipeline.cli.cache_listings import (
-    GARBAGE_COLUMNS,
-    SHARD_COLUMNS,
-    USER_COLUMNS,
-    describe,
-    request_columns,
-    say_user,
-)
+from pipeline.cli import options
+from pipeline.cli.cache_listings import FILE_COLUMNS, SHARD_COLUMNS, USER_COLUMNS, describe, request_columns, say_user
 from pipeline.cli.listing import Form, Listing, shown
-from pipeline.cli.options import HERE, CsvOption, JsonOption, RootOption, StoreOption, example, placed
+from pipeline.cli.options import HERE, command, described, placed
 from pipeline.layout import Layout
 
 cache = typer.Typer(
@@ -29,17 +23,15 @@ RequestArgument = Annotated[
 ]
 
 
-@cache.command(
-    epilog=example(
-        "xkd-pipeline cache ls", "xkd-pipeline cache ls --store s3://bucket/teachers", "xkd-pipeline cache ls --json"
-    )
+@command(
+    cache, "xkd-pipeline cache ls", "xkd-pipeline cache ls --store s3://bucket/teachers", "xkd-pipeline cache ls --json"
 )
 def ls(
     request: RequestArgument = "",
-    store: StoreOption = None,
-    root: RootOption = HERE,
-    as_json: JsonOption = False,
-    as_csv: CsvOption = False,
+    store: options.Store = None,
+    root: options.Root = HERE,
+    as_json: options.AsJson = False,
+    as_csv: options.AsCsv = False,
 ) -> None:
     """List the requests in the store: who was asked what, how much is there."""
     form = Form.of(as_json, as_csv)
@@ -58,13 +50,13 @@ def ls(
     console.result(f"{len(requests)} requests, {sum(info.rows for info in requests):,} rows, {console.size(total)}")
 
 
-@cache.command(epilog=example("xkd-pipeline cache show 3f2a", "xkd-pipeline cache show 3f2a --csv"))
+@command(cache, "xkd-pipeline cache show 3f2a", "xkd-pipeline cache show 3f2a --csv")
 def show(
     request: Annotated[str, typer.Argument(help="The beginning of a request's name, or of its identity.")],
-    store: StoreOption = None,
-    root: RootOption = HERE,
-    as_json: JsonOption = False,
-    as_csv: CsvOption = False,
+    store: options.Store = None,
+    root: options.Root = HERE,
+    as_json: options.AsJson = False,
+    as_csv: options.AsCsv = False,
 ) -> None:
     """Show one request: its teacher, what was asked, engines and versions, every shard, and who uses it.
 
@@ -108,22 +100,19 @@ def show(
     shards.show("shards")
 
 
-@cache.command(
-    epilog=example("xkd-pipeline cache verify", "xkd-pipeline cache verify --selection data/teacher --dry-run")
-)
+@command(cache, "xkd-pipeline cache verify", "xkd-pipeline cache verify --selection data/teacher --dry-run")
 def verify(
     request: RequestArgument = "",
-    store: StoreOption = None,
+    store: options.Store = None,
     selection: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--selection",
-            help="Selection to verify beside the store, repeatable.  "
-            f"[dim]default: {', '.join(map(str, Layout().selections))}, those that exist[/dim]",
+        described(
+            help="Selection to verify beside the store, repeatable.",
+            default=f"{', '.join(map(str, Layout().selections))}, those that exist",
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is wrong; move nothing.")] = False,
-    root: RootOption = HERE,
+    root: options.Root = HERE,
 ) -> None:
     """Read every byte and every row, and set aside what is damaged: `generate` then makes exactly that again.
 
@@ -151,32 +140,28 @@ def verify(
     raise typer.Exit(1)
 
 
-@cache.command(
-    epilog=example(
-        "xkd-pipeline cache gc",
-        "xkd-pipeline cache gc --keep ../other/data/teacher --yes",
-        "xkd-pipeline cache gc --forget /old/data/teacher",
-    )
+@command(
+    cache,
+    "xkd-pipeline cache gc",
+    "xkd-pipeline cache gc --keep ../other/data/teacher --yes",
+    "xkd-pipeline cache gc --forget /old/data/teacher",
 )
 def gc(
-    store: StoreOption = None,
+    store: options.Store = None,
     keep: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--keep", help="Another selection whose rows are kept (one that came from elsewhere); repeatable."
-        ),
+        typer.Option(help="Another selection whose rows are kept (one that came from elsewhere); repeatable."),
     ] = None,
     forget: Annotated[
         list[str] | None,
         typer.Option(
-            "--forget",
             metavar="SELECTION",
             help="Selection that no longer keeps its rows, named as in the list; `all`: every one that is not at its "
             "place any more; repeatable.",
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
-    root: RootOption = HERE,
+    root: options.Root = HERE,
 ) -> None:
     """Show what no selection refers to, and remove it once you agree.
 
@@ -204,7 +189,7 @@ def gc(
     if not files:
         console.result(f"nothing to remove in {storage.name}")
         return
-    Listing(GARBAGE_COLUMNS, files).show(f"nothing refers to these files of {storage.name}")
+    Listing(FILE_COLUMNS, files).show(f"nothing refers to these files of {storage.name}")
     total = f"{len(files)} files, {console.size(sum(file.size for file in files))}"
     if not yes and not console.agrees(f"Remove {total}?"):
         console.result(f"nothing was removed; `--yes` removes {total}")
@@ -219,12 +204,11 @@ def gc(
     console.result(f"removed {len(files)} files, {console.size(sum(file.size for file in files))}")
 
 
-@cache.command(
-    epilog=example(
-        "xkd-pipeline cache export shared/teacher",
-        "xkd-pipeline cache export shared/teacher --selection data/scored",
-        "xkd-pipeline cache export shared/all --request 3f2a",
-    )
+@command(
+    cache,
+    "xkd-pipeline cache export shared/teacher",
+    "xkd-pipeline cache export shared/teacher --selection data/scored",
+    "xkd-pipeline cache export shared/all --request 3f2a",
 )
 def export(
     out: Annotated[Path, typer.Argument(help="New folder to write.")],
@@ -232,8 +216,8 @@ def export(
     request: Annotated[
         str, typer.Option("--request", help="In place of a selection: all rows of this request in the store.")
     ] = "",
-    store: StoreOption = None,
-    root: RootOption = HERE,
+    store: options.Store = None,
+    root: options.Root = HERE,
 ) -> None:
     """Write a plain folder that `datasets.load_dataset` reads, with a card, ready for a hub."""
     from pipeline.store.requests import open_store

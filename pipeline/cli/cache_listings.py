@@ -7,13 +7,11 @@ from operator import attrgetter
 from pipeline import console
 from pipeline.cli.listing import Column
 
+_DATE = "{:%Y-%m-%d %H:%M}".format
+
 
 def _time(seconds: float | None) -> datetime | None:
     return None if seconds is None else datetime.fromtimestamp(seconds)
-
-
-def _date(moment: datetime) -> str:
-    return f"{moment:%Y-%m-%d %H:%M}"
 
 
 def _days_since(seconds: float | None) -> float | None:
@@ -39,15 +37,10 @@ def request_columns() -> list[Column]:
         Column("k", attrgetter("ks"), None),
         Column("kept", attrgetter("kept")),
         Column("bytes", attrgetter("size"), "size", console.size),
-        Column(
-            "bytes_per_token",
-            lambda info: info.size / info.tokens if info.tokens else None,
-            "bytes per token",
-            "{:,.0f}".format,
-        ),
+        Column("bytes_per_token", lambda info: info.size / info.tokens if info.tokens else None, show="{:,.0f}".format),
         Column("left_out", attrgetter("skipped")),
         Column("damaged", lambda info: info.damaged + len(info.unreadable)),
-        Column("changed", lambda info: _time(info.modified), show=_date),
+        Column("changed", lambda info: _time(info.modified), show=_DATE),
     ]
 
 
@@ -59,15 +52,15 @@ SHARD_COLUMNS = [
     Column("support", attrgetter("support"), None),
     Column("", attrgetter("kept"), "kept"),
     Column("bytes", attrgetter("size"), "size", console.size),
-    Column("changed", lambda shard: _time(shard.modified), show=_date),
+    Column("changed", lambda shard: _time(shard.modified), show=_DATE),
 ]
 USER_COLUMNS = [
     Column("selection", attrgetter("selection")),
     Column("host", attrgetter("host")),
-    Column("last_recorded", lambda user: _time(user.recorded), show=_date),
+    Column("last_recorded", lambda user: _time(user.recorded), show=_DATE),
     Column("age", lambda user: _days_since(user.recorded), show="{:,.0f} days".format),
 ]
-GARBAGE_COLUMNS = [
+FILE_COLUMNS = [
     Column("file", attrgetter("name")),
     Column("size", attrgetter("size"), show=console.size),
     Column("why", attrgetter("why")),

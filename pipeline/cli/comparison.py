@@ -36,21 +36,16 @@ def _columns(rows: Sequence[Scored]) -> Iterator[Column]:
     yield Column("model", lambda row: row.model)
     yield Column("objective", lambda row: row.experiment.objective_of(row.model))
     for metric in dict.fromkeys(row.experiment.headline for row in rows):
-        yield _measure(metric, lambda row, metric=metric: row.modes["greedy"].get(metric), ".1f", metric)
-        yield _measure(
-            f"{metric}_sampled",
-            lambda row, metric=metric: row.modes["sampled"].get(metric),
-            ".1f",
-            f"{metric}, sampled",
-        )
+        for mode, key, heading in (("greedy", "", ""), ("sampled", "_sampled", ", sampled")):
+            yield _measure(metric + key, partial(_read, mode, metric), ".1f", metric + heading)
     exact = all(_read("heldout", "kl", row) for row in rows)
     shown = {"kl", "reverse_kl"} if exact else set(FORWARD_KLS)
     for mode, key in (("heldout", ""), ("own", "own_")):
         for name, heading in KL_NAMES.items():
             heading = heading if mode == "heldout" and name in shown else None  # the others are in JSON and CSV only
             yield _measure(key + name, partial(_read, mode, name), ".3f", heading)
-    yield Column("kept_mass", _kept_mass, "kept mass", "{:.3f}".format)
-    yield Column("cut", lambda row: row.answers("cut"), "cut", "{:.0%}".format)
+    yield Column("kept_mass", _kept_mass, show="{:.3f}".format)
+    yield Column("cut", lambda row: row.answers("cut"), show="{:.0%}".format)
     yield Column("tokens", lambda row: row.answers("tokens"), None)
     yield Column("self_bleu", lambda row: row.modes["diversity"]["self_bleu"], "Self-BLEU", "{:.1f}".format)
 

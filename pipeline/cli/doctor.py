@@ -52,8 +52,9 @@ def _engine() -> Finding:
     if importlib.util.find_spec("vllm") is None:
         advice = "transformers will run the teacher, slower on real models: ./xkd setup installs vLLM where it can"
         return Finding("engine", LOOK, "vLLM is not installed", advice)
+    quiet = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     # Imported in a process of its own: it takes seconds, and a broken one can end the process.
-    done = subprocess.run([sys.executable, "-c", "import vllm"], capture_output=True, text=True, env=_quiet())
+    done = subprocess.run([sys.executable, "-c", "import vllm"], capture_output=True, text=True, env=quiet)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1][:160]
         advice = (
@@ -63,10 +64,6 @@ def _engine() -> Finding:
         return Finding("engine", BAD, f"vLLM cannot be imported: {reason}", advice)
     engines = {name: number for name, number in versions().items() if name.startswith(("vllm", "ray"))}
     return Finding("engine", OK, ", ".join(f"{name} {number}" for name, number in engines.items()))
-
-
-def _quiet() -> dict[str, str]:
-    return os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 
 
 def _accelerator() -> Finding:
@@ -103,9 +100,8 @@ def _reachable(storage: Storage) -> Finding:
     try:
         shards = sum("/part-" in name for name in storage.find())
     except UserError as error:
-        return Finding(
-            "store", BAD, str(error), "check the URL, its credentials and the network, or choose another store"
-        )
+        advice = "check the URL, its credentials and the network, or choose another store"
+        return Finding("store", BAD, str(error), advice)
     return Finding("store", OK, f"{storage.name}, {shards:,} shards")
 
 
@@ -135,8 +131,7 @@ def _versioning() -> Finding:
     if missing:
         advice = "run source .venv/bin/activate (dvc is installed there); git comes from your system's packages"
         return Finding("versioning", LOOK, f"not on the path: {', '.join(missing)}", advice)
-    inside = subprocess.run(["git", "rev-parse", "--is-inside-work-tree"], capture_output=True).returncode == 0
-    if not inside:
+    if subprocess.run(["git", "rev-parse", "--is-inside-work-tree"], capture_output=True).returncode:
         advice = "dvc exp needs one: clone the project, or run git init"
         return Finding("versioning", LOOK, "not inside a git repository", advice)
     return Finding("versioning", OK, f"git and dvc {version('dvc')}")

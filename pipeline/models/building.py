@@ -1,22 +1,11 @@
 """Models made here: tiny ones from a size, students cut from larger models or built from a configuration."""
 
-from dataclasses import dataclass
-
 from pipeline.errors import UserError
 from pipeline.models.loading import lm_class
+from pipeline.params import Model
 
 
-@dataclass(frozen=True)
-class ModelSize:
-    """Shape of a tiny Llama-like model."""
-
-    width: int
-    layers: int
-    heads: int
-    intermediate: int
-
-
-def build_causal_lm(size: ModelSize, tokenizer, context: int, seed: int):
+def build_causal_lm(size: Model, tokenizer, context: int, seed: int):
     """A new Llama-like model with tied embeddings (RMSNorm, RoPE, SwiGLU), weights drawn with `seed`."""
     from transformers import LlamaConfig
 

@@ -64,11 +64,10 @@ def load_config(source: str | Path):
 
     config = load_pretrained(AutoConfig, source, "model")
     text = config.get_text_config()
-    for name, least in (("vocab_size", 1), ("max_position_embeddings", 1)):
+    for name in ("vocab_size", "max_position_embeddings"):
         value = getattr(text, name, None)
-        if type(value) is not int or value < least:
-            if value is None and name != "vocab_size":
-                continue
+        absent = value is None and name != "vocab_size"
+        if not absent and (type(value) is not int or value < 1):
             raise UserError(f"the config.json of {resolve(source)} has {name} {value!r}, expected a number above 0")
     return config
 
@@ -101,6 +100,7 @@ def load_lm(source: str | Path, dtype: str = "float32"):
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     model, info = load_pretrained(lm_class(config), folder, "model", **options)
     require_complete(info, folder)
+    start = None
     if model.config.is_encoder_decoder:
         _require_plain_decoding(model.generation_config, source)
         start = model.generation_config.decoder_start_token_id
@@ -109,9 +109,7 @@ def load_lm(source: str | Path, dtype: str = "float32"):
             raise UserError(f"the config.json of {source} has decoder_start_token_id {start!r}, expected a token id")
         model.config.decoder_start_token_id = start
     # Nothing hidden in a model's own generation_config may change how it is sampled here.
-    model.generation_config = GenerationConfig()
-    if model.config.is_encoder_decoder:
-        model.generation_config.decoder_start_token_id = start
+    model.generation_config = GenerationConfig(decoder_start_token_id=start)
     return model.eval()
 
 
@@ -206,7 +204,9 @@ def local_folder(source: str | Path, weights: bool = True) -> Path:
     load_config(source)  # a clear error if it is neither a folder nor on the hub
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", *["*.safetensors"] * weights]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]
+    if weights:
+        patterns.append("*.safetensors")
     # Mistral's second copy of the weights, which transformers does not load.
     return Path(snapshot_download(str(source), allow_patterns=patterns, ignore_patterns=["consolidated*"]))
 

@@ -124,11 +124,12 @@ def require_complete(info: dict, folder: Path) -> None:
     lacking = set(info.get("missing_keys", ()))
     added = set(info.get("unexpected_keys", ()))
     added -= _masks(folder, {name for name in added if _MASK.search(name)})
-    wrong = [f"lack {_named(lacking)}"] * bool(lacking) + [f"have more than the model: {_named(added)}"] * bool(added)
-    if wrong:
+    wrong = {"lack": lacking, "have more than the model:": added}
+    if lacking or added:
         random = "A missing tensor would be filled with random values: s" if lacking else "S"
         raise UserError(
-            f"the weights of {folder} are not those of its configuration: they {' and '.join(wrong)}. {random}ave the "
+            f"the weights of {folder} are not those of its configuration: they "
+            f"{' and '.join(f'{what} {_named(names)}' for what, names in wrong.items() if names)}. {random}ave the "
             "model again, or correct its config.json"
         )
 

@@ -5,6 +5,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -13,10 +14,21 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.errors import UserError, in_one_line, is_printable, shown
-from pipeline.params import Params, Section
-from pipeline.params.hints import hint_for
+from pipeline.params import Distill, Params, Section
 
 _DEEPEST, _DIGITS, _LONGEST = 10, 100, 2**20  # of a parameter file: levels, digits of a number, bytes
+# What to write instead of objectives' names in papers, in other tools and in our own tables.
+_OBJECTIVES = get_args(Distill.model_fields["objective"].annotation)
+_HINTS = {
+    "(forward|reverse)?_?kld?|kd": "fkl is KL(teacher || student), rkl is KL(student || teacher)",
+    "jsd?": "write jsd",
+    "ce|nll|hard": "sft learns references, seqkd the teacher's samples",
+    "gkd": "on-policy GKD is not there yet; its divergence on the teacher's samples is jsd with distill.beta",
+    "minillm": "on-policy MiniLLM is not there yet; its divergence on the teacher's samples is rkl",
+    "distillm": "write skew_fkl or skew_rkl",
+    "avril|x_?kd": "write fkl with distill.reward=frozen, or with scratch for the one-stage form",
+    f"x_(?P<name>{'|'.join(_OBJECTIVES)})": "write {name} with distill.reward=frozen",
+}
 
 
 def load_params(path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Params:
@@ -27,8 +39,11 @@ def load_params(path: Path | None = None, overrides: list[str] | tuple[str, ...]
     tree: dict[str, Any] = {} if path is None else _read(Path(path))
     for override in overrides:
         _apply(tree, override)
-    source = ", ".join([str(path)] * (path is not None) + [f"--set {shown(o)}" for o in overrides])
-    return _validate(_merge(Params().model_dump(), tree), source)
+    source = ", ".join([*([] if path is None else [str(path)]), *(f"--set {shown(o)}" for o in overrides)])
+    try:
+        return Params.model_validate(_merge(Params().model_dump(), tree))
+    except ValidationError as error:
+        raise UserError("\n".join([f"bad parameters in {source}:", *map(_explain, error.errors())])) from None
 
 
 def is_params_file(path: Path) -> bool:
@@ -130,21 +145,8 @@ def _is_quoted(value: str) -> bool:
 def _merge(default: Any, partial: Any) -> Any:
     """Fill a partial tree with defaults; keys that no default has are kept for the schema to refuse."""
     if isinstance(default, dict) and isinstance(partial, dict):
-        return {
-            key: _merge(default[key], partial[key])
-            if key in default and key in partial
-            else partial.get(key, default.get(key))
-            for key in [*default, *(k for k in partial if k not in default)]
-        }
+        return default | {key: _merge(default.get(key), value) for key, value in partial.items()}
     return partial
-
-
-def _validate(tree: dict, source: str) -> Params:
-    try:
-        return Params.model_validate(tree)
-    except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
-        raise UserError("\n".join([f"bad parameters in {source}:", *lines])) from None
 
 
 def _explain(problem: dict) -> str:
@@ -152,12 +154,19 @@ def _explain(problem: dict) -> str:
     if problem["type"] == "extra_forbidden":
         return f"  {key}: unknown parameter; {_place(problem['loc'])}"
     value = problem["input"]
-    hint = hint_for(key, value)
+    hint = _objective_hint(value) if key == "distill.objective" and isinstance(value, str) else ""
     if problem["type"] == "string_type" and isinstance(value, dict):
         hint = "a text that begins with { needs quotes: '{...}'"
     whole_section = isinstance(value, dict) and problem["type"] == "value_error"
     shown_value = "" if whole_section else f", found {shown(repr(value))}"
     return f"  {key}: {problem['msg']}{shown_value}" + (f"; {hint}" if hint else "")
+
+
+def _objective_hint(name: str) -> str:
+    for pattern, hint in _HINTS.items():
+        if match := re.fullmatch(pattern, name.lower().replace("-", "_")):
+            return hint.format(**match.groupdict())
+    return ""
 
 
 def _place(unknown: Sequence) -> str:
@@ -188,14 +197,18 @@ def to_yaml(params: Params) -> str:
     return "\n".join(lines) + "\n"
 
 
+def to_text(value: Any) -> str:
+    """A parameter's value as YAML, in one line."""
+    style = '"' if isinstance(value, str) and "\n" in value else None
+    text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=10_000)
+    return text.replace("\n...", "").strip()
+
+
 def _write(section: Section, lines: list[str], indent: str) -> None:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        if isinstance(value, Section):
-            lines.append(f"{indent}{name}:" + (f"  # {field.description}" if field.description else ""))
+        is_section = isinstance(value, Section)
+        text = "" if is_section else f" {to_text(value)}"
+        lines.append(f"{indent}{name}:{text}" + (f"  # {field.description}" if field.description else ""))
+        if is_section:
             _write(value, lines, indent + "  ")
-        else:
-            style = '"' if isinstance(value, str) and "\n" in value else None  # one line each
-            text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=10_000)
-            text = text.replace("\n...", "").strip()
-            lines.append(f"{indent}{name}: {text}" + (f"  # {field.description}" if field.description else ""))

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from typing import Literal, get_args, get_origin
 
-import yaml
-
 from pipeline.params import Params
 from pipeline.params.base import Section
+from pipeline.params.file import to_text
 
 _HEAD = """# Parameters
 
@@ -19,19 +18,12 @@ and [data-sets.md](data-sets.md).
 def page() -> str:
     """The page: a table of the parameters outside sections, then one table per section."""
     params = Params()
-    alone = [line for name in Params.model_fields if not _is_section(params, name) for line in _lines(params, name, "")]
-    tables = [("", alone)]
+    tables: dict[str, list[str]] = {"": []}  # by heading
     for name in Params.model_fields:
-        if _is_section(params, name):
-            section = getattr(params, name)
-            lines = [line for each in type(section).model_fields for line in _lines(section, each, f"{name}.")]
-            tables.append((f"\n## {name}\n", lines))
+        heading = f"\n## {name}\n" if isinstance(getattr(params, name), Section) else ""
+        tables.setdefault(heading, []).extend(_lines(params, name, ""))
     head = ["", "| parameter | default | meaning |", "|---|---|---|"]
-    return _HEAD + "".join(title + "\n".join([*head, *lines]) + "\n" for title, lines in tables)
-
-
-def _is_section(section: Section, name: str) -> bool:
-    return isinstance(getattr(section, name), Section)
+    return _HEAD + "".join(heading + "\n".join([*head, *lines]) + "\n" for heading, lines in tables.items())
 
 
 def _lines(section: Section, name: str, prefix: str) -> Iterator[str]:
@@ -40,11 +32,10 @@ def _lines(section: Section, name: str, prefix: str) -> Iterator[str]:
         for each in type(value).model_fields:
             yield from _lines(value, each, f"{prefix}{name}.")
         return
-    default = yaml.safe_dump(value, default_flow_style=True, width=10_000).replace("\n...", "").strip()
     choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     said = " ".join((field.description or "").split())
     listed = f" ({', '.join(f'`{choice}`' for choice in choices)})" if choices else ""
-    yield f"| `{prefix}{name}` | `{_cell(default)}` | {_cell(said)}{listed} |"
+    yield f"| `{prefix}{name}` | `{_cell(to_text(value))}` | {_cell(said)}{listed} |"
 
 
 def _cell(text: str) -> str:

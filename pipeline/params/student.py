@@ -127,7 +127,7 @@ class Distill(Section):
     """Trackers to log the run to (tensorboard, wandb, mlflow, dvclive, ...); each must be installed."""
 
     @model_validator(mode="after")
-    def _best_is_watched(self):
+    def _fits_together(self):
         if self.patience and not self.best:
             raise ValueError(
                 "patience counts evaluations without a better held-out value: set best to loss, kd or nll as well"
@@ -139,10 +139,6 @@ class Distill(Section):
             )
         if self.best == "kd" and self.objective in TOKEN_OBJECTIVES:
             raise ValueError(f"objective {self.objective} has no term kd: set best to loss or nll")
-        return self
-
-    @model_validator(mode="after")
-    def _bounded_below(self):
         if self.reward == "scratch" and self.lam > self.kl_weight:
             raise ValueError(
                 f"lam ({self.lam}) above kl_weight ({self.kl_weight}) with reward: scratch rewards a vanishing sigma "

@@ -83,19 +83,11 @@ class Generate(Section):
         return {name: _option(name, value) for name, value in options.items()}
 
     @model_validator(mode="after")
-    def _text_needs_responses(self):
+    def _fits_together(self):
         if self.engine == "text" and not self.responses:
             raise ValueError("engine text runs no teacher: set responses to a file of prompts and responses")
-        return self
-
-    @model_validator(mode="after")
-    def _a_sample_has_tokens(self):
         if self.support == "sampled" and self.k == 0:
             raise ValueError("support sampled keeps at least one token per position: set k, or support to topk")
-        return self
-
-    @model_validator(mode="after")
-    def _greedy_is_one_sample(self):
         if self.temperature == 0 and max(self.samples, self.validation_samples) > 1:
             raise ValueError("temperature 0 is greedy, so all samples would be equal: set samples to 1 as well")
         return self

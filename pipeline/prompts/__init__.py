@@ -103,12 +103,11 @@ def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = [{"id": p.id, "prompt": p.prompt, "references": list(p.references), "split": p.split} for p in prompts]
     schema = pa.schema(
         {"id": pa.string(), "prompt": pa.string(), "references": pa.list_(pa.string()), "split": pa.string()},
         metadata=_MADE_BY,
     )
-    table = pa.Table.from_pylist(rows, schema)
+    table = pa.Table.from_pylist([vars(prompt) for prompt in prompts], schema)
     write_atomically(path.parent, lambda temporary: pq.write_table(table, temporary, compression="zstd"), path.name)
 
 
@@ -129,10 +128,7 @@ def read_prompts(path: Path, splits: Sequence[str] | None = None) -> list[Prompt
     Column `prompt` is required; `id` defaults to a hash of the prompt, `references` to none, `split` to train.
     Raises UserError that names the file and the row of a missing column, an empty prompt or a repeated id.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no prompt file at {path}")
-    rows = _read_rows(path)
+    rows = _read_rows(path, "prompt file")
     if not rows:
         raise UserError(f"{path} holds no prompts")
     prompts: list[Prompt] = []
@@ -169,11 +165,8 @@ def read_responses(path: Path) -> dict[str, list[GivenResponse]]:
     Columns `prompt` (before any template) and `response` are required; `finish` may be stop or length. Raises
     UserError that names the file and the row where something is missing.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no file of responses at {path}")
     responses: dict[str, list[GivenResponse]] = {}
-    for number, row in enumerate(_read_rows(path), start=1):
+    for number, row in enumerate(_read_rows(path, "file of responses"), start=1):
         prompt, text = (_text(row, column, path, number) for column in ("prompt", "response"))
         finish = row.get("finish") or "stop"
         if finish not in ("stop", "length"):
@@ -184,9 +177,11 @@ def read_responses(path: Path) -> dict[str, list[GivenResponse]]:
     return responses
 
 
-def _read_rows(path: Path) -> list[dict]:
+def _read_rows(path: Path, what: str) -> list[dict]:
     import pyarrow.parquet as pq
 
+    if not path.is_file():
+        raise UserError(f"no {what} at {path}")
     if path.suffix == ".parquet":
         with in_one_line(f"{path} is not a Parquet file, or a damaged one"):
             table = pq.read_table(path)

@@ -87,14 +87,11 @@ def _tables(folder: Path) -> dict[str, Rows]:
 
     builder = datasets.load_dataset_builder(str(folder))
     form = builder.__module__.rpartition(".")[2]  # json, csv, parquet, ...
-    return {
-        str(split): Rows(
-            partial(
-                chain.from_iterable, [datasets.load_dataset(form, data_files=[file], split="train") for file in files]
-            )
-        )
+    splits = {
+        str(split): [datasets.load_dataset(form, data_files=[file], split="train") for file in files]
         for split, files in builder.config.data_files.items()
     }
+    return {split: Rows(partial(chain.from_iterable, tables)) for split, tables in splits.items()}
 
 
 def _parallel(folder: Path) -> dict[str, Rows]:

@@ -14,32 +14,16 @@ __all__ = ["TASKS", "Example", "Generator", "Task", "get_task"]
 
 
 def _tasks(stemmer: bool) -> dict[str, Task]:
+    strict = metrics.accuracy(gsm8k.strict, gsm8k.target, rule="lm-eval gsm8k 3.0|filter:strict-match")
+    rule = "lm-eval gsm8k 3.0|filter:flexible-extract"
+    flexible = metrics.accuracy(gsm8k.flexible, gsm8k.target, "flexible", rule)
+    rouges = tuple(metrics.rouge(name, stemmer) for name in ("rouge2", "rouge1", "rougeL"))
+    sums = Generator(arithmetic.example, arithmetic.lexicon)
     tasks = (
-        Task(
-            "arithmetic",
-            1,
-            (metrics.accuracy(arithmetic.extract),),
-            Generator(arithmetic.example, arithmetic.lexicon),
-            checked=True,
-        ),
+        Task("arithmetic", 1, (metrics.accuracy(arithmetic.extract),), sums, checked=True),
         Task("translation", 2, (metrics.bleu(), metrics.chrf()), Generator(translation.example, translation.lexicon)),
-        Task(
-            "summarisation",
-            2,
-            tuple(metrics.rouge(name, stemmer) for name in ("rouge2", "rouge1", "rougeL")),
-            Generator(summarisation.example, summarisation.lexicon),
-        ),
-        Task(
-            "gsm8k",
-            2,
-            (
-                metrics.accuracy(gsm8k.strict, gsm8k.target, rule="lm-eval gsm8k 3.0|filter:strict-match"),
-                metrics.accuracy(
-                    gsm8k.flexible, gsm8k.target, "flexible", rule="lm-eval gsm8k 3.0|filter:flexible-extract"
-                ),
-            ),
-            checked=True,
-        ),
+        Task("summarisation", 2, rouges, Generator(summarisation.example, summarisation.lexicon)),
+        Task("gsm8k", 2, (strict, flexible), checked=True),
     )
     return {task.name: task for task in tasks}
 

@@ -79,7 +79,9 @@ def rouge(name: str, stemmer: bool = True) -> Metric:
     """F1 of ROUGE `name` (rouge1, rouge2, rougeL; rouge-score's own tokenizer), the best of the references."""
 
     def statistics(hypotheses: Hypotheses, references: References) -> np.ndarray:
-        scorer = _rouge_scorer(name, stemmer)
+        from rouge_score.rouge_scorer import RougeScorer
+
+        scorer = RougeScorer([name], use_stemmer=stemmer)
         best = [
             max(scorer.score(reference, hypothesis)[name].fmeasure for reference in refs)
             for hypothesis, refs in zip(hypotheses, references, strict=True)
@@ -92,38 +94,24 @@ def rouge(name: str, stemmer: bool = True) -> Metric:
     return Metric(name, statistics, _share, signature)
 
 
-@cache
-def _rouge_scorer(name: str, stemmer: bool):
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer([name], use_stemmer=stemmer)
-
-
 def bleu() -> Metric:
     """Corpus BLEU (sacrebleu, 13a)."""
-    return _corpus_metric("bleu", _sacrebleu_bleu)
+    return _corpus_metric("bleu")
 
 
 def chrf() -> Metric:
     """Corpus chrF2 (sacrebleu)."""
-    return _corpus_metric("chrf", _sacrebleu_chrf)
+    return _corpus_metric("chrf")
 
 
 @cache
-def _sacrebleu_bleu():
-    from sacrebleu.metrics import BLEU
+def _sacrebleu(name: str):
+    from sacrebleu.metrics import BLEU, CHRF
 
-    return BLEU(force=True)  # without its warning about tokenized text
-
-
-@cache
-def _sacrebleu_chrf():
-    from sacrebleu.metrics import CHRF
-
-    return CHRF()
+    return CHRF() if name == "chrf" else BLEU(force=True)  # without its warning about tokenized text
 
 
-def _corpus_metric(name: str, scorer: Callable) -> Metric:
+def _corpus_metric(name: str) -> Metric:
     """A sacrebleu metric through its own per-segment counts, whose sums give the corpus score.
 
     BLEU and chrF depend on ratios of these sums alone, except that BLEU smooths zero counts; so the mean is scaled
@@ -133,18 +121,17 @@ def _corpus_metric(name: str, scorer: Callable) -> Metric:
     def statistics(hypotheses: Hypotheses, references: References) -> np.ndarray:
         longest = max(len(refs) for refs in references)
         streams = [[refs[min(i, len(refs) - 1)] for refs in references] for i in range(longest)]
-        rows = scorer()._extract_corpus_statistics(list(hypotheses), streams)
-        rows = np.asarray(rows, dtype=np.float64)
-        return np.hstack([rows, np.full((len(rows), 1), len(rows), dtype=np.float64)])
+        rows = _sacrebleu(name)._extract_corpus_statistics(list(hypotheses), streams)
+        return np.asarray([[*row, len(rows)] for row in rows], dtype=np.float64)
 
     def score(mean: np.ndarray) -> float:
         # Sums over a part of the prompts need not be whole, but zero must be exactly zero.
         sums = np.round(mean[:-1] * mean[-1], 6)
-        return float(scorer()._compute_score_from_stats(sums.tolist()).score)
+        return float(_sacrebleu(name)._compute_score_from_stats(sums.tolist()).score)
 
     def signature(references: References) -> str:
         counts = {len(refs) for refs in references}
-        tool = type(scorer())()
+        tool = type(_sacrebleu(name))()
         tool.num_refs = counts.pop() if len(counts) == 1 else -1  # as a corpus score would set it; -1: they vary
         return str(tool.get_signature())
 

@@ -21,7 +21,8 @@ from pipeline.learning.batches import collate
 from pipeline.learning.closeness import LogitSource
 from pipeline.learning.learner import StudentLearner
 from pipeline.learning.terms import Likelihood
-from pipeline.models import ModelSize, build_causal_lm, keep_layers, load_lm, load_tokenizer, save_model
+from pipeline.models import build_causal_lm, keep_layers, load_lm, load_tokenizer, save_model
+from pipeline.params import Model
 from pipeline.store.schema import Row
 
 OUTSIDE = (1, 8, 16, 32, 128)  # top k whose outside is reported
@@ -48,8 +49,8 @@ class Made:
     """Models of the part `text`, which are trained here: shapes, and steps of likelihood at batches of 32 texts."""
 
     vocabulary: int
-    teacher: ModelSize
-    student: ModelSize
+    teacher: Model
+    student: Model
     teacher_steps: int
     student_steps: int
     learning_rate: float
@@ -57,7 +58,14 @@ class Made:
 
 TEXT = Part("text", 2000, 240, 8, 28, 400, 32, 3e-3, 3)
 SMOLLM2 = Part("smollm2", 256, 32, 8, 56, 80, 8, 5e-4, 2)
-MADE = Made(4096, ModelSize(256, 4, 4, 688), ModelSize(128, 2, 4, 384), 700, 150, 2e-3)
+MADE = Made(
+    4096,
+    Model(width=256, layers=4, heads=4, intermediate=688),
+    Model(width=128, layers=2, heads=4, intermediate=384),
+    700,
+    150,
+    2e-3,
+)
 
 
 class Taught:

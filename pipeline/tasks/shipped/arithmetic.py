@@ -39,8 +39,8 @@ def example(rng: Random) -> Example:
 def _step(rng: Random, value: int, other: str) -> tuple[str, str, int, int]:
     """One operation on `value`: (clause, symbol, operand, result)."""
     factors = [f for f in GROWTH if 0 < value * f <= LIMIT]
-    kinds = ["gain"] * (value < LIMIT) + ["loss"] * (value > 0) + ["growth"] * bool(factors)
-    kind = rng.choice(kinds)
+    kinds = {"gain": value < LIMIT, "loss": value > 0, "growth": factors}
+    kind = rng.choice([kind for kind, is_possible in kinds.items() if is_possible])
     if kind == "growth":
         b = rng.choice(factors)
         return GROWTH[b], "*", b, value * b

@@ -187,7 +187,8 @@ def example(rng: Random) -> Example:
         reason = _clause(rng, rng.choice(REASON_TENSES[tense]), unused, adjuncts=0.1)
     if rng.random() < 0.65:
         english_time, german_time, _ = rng.choice([time for time in TIMES if tense in time[2]])
-    front = rng.choice(["", *["time"] * bool(english_time), *["reason"] * bool(reason)])
+    fronts = {"": True, "time": english_time, "reason": reason}
+    front = rng.choice([part for part, is_there in fronts.items() if is_there])
     references = [_german(main, german_time, reason, front)]
     if english_time and front != "reason":
         references.append(_german(main, german_time, reason, "" if front else "time"))
