@@ -21,6 +21,7 @@ from pipeline.errors import UserError, is_printable, reason_of
 SECONDS = 10  # for one rendering
 TEXT = 2**20  # characters that a rendering may have beyond four times those of its messages
 MEMORY = 2**29  # bytes that renderings may add to those of the process, and 64 per character of the longest chat
+_TEXT, _REASON = b"t", b"r"  # how an answer of the child begins
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 
 Chat = list[dict[str, str]]
@@ -56,11 +57,11 @@ def render_chats(tokenizer, chats: Sequence[Chat], names: Sequence[str], **varia
     why = ""
     try:
         while len(texts) < len(chats) and not why:
-            is_text, text = reading.recv()
-            if is_text:
-                texts.append(text)
+            answer = reading.recv_bytes()  # not `recv`, which would unpickle what the child made of a template
+            if answer[:1] == _TEXT:
+                texts.append(answer[1:].decode())
             else:
-                why = text
+                why = answer[1:].decode(errors="replace")
     except (EOFError, OSError):  # the process ended
         process.join()
         why = _why_it_ended(process.exitcode)
@@ -89,7 +90,7 @@ def _answer_all(tokenizer, chats: Sequence[Chat], variables: dict, reading: Conn
         for chat, size in zip(chats, sizes, strict=True):
             signal.setitimer(signal.ITIMER_REAL, SECONDS)
             is_text, text = _render(tokenizer, chat, variables, TEXT + 4 * size)
-            writing.send((is_text, text))
+            writing.send_bytes((_TEXT if is_text else _REASON) + text.encode())
             if not is_text:
                 return
 
