@@ -50,7 +50,7 @@ class Params(Section):
     system: str = ""
     """System message of the chat; empty: none is given."""
     max_tokens: Positive = 48
-    """Longest response, in tokens."""
+    """Longest response in tokens: of the teacher, of the student's samples, and of every answer in evaluate."""
     prepare: Prepare = Prepare()
     teach: TeachBoth = TeachBoth()
     generate: Generate = Generate()
