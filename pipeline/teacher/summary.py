@@ -38,17 +38,13 @@ def cost_of(answered: Answered, manifest: Mapping) -> dict:
     stored = sum(shard.stat().st_size for shard in shards)
     held = sum(count_tokens(shard) for shard in shards)
     return {
-        "rows_found": answered.found,
-        "rows_made": answered.made,
-        "rows_left_out": answered.left_out,
+        "rows_found": answered.found, "rows_made": answered.made, "rows_left_out": answered.left_out,
         "tokens_selected": sum(part["tokens"] for part in manifest["parts"].values()),
         "tokens_made": answered.tokens,
-        "seconds_asking": answered.seconds if answered.made else 0.0,
-        "seconds": seconds_since_start(),
+        "seconds_asking": answered.seconds if answered.made else 0.0, "seconds": seconds_since_start(),
         "tokens_per_second": answered.tokens / answered.seconds if answered.made else None,
-        "store_bytes": stored,
-        "bytes_per_token": stored / held if held else None,
-    }
+        "store_bytes": stored, "bytes_per_token": stored / held if held else None,
+    }  # fmt: skip
 
 
 def report(
