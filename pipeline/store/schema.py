@@ -286,8 +286,3 @@ def response_lengths(path: Path) -> dict[str, int]:
 
     keys, responses = pq.read_table(path, columns=["key", "response_ids"]).columns
     return dict(zip(keys.to_pylist(), pc.list_value_length(responses).to_pylist(), strict=True))
-
-
-def count_tokens(path: Path) -> int:
-    """Response tokens in a shard."""
-    return read_metadata(path)["tokens"]
