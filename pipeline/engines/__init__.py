@@ -1,12 +1,12 @@
 """Engines behind one interface (`base.Engine`), each in a module that is imported when it is opened.
 
-To add one: a module beside this one with the class; its `EngineKind` in ENGINES here; its name in `Generate.engine`
-(pipeline/params/teacher.py), and in `replica_engine` there if ray may run copies of it; and params.yaml and
-docs/parameters.md made anew. tests/engines/test_engines.py asks the same of every engine that its list names.
+To add one: a module beside this one with the class; its `EngineKind` in ENGINES and its import in `open_engine` here;
+its name in `Generate.engine` (pipeline/params/teacher.py), and in `replica_engine` there if ray may run copies of it;
+and params.yaml and docs/parameters.md made anew. tests/engines/test_engines.py asks the same of every engine.
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,49 +26,18 @@ _VLLM_ONLY = ("quantization", "tensor_parallel", "pipeline_parallel", "engine_op
 class EngineKind:
     """What is known of an engine before it is loaded."""
 
-    load: Callable[[Path, Loading], Engine]
     package: str | None = None  # which must be installed
     install: str = ""  # how
     seq2seq: bool = True  # whether it runs encoder-decoder models
     options: tuple[str, ...] = ()  # parameters of generate that only some engines have
 
 
-def _vllm(folder: Path, loading: Loading) -> Engine:
-    from pipeline.engines.vllm import VllmEngine
-
-    return VllmEngine(folder, loading)
-
-
-def _hf(folder: Path, loading: Loading) -> Engine:
-    from pipeline.engines.hf import HfEngine
-
-    return HfEngine.load(folder, loading)
-
-
-def _ray(folder: Path, loading: Loading) -> Engine:
-    from pipeline.engines.ray import RayEngine
-
-    return RayEngine(folder, loading)
-
-
-def _text(folder: Path, loading: Loading) -> Engine:
-    from pipeline.engines.given import TextEngine
-
-    return TextEngine()
-
-
-def _stub(folder: Path, loading: Loading) -> Engine:
-    from pipeline.engines.stub import StubEngine
-
-    return StubEngine.load(folder, loading)
-
-
 ENGINES = {
-    "vllm": EngineKind(_vllm, "vllm", "Use --engine hf, or install it with ./xkd setup", False, _VLLM_ONLY),
-    "hf": EngineKind(_hf),
-    "ray": EngineKind(_ray, "ray", "Install this project's extra: pip install -e '.[ray]', or use --engine auto"),
-    "text": EngineKind(_text),
-    "stub": EngineKind(_stub),
+    "vllm": EngineKind("vllm", "Use --engine hf, or install it with ./xkd setup", False, _VLLM_ONLY),
+    "hf": EngineKind(),
+    "ray": EngineKind("ray", "Install this project's extra: pip install -e '.[ray]', or use --engine auto"),
+    "text": EngineKind(),
+    "stub": EngineKind(),
 }
 
 
@@ -114,4 +83,22 @@ def _changed(settings: Generate, names: Sequence[str]) -> list[str]:
 
 def open_engine(name: str, folder: Path, loading: Loading) -> Engine:
     """Load the model in `folder` (with ray: when it is first asked)."""
-    return ENGINES[name].load(folder, loading)
+    if name == "vllm":
+        from pipeline.engines.vllm import VllmEngine
+
+        return VllmEngine(folder, loading)
+    if name == "hf":
+        from pipeline.engines.hf import HfEngine
+
+        return HfEngine.load(folder, loading)
+    if name == "ray":
+        from pipeline.engines.ray import RayEngine
+
+        return RayEngine(folder, loading)
+    if name == "text":
+        from pipeline.engines.given import TextEngine
+
+        return TextEngine()
+    from pipeline.engines.stub import StubEngine
+
+    return StubEngine.load(folder, loading)

@@ -112,17 +112,14 @@ class HfEngine:
         keep = partial(kept, k=k, support=support, vocabulary=self.vocabulary)
         capture = _Capture([ask.seed for ask in filled], sampling, keep)
         input_ids, mask = self._padded([ask.prompt_ids for ask in filled])
+        stops, first = list(sampling.stop_token_ids), self.model.generation_config.decoder_start_token_id
+        settings = GenerationConfig(
+            max_new_tokens=sampling.max_tokens, do_sample=False, eos_token_id=stops, pad_token_id=stops[0],
+            decoder_start_token_id=first,
+        )  # fmt: skip
+        captures = LogitsProcessorList([capture])
         output = self.model.generate(
-            input_ids,
-            attention_mask=mask,
-            generation_config=GenerationConfig(
-                max_new_tokens=sampling.max_tokens,
-                do_sample=False,
-                eos_token_id=list(sampling.stop_token_ids),
-                pad_token_id=sampling.stop_token_ids[0],
-                decoder_start_token_id=self.model.generation_config.decoder_start_token_id,
-            ),
-            logits_processor=LogitsProcessorList([capture]),
+            input_ids, attention_mask=mask, generation_config=settings, logits_processor=captures
         )
         start = 1 if self.seq2seq else input_ids.shape[1]  # a decoder begins with its start token
         tokens = output[:, start:].cpu().numpy().astype(np.int32)

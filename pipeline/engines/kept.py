@@ -55,9 +55,8 @@ def kept_of_each(
         together = int((ends < least).sum()) + 1
         some, pieces = pieces[:together], pieces[together:]
         joined = kept(*(torch.cat(column) for column in zip(*some, strict=True)), k, support, vocabulary)
-        yield from map(
-            Kept._make, zip(*(column.split([len(piece) for piece, _ in some]) for column in joined), strict=True)
-        )
+        lengths = [len(piece) for piece, _ in some]
+        yield from map(Kept._make, zip(*(column.split(lengths) for column in joined), strict=True))
 
 
 def _rows(size: int, k: int) -> int:

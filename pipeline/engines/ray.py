@@ -26,8 +26,8 @@ from pipeline.provenance import versions
 from pipeline.store.identity import Sampling
 from pipeline.store.schema import to_table
 
-# Before the first import of ray.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+import ray
 
 _BYTES = 64 * 2**20  # of answers per piece
 _PIECES = 4  # per copy at least, so that all end at about the same time
@@ -56,18 +56,12 @@ class RayEngine:
         engine, installed = self._engine_of_a_copy()
         self.loading = loading = replace(loading, replica_engine=engine)
         packages = {name: number for name, number in installed.items() if name in _PACKAGES.get(engine, ())}
-        self.description = {
-            "engine": "ray",
-            "ray": version("ray"),
-            "replicas": loading.replicas,
-            "replica": {"engine": loading.replica_engine} | packages,
-        }
+        replica = {"engine": engine} | packages
+        self.description = {"engine": "ray", "ray": version("ray"), "replicas": loading.replicas, "replica": replica}
         self._open, self._copies = ExitStack(), None
 
     def _engine_of_a_copy(self) -> tuple[str, dict[str, str]]:
         """The engine and the versions where a copy will run. Raises UserError where the engine cannot serve there."""
-        import ray
-
         name = self.loading.replica_engine
         if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:  # the cluster will be this machine
             return _engine_here(name)
@@ -94,11 +88,8 @@ class RayEngine:
         if not waiting:
             return
         longest = max(map(response, waiting.values()))
-        rows = min(
-            self.loading.rows,
-            _BYTES // (longest * (8 * job.k + 16) + 1),
-            len(waiting) // (_PIECES * self.loading.replicas),
-        )
+        of_an_answer, pieces = longest * (8 * job.k + 16) + 1, _PIECES * self.loading.replicas
+        rows = min(self.loading.rows, _BYTES // of_an_answer, len(waiting) // pieces)
         copies = self._copies = self._copies or self._opened()
         for size, tries in ((max(1, rows), _TRIES), (1, _TRIES_ALONE)):
             for table in copies.answers(job, _tables(list(waiting.values()), size), tries):
@@ -118,8 +109,6 @@ class RayEngine:
 
     def _opened(self) -> "_Copies":
         """The cluster and the copies, which are started now and load as the cluster has room for them."""
-        import ray
-
         self._open.enter_context(_cluster())
         number, share = self._room()
 
@@ -140,16 +129,11 @@ class RayEngine:
 
         Raises UserError where no machine can hold one, for which Ray would wait forever.
         """
-        import ray
-
         loading, machines = self.loading, [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus = [machine.get("GPU", 0) for machine in machines]
+        gpus, cpus = ([machine.get(unit, 0) for machine in machines] for unit in ("GPU", "CPU"))
         if not any(gpus) or loading.replica_engine == "stub":
-            cpus = [machine.get("CPU", 0) for machine in machines]
             return loading.replicas, {"num_cpus": equal_share(cpus, loading.replicas)}
-        room = sum(
-            min(int(machine.get("GPU", 0)) // loading.devices, int(machine.get("CPU", 0))) for machine in machines
-        )
+        room = sum(min(int(gpu) // loading.devices, int(cpu)) for gpu, cpu in zip(gpus, cpus, strict=True))
         if room == 0:
             raise UserError(
                 f"engine ray: a copy of the teacher needs {loading.devices} GPUs and a CPU of one machine, and the "
@@ -173,8 +157,6 @@ class _Copies:
             self._start()
 
     def end(self) -> None:
-        import ray
-
         for actor in [*self._idle, *self._loading.values()]:
             with suppress(Exception):
                 ray.kill(actor)
@@ -182,8 +164,6 @@ class _Copies:
 
     def answers(self, job: Job, tables: Iterable[pa.Table], tries: int) -> Iterator[pa.Table]:
         """What comes back of tables of asks, in any order; a table whose copies died `tries` times is left out."""
-        import ray
-
         waiting, working = deque((table, tries) for table in tables), {}
         try:
             while waiting or working:
@@ -214,8 +194,6 @@ class _Copies:
 
     def _next(self, working: dict) -> object | None:
         """What is finished next: a table, or the loading of a copy; None where nothing will be."""
-        import ray
-
         while pending := [*working, *self._loading]:
             with interrupts.allowed():
                 done, _ = ray.wait(pending, timeout=_SECONDS)
@@ -231,8 +209,6 @@ class _Copies:
 
     def _loaded(self, done: object) -> None:
         """Raises RuntimeError where a copy cannot be loaded."""
-        import ray
-
         actor = self._loading.pop(done)
         try:
             ray.get(done)
@@ -246,8 +222,6 @@ class _Copies:
             self._idle.append(actor)
 
     def _replace(self, actor) -> None:
-        import ray
-
         with suppress(Exception):  # it may be dead
             ray.kill(actor)
         if self._deaths < _DEATHS_AT_LOADING:
@@ -274,8 +248,6 @@ def equal_share(cpus: Iterable[float], replicas: int) -> float:
 @contextmanager
 def _cluster():
     """The cluster of RAY_ADDRESS (or that this process already uses), else one of this machine, for the block."""
-    import ray
-
     if ray.is_initialized():
         yield
         return

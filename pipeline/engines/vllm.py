@@ -9,6 +9,7 @@ it is taken out: a top k has no `lse` and no `tail` then, and there is no sample
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -162,13 +163,11 @@ class VllmEngine:
 
     def _first_rows(self, support: str, k: int) -> tuple:
         """vLLM's rows of a prompt of two tokens, and of the likeliest one after it."""
-        from vllm import SamplingParams
-
-        asked = dict.fromkeys(("logprobs", "prompt_logprobs"), k + _EXTRA)
-        params = SamplingParams(temperature=0, max_tokens=1, flat_logprobs=True, detokenize=False, **asked)
+        width = k + _EXTRA
+        params = _params(temperature=0, max_tokens=1, logprobs=width, prompt_logprobs=width)
         ask = Ask("hook", np.zeros(2, np.int32))
-        outputs = self._run([ask], support, lambda ask: ask.prompt_ids, lambda ask: params, lambda ask, output: output)
-        (output,) = outputs
+        answers = self._run([ask], support, lambda ask: ask.prompt_ids, lambda ask: params, lambda ask, output: output)
+        (output,) = answers
         return output.prompt_logprobs, output.outputs[0].logprobs
 
     def close(self) -> None:
@@ -232,36 +231,19 @@ class VllmEngine:
         )
 
     def sample(self, asks: Iterable[Ask], sampling: Sampling, k: int, support: str = "topk") -> Answers:
-        from vllm import SamplingParams
-
         k = min(k, self._ids(support))
-
-        def params(ask: Ask):
-            return SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_tokens=sampling.max_tokens,
-                stop_token_ids=list(sampling.stop_token_ids),
-                seed=ask.seed,
-                logprobs=k + self.extra,
-                flat_logprobs=True,
-                detokenize=False,
-            )
+        asked = asdict(sampling) | {"stop_token_ids": list(sampling.stop_token_ids), "logprobs": k + self.extra}
 
         def answer(ask: Ask, output) -> Answer:
             completion = output.outputs[0]
             response = np.asarray(completion.token_ids, np.int32)
             return self._answer(ask, response, completion.finish_reason, completion.logprobs, k, support)
 
-        return self._run(asks, support, lambda ask: ask.prompt_ids, params, answer)
+        return self._run(asks, support, lambda ask: ask.prompt_ids, lambda ask: _params(**asked, seed=ask.seed), answer)
 
     def score(self, asks: Iterable[Ask], k: int, stop_token_ids: Sequence[int], support: str = "topk") -> Answers:
-        from vllm import SamplingParams
-
         k = min(k, self._ids(support))
-        params = SamplingParams(
-            temperature=0, max_tokens=1, prompt_logprobs=k + self.extra, flat_logprobs=True, detokenize=False
-        )
+        params = _params(temperature=0, max_tokens=1, prompt_logprobs=k + self.extra)
 
         def answer(ask: Ask, output) -> Answer:
             finish = finish_of(ask.response_ids, stop_token_ids)
@@ -315,6 +297,12 @@ class VllmEngine:
         if self.extra:
             return Kept(logprobs, ids, topk, *values[:, k + 1 :].unbind(1)).answer(ask.key, response, finish, support)
         return Answer(ask.key, response, finish, logprobs.numpy(), ids.numpy(), topk.numpy(), None)
+
+
+def _params(**options):
+    from vllm import SamplingParams
+
+    return SamplingParams(flat_logprobs=True, detokenize=False, **options)
 
 
 @contextmanager

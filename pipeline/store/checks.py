@@ -12,19 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.files import cannot_read, digest, sha256_file
+from pipeline.store import schema
 from pipeline.store.identity import key_of_sample, score_key
 from pipeline.store.narrowing import stored_weights
-from pipeline.store.schema import (
-    SCHEMA,
-    SCHEMAS,
-    SUPPORT,
-    Columns,
-    Malformed,
-    Row,
-    checked_metadata,
-    read_metadata,
-    value_fault,
-)
+from pipeline.store.schema import SCHEMAS, SUPPORT, Columns, Malformed, Row, value_fault
 
 SHARD = re.compile(r"part-([0-9a-f]{16})\.parquet")
 # What a reader can raise because of a file's bytes, beside OSError. Anything else is an error of our own code, or too
@@ -36,7 +27,7 @@ UNREADABLE = (
 _OF_THE_FILE = (None, errno.ENOENT, errno.ELOOP)  # errors of the system that do not pass
 _ROWS_AT_ONCE = 512
 _ORIGINS, _FINISHES = {"teacher", "reference", "student", "corrupted"}, {"stop", "length"}
-_NEVER_NULL = [name for name in SCHEMA.names if name not in ("logprobs", "lse", *SUPPORT)]
+_NEVER_NULL = [name for name in schema.SCHEMA.names if name not in ("logprobs", "lse", *SUPPORT)]
 _ROUNDING = 0.05  # of log-probabilities: float16, and two ways of adding up
 _WEIGHTS = 5e-3  # how far from 1 the weights of a position may sum: float16 is off by 2^-11 of a log-probability
 
@@ -67,7 +58,7 @@ def check_shard(path: Path, teacher: str, request: str) -> Header:
         if not sha256_file(path).startswith(name[1]):
             raise Damaged("its content does not match its name")
         with pq.ParquetFile(path) as file:
-            metadata = checked_metadata(file.schema_arrow)
+            metadata = schema.checked_metadata(file.schema_arrow)
             if metadata["teacher"]["identity"] != teacher or digest(metadata["request"])[:16] != request:
                 raise Damaged("it answers another teacher or request than the folder is for")
             if not file.schema_arrow.equals(SCHEMAS[metadata["schema_version"]]):
@@ -114,7 +105,7 @@ def row_faults(path: Path) -> Iterator[str]:
     """What is wrong with the rows of a readable shard: keys that do not fit their tokens, impossible values."""
     seen, number = set(), -1
     try:
-        metadata = read_metadata(path)
+        metadata = schema.read_metadata(path)
         request = metadata["request"]
         check = RowCheck(request, digest(request)[:16], metadata["k"], metadata["vocab_size"], metadata["support"])
         for batch in pq.ParquetFile(path).iter_batches(_ROWS_AT_ONCE):

@@ -66,9 +66,10 @@ def listed_files(manifest: dict) -> dict[str, dict]:
     return {file["name"]: file for part in manifest["parts"].values() for file in part["files"]}
 
 
-def selection_files(folder: Path) -> list[Path]:
-    """The files of rows in a selection's folder, listed or not."""
-    return sorted(path for path in folder.iterdir() if re.fullmatch(_ROWS, path.name))
+def unlisted_files(folder: Path, manifest: dict) -> list[Path]:
+    """The files of rows in a selection's folder that its manifest does not list."""
+    listed = listed_files(manifest)
+    return sorted(path for path in folder.iterdir() if re.fullmatch(_ROWS, path.name) and path.name not in listed)
 
 
 def is_staged(path: Path) -> bool:

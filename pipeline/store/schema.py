@@ -13,25 +13,13 @@ import pyarrow.parquet as pq
 
 SCHEMA_VERSION = 2
 METADATA_KEY = b"xkd"
-SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("origin", pa.string()),
-        ("prompt_id", pa.string()),
-        ("sample", pa.int16()),
-        ("prompt", pa.string()),
-        ("response", pa.string()),
-        ("prompt_ids", pa.list_(pa.int32())),
-        ("response_ids", pa.list_(pa.int32())),
-        ("finish", pa.string()),
-        ("logprobs", pa.list_(pa.float32())),
-        ("topk_ids", pa.list_(pa.int32())),
-        ("topk_logprobs", pa.list_(pa.float16())),
-        ("lse", pa.list_(pa.float32())),
-        ("tau", pa.list_(pa.float32())),
-        ("tail", pa.list_(pa.float32())),
-    ]
-)
+_IDS, _VALUES = pa.list_(pa.int32()), pa.list_(pa.float32())
+SCHEMA = pa.schema([
+    ("key", pa.string()), ("origin", pa.string()), ("prompt_id", pa.string()), ("sample", pa.int16()),
+    ("prompt", pa.string()), ("response", pa.string()), ("prompt_ids", _IDS), ("response_ids", _IDS),
+    ("finish", pa.string()), ("logprobs", _VALUES), ("topk_ids", _IDS), ("topk_logprobs", pa.list_(pa.float16())),
+    ("lse", _VALUES), ("tau", _VALUES), ("tail", _VALUES),
+])  # fmt: skip
 SUPPORT = ("tau", "tail")  # columns that version 1 did not have: null there
 SCHEMAS = {1: pa.schema([field for field in SCHEMA if field.name not in SUPPORT]), SCHEMA_VERSION: SCHEMA}
 _SAMPLING = {"temperature": (int, float), "top_p": (int, float), "max_tokens": (int,), "stop_token_ids": (list,)}
@@ -121,20 +109,11 @@ def to_table(rows: Sequence, schema: pa.Schema = SCHEMA) -> pa.Table:
     columns = []
     for field in schema:
         values = [getattr(row, field.name, None) for row in rows]
-        columns.append(
-            _list_array(values, field.type) if pa.types.is_list(field.type) else pa.array(values, field.type)
-        )
+        if pa.types.is_list(field.type):
+            dtype = field.type.value_type.to_pandas_dtype()
+            values = [None if value is None else np.asarray(value, dtype).ravel() for value in values]
+        columns.append(pa.array(values, field.type))
     return pa.Table.from_arrays(columns, schema=schema)
-
-
-def _list_array(values: list[np.ndarray | None], type_: pa.ListType) -> pa.ListArray:
-    dtype = type_.value_type.to_pandas_dtype()
-    lengths = [0 if value is None else value.size for value in values]
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    flat = [np.asarray(value, dtype).ravel() for value in values if value is not None]
-    mask = pa.array([value is None for value in values])
-    content = pa.array(np.concatenate(flat) if flat else np.empty(0, dtype), type_.value_type)
-    return pa.ListArray.from_arrays(pa.array(offsets), content, type=type_, mask=mask)
 
 
 class Columns(Sequence[Row]):
@@ -202,14 +181,9 @@ def footer(teacher: dict, request: dict, k: int, support: str | None = "topk", *
     support: sampled (pipeline.objectives.supports) or topk; None for text alone.
     """
     return {
-        "schema_version": SCHEMA_VERSION,
-        "teacher": teacher,
-        "request": request,
-        "k": k,
-        "support": support,
-        "vocab_size": teacher["vocab_size"],
-        **more,
-    }
+        "schema_version": SCHEMA_VERSION, "teacher": teacher, "request": request, "k": k, "support": support,
+        "vocab_size": teacher["vocab_size"], **more,
+    }  # fmt: skip
 
 
 def write_shard(path: Path, rows: Sequence[Row], metadata: dict) -> None:
@@ -241,9 +215,8 @@ def write_row_groups(
     """
     schema = pa.schema([*SCHEMA, *more], {METADATA_KEY: json.dumps(metadata, sort_keys=True)})
     encoding = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in _BYTE_SPLIT}
-    with pq.ParquetWriter(
-        path, schema, compression="zstd", use_dictionary=_DICTIONARY, column_encoding=encoding
-    ) as writer:
+    options = {"compression": "zstd", "use_dictionary": _DICTIONARY, "column_encoding": encoding}
+    with pq.ParquetWriter(path, schema, **options) as writer:
         for rows in groups:
             writer.write_table(to_table(rows, schema))
 
@@ -313,8 +286,3 @@ def response_lengths(path: Path) -> dict[str, int]:
 
     keys, responses = pq.read_table(path, columns=["key", "response_ids"]).columns
     return dict(zip(keys.to_pylist(), pc.list_value_length(responses).to_pylist(), strict=True))
-
-
-def count_tokens(path: Path) -> int:
-    """Response tokens in a shard."""
-    return read_metadata(path)["tokens"]

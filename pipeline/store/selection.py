@@ -31,6 +31,7 @@ from pipeline.files import (
     write_json_atomically,
     writing_to,
 )  # fmt: skip
+from pipeline.store import schema
 from pipeline.store.identity import Request
 from pipeline.store.kept_mass import KeptMass
 from pipeline.store.manifest import (
@@ -46,23 +47,7 @@ from pipeline.store.manifest import (
 from pipeline.store.narrowing import narrowed
 from pipeline.store.open_files import OpenFiles
 from pipeline.store.requests import Location, RequestFolder, open_store, pick, pick_unsure
-from pipeline.store.schema import (
-    KEPT,
-    SCHEMA,
-    SCHEMA_VERSION,
-    SCHEMAS,
-    SUPPORT,
-    TOPK,
-    Columns,
-    Malformed,
-    Row,
-    finish_of,
-    footer,
-    row_digest,
-    row_groups,
-    value_fault,
-    write_row_groups,
-)  # fmt: skip
+from pipeline.store.schema import KEPT, SCHEMA, SCHEMAS, SUPPORT, TOPK, Columns, Malformed, Row
 
 ROWS_PER_FILE = 4096
 
@@ -97,7 +82,7 @@ class Part:
         """The stored rows as the selection labels them, with its own prompts' texts. folder: for temporary files."""
         stored = self.folder.read_each((self.locations[label.key] for label in labels), folder)
         for label, row in zip(labels, stored, strict=True):
-            if fault := value_fault(row):  # stored by an earlier version, which did not check
+            if fault := schema.value_fault(row):  # stored by an earlier version, which did not check
                 raise UserError(
                     f"row {row.key} in {self.folder} cannot be used: {fault}. Run `xkd-pipeline cache verify`, which "
                     "sets its shard aside, and the same command again"
@@ -118,13 +103,9 @@ class Part:
         """The manifest's entry, without files and counts of tokens."""
         stops = {} if self.stop_token_ids is None else {"stop_token_ids": list(self.stop_token_ids)}
         return stops | {
-            "request": self.request.describe(),
-            "request_identity": self.request.identity,
-            "prompts": len(self.keys),
-            "rows": self.rows,
-            "keys": self.keys,
-            "origins": self.origins,
-        }
+            "request": self.request.describe(), "request_identity": self.request.identity,
+            "prompts": len(self.keys), "rows": self.rows, "keys": self.keys, "origins": self.origins,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,7 +121,7 @@ class Label:
     def apply(self, row: Row, k: int, support: str | None) -> Row:
         """The row as the selection has it. Raises UserError where it cannot serve (see `narrowed`)."""
         sample = row.sample if self.number is None else self.number
-        finish = row.finish if self.stop_token_ids is None else finish_of(row.response_ids, self.stop_token_ids)
+        finish = row.finish if self.stop_token_ids is None else schema.finish_of(row.response_ids, self.stop_token_ids)
         labels = {"prompt_id": self.prompt_id, "origin": self.origin, "sample": sample, "finish": finish}
         return replace(narrowed(row, k, support), **labels)
 
@@ -175,23 +156,17 @@ def write_selection(
     of all rows; None for text alone.
     """
     manifest: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "teacher": teacher,
-        "k": k,
-        "support": support,
-        "materialized": materialize,
-        "skipped": skipped,
-        "parts": {},
-    } | ({} if student is None else {"student": student})
+        "schema_version": schema.SCHEMA_VERSION, "teacher": teacher, "k": k, "support": support,
+        "materialized": materialize, "skipped": skipped, "parts": {},
+    } | ({} if student is None else {"student": student})  # fmt: skip
     with writing_to(out), locked(out):  # two runs with one `out` write one after the other
         _remove(path for path in out.iterdir() if is_staged(path))  # first, since it takes the room of a selection
         staged = out / f".tmp-{uuid.uuid4().hex}"
         try:
             with writing_to(staged):
                 for name, part in parts.items():
-                    manifest["parts"][name] = _write_part(
-                        staged, name, part, footer(teacher, part.request.describe(), k, support), materialize
-                    )
+                    footing = schema.footer(teacher, part.request.describe(), k, support)
+                    manifest["parts"][name] = _write_part(staged, name, part, footing, materialize)
                 write_json_atomically(staged / MANIFEST, sealed(manifest))
                 with interrupts.deferred():
                     _swap(staged, out, listed_files(manifest))
@@ -245,10 +220,10 @@ def _write_part(out: Path, name: str, part: Part, footing: dict, materialize: bo
     rows = counted.through(part.labelled(labels, footing["k"], footing["support"], out))
     if materialize:
         for number, start in enumerate(range(0, len(labels), ROWS_PER_FILE)):
-            groups = row_groups(islice(rows, ROWS_PER_FILE))
+            groups = schema.row_groups(islice(rows, ROWS_PER_FILE))
             path = write_atomically(
                 out,
-                lambda temporary, groups=groups: write_row_groups(temporary, groups, footing),
+                lambda temporary, groups=groups: schema.write_row_groups(temporary, groups, footing),
                 lambda temporary, number=number: rows_name(name, number, sha256_file(temporary)),
             )
             count = min(ROWS_PER_FILE, len(labels) - start)
@@ -275,7 +250,7 @@ class Counted:
             self.tokens += len(row.response_ids)
             self.cut += row.finish == "length"
             self.kept.add(row.topk_logprobs)
-            self.content.update(row_digest(row))
+            self.content.update(schema.row_digest(row))
             yield row
 
 
@@ -384,11 +359,8 @@ class Selection:
     def _rows_in_store(
         self, name: str, folder: RequestFolder, labels: list["Label"], locations: list[Location]
     ) -> Iterator[Row]:
-        counted = Counted()
-        rows = folder.read_each(locations)
-        yield from counted.through(
-            label.apply(row, self.k, self.support) for label, row in zip(labels, rows, strict=True)
-        )
+        counted, labelled = Counted(), zip(labels, folder.read_each(locations), strict=True)
+        yield from counted.through(label.apply(row, self.k, self.support) for label, row in labelled)
         if counted.content.hexdigest() != self.part(name)["content"]:
             raise UserError(
                 f"the store {folder} holds other rows than {self.folder} was made of: run `xkd-pipeline cache verify` "

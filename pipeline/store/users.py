@@ -21,7 +21,6 @@ from pipeline.store.storage import Storage
 
 FOLDER = "references"
 
-
 # What a user's file records: the selection that was written last to a place, an unfinished run that is to replace it,
 # or an earlier selection of that place that was not there any more when such a run began.
 WRITTEN, UNFINISHED, DISPLACED = "written", "unfinished", "displaced"

@@ -41,9 +41,8 @@ class ModelMemory:
             raise UserError(f"no language model of type {config.model_type} can be built: {error}") from error
         bytes_per_number = getattr(torch, dtype).itemsize
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        return cls(
-            parameters, parameters * bytes_per_number, _cached_numbers(config.get_text_config()) * bytes_per_number
-        )
+        cached = _cached_numbers(config.get_text_config())
+        return cls(parameters, parameters * bytes_per_number, cached * bytes_per_number)
 
     def fewest_gpus(self, length: int, memory: float) -> int:
         """How many GPUs of `memory` GiB hold one copy with the cache of SEQUENCES sequences of `length` tokens.

@@ -138,9 +138,8 @@ class Session:
             console.say(f"loading the {teacher.role} from {teacher.source} with engine {teacher.engine}")
         if teacher.engine in ("vllm", "ray"):  # which would fill what is absent with random values
             require_loadable(teacher.source)
-        with in_one_line(
-            f"engine {teacher.engine} cannot start with {teacher.source}", "Nothing was lost; try --engine hf"
-        ):
+        what = f"engine {teacher.engine} cannot start with {teacher.source}"
+        with in_one_line(what, "Nothing was lost; try --engine hf"):
             self._engine = open_engine(teacher.engine, teacher.source, replace(teacher.loading, context=longest))
         self._longest = longest
         return self._engine

@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline import console
 from pipeline.provenance import seconds_since_start
 from pipeline.store.requests import SKIPPED
-from pipeline.store.schema import count_tokens
+from pipeline.store.schema import read_metadata
 from pipeline.store.selection import Part
 from pipeline.teacher.orders import Plan
 from pipeline.teacher.session import Answered
@@ -36,19 +36,15 @@ def cost_of(answered: Answered, manifest: Mapping) -> dict:
     """Rows, tokens, bytes and seconds of this run; bytes per token are of the rows' shards, text and ids included."""
     shards = {location.shard for plan in answered.plans for locations in plan.index.values() for location in locations}
     stored = sum(shard.stat().st_size for shard in shards)
-    held = sum(count_tokens(shard) for shard in shards)
+    held = sum(read_metadata(shard)["tokens"] for shard in shards)
     return {
-        "rows_found": answered.found,
-        "rows_made": answered.made,
-        "rows_left_out": answered.left_out,
+        "rows_found": answered.found, "rows_made": answered.made, "rows_left_out": answered.left_out,
         "tokens_selected": sum(part["tokens"] for part in manifest["parts"].values()),
         "tokens_made": answered.tokens,
-        "seconds_asking": answered.seconds if answered.made else 0.0,
-        "seconds": seconds_since_start(),
+        "seconds_asking": answered.seconds if answered.made else 0.0, "seconds": seconds_since_start(),
         "tokens_per_second": answered.tokens / answered.seconds if answered.made else None,
-        "store_bytes": stored,
-        "bytes_per_token": stored / held if held else None,
-    }
+        "store_bytes": stored, "bytes_per_token": stored / held if held else None,
+    }  # fmt: skip
 
 
 def report(

@@ -3,18 +3,10 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipeline import models
 from pipeline.engines import Loading, choose_engine, replica_engine, require_supported
 from pipeline.files import digest
-from pipeline.models import (
-    Context,
-    describe_model,
-    load_config,
-    load_tokenizer,
-    local_folder,
-    require_same_tokenizer,
-    stop_token_ids,
-    tokenizer_identity,
-)
+from pipeline.models import Context
 from pipeline.params import Generate, Params
 from pipeline.prompts import TEMPLATE_VERSION, PromptFormat
 from pipeline.store.identity import Request, Sampling
@@ -38,13 +30,13 @@ class Teacher:
     @classmethod
     def of(cls, settings: Generate) -> "Teacher":
         """The one that the parameters name. Raises UserError where it or its tokenizer cannot be found."""
-        source, text_only = local_folder(settings.teacher), settings.engine == "text"
-        seq2seq = not text_only and load_config(source).is_encoder_decoder
+        source, text_only = models.local_folder(settings.teacher), settings.engine == "text"
+        seq2seq = not text_only and models.load_config(source).is_encoder_decoder
         engine = model_engine = choose_engine(settings.engine, seq2seq)
         if engine == "ray":
             model_engine = replica_engine(settings, seq2seq)
         require_supported(model_engine, settings)
-        tokenizer = load_tokenizer(source)
+        tokenizer = models.load_tokenizer(source)
         description = _describe(settings, model_engine, tokenizer)
         known, ids = vocabulary(tokenizer), description["vocab_size"]  # ids are what a position can keep
         if settings.support == "sampled":
@@ -55,8 +47,8 @@ class Teacher:
             None if text_only else known,
         )  # fmt: skip
         k, support = (0, None) if text_only else (min(settings.k, ids), settings.support)
-        context = Context(None) if text_only else Context.of(load_config(source))
-        stops = stop_token_ids(source, tokenizer)
+        context = Context(None) if text_only else Context.of(models.load_config(source))
+        stops = models.stop_token_ids(source, tokenizer)
         return cls(source, engine, tokenizer, description, k, stops, context, support, loading)
 
     def student(self, source: Path, batch_size: int) -> "Teacher":
@@ -65,10 +57,10 @@ class Teacher:
         It reads the prompts as the teacher does, and ends where the teacher would. Raises UserError where it has
         another tokenizer.
         """
-        require_same_tokenizer(self.description["tokenizer"], load_tokenizer(source), source)
-        description = describe_model(source, "float32")
+        models.require_same_tokenizer(self.description["tokenizer"], models.load_tokenizer(source), source)
+        description = models.describe_model(source, "float32")
         loading = Loading(description["dtype"], 0, rows=self.loading.rows, batch_size=batch_size)
-        context = Context.of(load_config(source))
+        context = Context.of(models.load_config(source))
         return replace(
             self, source=Path(source), engine="hf", description=description, k=0, context=context, support="topk",
             loading=loading, role="student",
@@ -87,12 +79,12 @@ def vocabulary(tokenizer) -> int:
 
 def _describe(settings: Generate, engine: str, tokenizer) -> dict:
     if engine == "text":  # no weights are needed: what counts is how text becomes tokens
-        tokens = tokenizer_identity(tokenizer)[:16]
+        tokens = models.tokenizer_identity(tokenizer)[:16]
         return {
             "identity": digest({"text": tokens})[:16], "tokenizer": tokens, "vocab_size": len(tokenizer), "dtype": None,
             "licence": None, "name": "text only", "commit": None,
         }  # fmt: skip
-    teacher = describe_model(settings.teacher, settings.dtype, settings.quantization)
+    teacher = models.describe_model(settings.teacher, settings.dtype, settings.quantization)
     if engine == "stub":  # fake answers must never be found under a real teacher's identity
         teacher |= {"identity": digest({"stub": teacher["identity"]})[:16], "name": "stub"}
     return teacher

@@ -109,36 +109,25 @@ def catalogue(storage: Storage, prefix: str = "") -> Iterator[RequestInfo]:
             if folder == f"{request}/damaged":
                 info.damaged += 1
             elif folder == request and SHARD.fullmatch(last):
-                _add(info, storage, name, file)
+                _add(info, storage, last, file)
+            elif name == f"{request}/{SKIPPED}":
+                info.skipped = (storage.read_text(name) or "").count("\n")
         info.waiting = len(list(storage.outbox(request).glob("part-*.parquet"))) if storage.remote else 0
-        info.skipped = (
-            (storage.read_text(f"{request}/{SKIPPED}") or "").count("\n") if f"{request}/{SKIPPED}" in files else 0
-        )
         yield info
 
 
-def _add(info: RequestInfo, storage: Storage, name: str, file: StoredFile) -> None:
+def _add(info: RequestInfo, storage: Storage, shard: str, file: StoredFile) -> None:
     try:
-        with storage.open(name) as stream:
+        with storage.open(f"{info.name}/{shard}") as stream:
             metadata = read_metadata(stream)
         if {"rows", "tokens"} - metadata.keys():
             raise Malformed("the footer does not count rows and tokens")
-        shard = ShardInfo(
-            name.rpartition("/")[2],
-            file.size,
-            file.modified,
-            metadata["rows"],
-            metadata["tokens"],
-            metadata["k"],
-            metadata["support"],
-            metadata.get("engine", {}),
-        )
     except (OSError, UserError, *UNREADABLE):
-        if storage.has_gone(name):  # since it was listed
-            return
-        info.unreadable.append(name.rpartition("/")[2])
+        if not storage.has_gone(f"{info.name}/{shard}"):  # since it was listed
+            info.unreadable.append(shard)
         return
-    info.shards.append(shard)
+    said = (metadata[entry] for entry in ("rows", "tokens", "k", "support"))
+    info.shards.append(ShardInfo(shard, file.size, file.modified, *said, metadata.get("engine", {})))
     info.teacher, info.request = metadata["teacher"], metadata["request"]
 
 

@@ -174,42 +174,41 @@ def _card(teacher: dict, splits: list[Split], counts: dict[str, int], tokens: in
     """The README: front matter that the hub and `datasets` read, then what the rows are."""
     files = [{"split": name, "path": f"data/{name}-*.parquet"} for name, rows in counts.items() if rows]
     configs = json.dumps([{"config_name": "default", "data_files": files}])
-    name = teacher["name"] or "a local model"
-    return "\n".join(
-        [
-            "---",
-            f"license: {json.dumps(teacher['licence'] or 'unknown')}",
-            'tags: ["knowledge-distillation", "teacher-logprobs"]',
-            f"configs: {configs}",
-            "---",
-            "# What a teacher said",
-            "",
-            f"{_kept(splits, _plain(name))}:",
-            f"{sum(counts.values()):,} rows, {tokens:,} response tokens. Made with xkd-pipeline.",
-            "",
-            "| split | rows | request |",
-            "|---|---|---|",
-            *(f"| {split.name} | {counts[split.name]:,} | {describe_request(split.request)} |" for split in splits),
-            "",
-            "| teacher | |",
-            "|---|---|",
-            *(f"| {key} | {_plain(value)} |" for key, value in teacher.items() if value is not None),
-            "",
-            "| column | type | meaning |",
-            "|---|---|---|",
-            *(f"| `{field.name}` | {_type(field.type)} | {_MEANING[field.name]} |" for field in [*SCHEMA, *more]),
-            *([_SAMPLED] if more else [""]),
-            "Each file's footer (key `xkd`) holds teacher, request, k, support and vocabulary size as JSON.",
-            "The prompts come from their own source, whose licence applies to them.",
-            "",
-            "```python",
-            "import datasets",
-            "",
-            'rows = datasets.load_dataset("FOLDER_OR_HUB_NAME")',
-            "```",
-            "",
-        ]
-    )
+    requests = [f"| {split.name} | {counts[split.name]:,} | {describe_request(split.request)} |" for split in splits]
+    about = [f"| {key} | {_plain(value)} |" for key, value in teacher.items() if value is not None]
+    columns = [f"| `{field.name}` | {_type(field.type)} | {_MEANING[field.name]} |" for field in [*SCHEMA, *more]]
+    table, licence = "\n".join, teacher["licence"] or "unknown"
+    return f"""---
+license: {json.dumps(licence)}
+tags: ["knowledge-distillation", "teacher-logprobs"]
+configs: {configs}
+---
+# What a teacher said
+
+{_kept(splits, _plain(teacher["name"] or "a local model"))}:
+{sum(counts.values()):,} rows, {tokens:,} response tokens. Made with xkd-pipeline.
+
+| split | rows | request |
+|---|---|---|
+{table(requests)}
+
+| teacher | |
+|---|---|
+{table(about)}
+
+| column | type | meaning |
+|---|---|---|
+{table(columns)}
+{_SAMPLED if more else ""}
+Each file's footer (key `xkd`) holds teacher, request, k, support and vocabulary size as JSON.
+The prompts come from their own source, whose licence applies to them.
+
+```python
+import datasets
+
+rows = datasets.load_dataset("FOLDER_OR_HUB_NAME")
+```
+"""
 
 
 def _kept(splits: list[Split], teacher: str) -> str:

@@ -17,15 +17,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import UserError
 from pipeline.files import ASIDE, locked, require_file
 from pipeline.store.checks import UNREADABLE, Damaged, RowCheck, check_shard, row_faults, text_of
-from pipeline.store.manifest import (
-    MANIFEST,
-    WRITE_AGAIN,
-    file_fault,
-    listed_files,
-    read_manifest,
-    seal_of,
-    selection_files,
-)
+from pipeline.store.manifest import MANIFEST, WRITE_AGAIN, file_fault, read_manifest, seal_of, unlisted_files
 from pipeline.store.requests import SKIPPED, RequestFolder, describes, skipped_entry
 from pipeline.store.schema import checked_metadata, read_metadata
 from pipeline.store.selection import Selection, labels_of
@@ -159,7 +151,8 @@ def verify_selection(folder: Path, store: str | Path | None, set_aside: bool) ->
             if faults and seal_of(folder) != before:
                 continue  # somebody did while it was looked at
             if all(fault.path.name != MANIFEST for fault in faults):
-                faults += [_Fault(path, "manifest.json does not list it") for path in _unlisted(folder)]
+                unlisted = unlisted_files(folder, read_manifest(folder))
+                faults += [_Fault(path, "manifest.json does not list it") for path in unlisted]
             for fault in faults:
                 movable = set_aside and fault.movable and fault.path.is_file()
                 moved = movable and _try_to(lambda path=fault.path: _move_aside(path))
@@ -167,15 +160,10 @@ def verify_selection(folder: Path, store: str | Path | None, set_aside: bool) ->
         return
 
 
-def _unlisted(folder: Path) -> list[Path]:
-    listed = listed_files(read_manifest(folder))
-    return [path for path in selection_files(folder) if path.name not in listed]
-
-
 def _selection_faults(folder: Path, store: str | Path | None) -> Iterator[_Fault]:
     try:
         manifest = read_manifest(folder)
-        unlisted = _unlisted(folder)
+        unlisted = unlisted_files(folder, manifest)
     except UserError as error:
         what = str(error).removeprefix(f"{folder / MANIFEST} ").removesuffix(f": {WRITE_AGAIN}")
         yield _Fault(folder / MANIFEST, f"it {what}" if what.startswith("is ") else what)
@@ -217,11 +205,8 @@ def _is_another(path: Path, file: dict, part: dict, manifest: dict) -> bool:
     except (*UNREADABLE, OSError):
         return False
     of_another = any(metadata[entry] != manifest[entry] for entry in _OF_ALL)
-    return (
-        of_another
-        or len(keys) != file["rows"]
-        or not {key for each in part["keys"].values() for key in each} >= set(keys)
-    )
+    of_part = {key for each in part["keys"].values() for key in each}
+    return of_another or len(keys) != file["rows"] or not of_part.issuperset(keys)
 
 
 def _row_faults(selection: Selection, name: str) -> Iterator[_Fault]:
