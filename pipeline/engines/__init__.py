@@ -2,7 +2,7 @@
 
 To add one: a module beside this one with the class; its `EngineKind` in ENGINES and its import in `open_engine` here;
 its name in `Generate.engine` (pipeline/params/teacher.py), and in `replica_engine` there if ray may run copies of it;
-and params.yaml and docs/parameters.md made anew. tests/engines/test_engines.py asks the same of every engine.
+the help of `--engine` (pipeline/cli/app.py); a test of its own; and params.yaml and docs/parameters.md made anew.
 """
 
 import importlib.util
