@@ -94,7 +94,7 @@ def write_shards(engine: Engine, teacher: Teacher, order: Order, clock=time.perf
     with tempfile.TemporaryDirectory() as root, Session(teacher, Storage(root), engine) as session:
         (plan,) = session.plan([order])
         begun = clock()
-        make(plan, engine, teacher)
+        make(plan, engine)
         seconds = clock() - begun
         (plan,) = session.plan([order])
         rows = plan.folder.read(plan.locations[item.key] for item in order.items)

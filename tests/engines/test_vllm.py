@@ -435,7 +435,7 @@ def test_engine_options_reach_vllm_and_no_identity(monkeypatch, teacher):
         "generate.engine_options.block_size=32",
     )
     found = Teacher.of(params.generate)
-    (given,), _ = given_to_vllm(monkeypatch, teacher, found.loading(params.generate, 40), [True])
+    (given,), _ = given_to_vllm(monkeypatch, teacher, replace(found.loading, context=40), [True])
     assert (given["max_num_seqs"], given["block_size"]) == (8, 32)
     plain = make_params(teacher, "generate.engine=vllm")
     assert found.description == Teacher.of(plain.generate).description

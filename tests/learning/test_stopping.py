@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, trainer
 
 from pipeline import interrupts
 from pipeline.errors import Interrupted
@@ -57,8 +57,9 @@ def training(student: Path, folder: Path, form: str, event: str | None, step: in
         folder / "run", STEPS, 3.0 if early else 0.02, 8, 2, what="it", log_every=3, evaluate_every=2, save_every=4,
         best="" if form == "last" else "loss", patience=2 if early else 0,
     )  # fmt: skip
+    trainer.DEFAULT_CALLBACKS.append(SignalAt(event, step))  # of this process alone
     try:
-        history = train(job, make_training(learner, 26, 6), [SignalAt(event, step)]).history
+        history = train(job, make_training(learner, 26, 6)).history
     except Interrupted as error:
         print(error.kept, flush=True)
         interrupts.end()
