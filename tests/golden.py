@@ -14,9 +14,10 @@ import torch
 from pipeline.objectives import avril
 from pipeline.objectives.divergences import DIVERGENCES, jsd
 from pipeline.objectives.logprobs import TopK
+from pipeline.objectives.policy_gradient import returns, reward
 from pipeline.objectives.sparse import sparse_divergence
 from pipeline.objectives.supports import systematic, weighted
-from tests.references import advantages, dense, sparse_logprobs
+from tests.references import dense, sparse_logprobs
 
 TOLERANCE = 1e-6
 
@@ -64,9 +65,9 @@ def _avril(case: dict) -> float:
 
 
 def _minillm_advantages(case: dict) -> float:
-    student, teacher = _tensor(case["student_logprobs"]), _tensor(case["teacher_logprobs"])
-    found = advantages(student, teacher, case["gamma"], case["length_normalization"])
-    return _error(found, case["advantages"])
+    rewards = reward(_tensor(case["teacher_logprobs"]), _tensor(case["student_logprobs"]))
+    length = "discounted" if case["length_normalization"] else "none"
+    return _error(returns(rewards, case["gamma"], length), case["advantages"])
 
 
 def _support(case: dict) -> float:
