@@ -19,7 +19,7 @@ class DataSet(Section):
     config: str = ""
     """Configuration of a hub data set, for instance main or de-en."""
     train_split: str = "train"
-    """Its split for training (teach and train)."""
+    """Its split for training (teach, train and student)."""
     validation_split: str = "validation"
     """Its held-out split; where there is none, prompts of the training split are held out."""
     test_split: str = "test"
@@ -71,6 +71,8 @@ class Prepare(Section):
     """Held-out prompts for fitting decisions, the reward's audit and the divergence from the teacher."""
     test: Positive = 400
     """Prompts for the final scores."""
+    student: Count = 0
+    """Prompts for the student alone, which the teacher never answers; 0: none."""
 
     @model_validator(mode="after")
     def _source_fits(self):

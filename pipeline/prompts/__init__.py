@@ -14,7 +14,7 @@ from pipeline.prompts.chat import Chat, prints_the_date, render_chats
 
 TEMPLATE_VERSION = 1  # changes whenever the same template would render other text
 _MADE_BY = {b"made_by": b"xkd-pipeline"}  # in the footer of our prompt files
-SPLITS = ("teach", "train", "validation", "test")
+SPLITS = ("teach", "train", "validation", "test", "student")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The single rows that an experiment needs of a teacher, and how they follow from its prompts."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -42,18 +43,27 @@ def read_as_models_do(prompts: Sequence[Prompt], form: PromptFormat, tokenizer) 
     """Prompts with the text and the token ids that the teacher reads, and how many were left out.
 
     A training prompt whose token ids are those of a held-out one (of validation or test: unknown words, spaces) is left
-    out, since their samples would be the same ones.
+    out, since their samples would be the same ones. A prompt of `student` is left out also where its token ids are
+    those of a training prompt, which the teacher answers.
     """
     texts = form.texts(tokenizer, prompts)
     read = [ReadPrompt(*each) for each in zip(prompts, texts, form.encode_texts(tokenizer, texts), strict=True)]
     held_out = {each.ids.tobytes() for each in read if each.prompt.split in ("validation", "test")}
-    kept = [each for each in read if each.prompt.split != "train" or each.ids.tobytes() not in held_out]
-    if left_out := len(read) - len(kept):
+    training = {each.ids.tobytes() for each in of_split(read, "train")}
+    taken = {"train": held_out, "student": held_out | training}
+    kept = [each for each in read if each.ids.tobytes() not in taken.get(each.prompt.split, ())]
+    left_out = Counter(each.prompt.split for each in read) - Counter(each.prompt.split for each in kept)
+    if count := left_out["train"]:
         console.warn(
-            f"{left_out:,} training prompts have the token ids of held-out prompts and are left out: the teacher could "
+            f"{count:,} training prompts have the token ids of held-out prompts and are left out: the teacher could "
             "not tell them apart"
         )
-    return kept, left_out
+    if count := left_out["student"]:
+        console.warn(
+            f"{count:,} prompts of the split student have the token ids of training or held-out prompts and are left "
+            "out: the student could not tell them apart"
+        )
+    return kept, left_out.total()
 
 
 def of_split(prompts: Iterable[ReadPrompt], split: str) -> list[ReadPrompt]:

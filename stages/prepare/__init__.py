@@ -1,4 +1,4 @@
-"""Prompts with references in four disjoint splits, drawn from a built-in task or a data set, and their tokenizer."""
+"""Prompts with references in disjoint splits, drawn from a built-in task or a data set, and their tokenizer."""
 
 import hashlib
 import json
@@ -23,34 +23,39 @@ from pipeline.results import write_results
 from pipeline.tasks import Task, get_task
 from stages.prepare.data_sets import draw_records
 
-# A prompt's split is a function of its text, so no prompt can be in two splits, whatever the sizes and seeds.
+# A prompt's split is a function of its text, so no prompt can be in two splits, whatever the sizes and seeds. Only
+# `student` has no share of its own: `draw` gives it prompts of the share of `train`.
 _SHARES = {"teach": 0.8, "train": 0.1, "validation": 0.03, "test": 0.07}
 _TOKENIZER = "a tokenizer"
 _PATIENCE = 20_000  # draws without a prompt that is needed before a task counts as exhausted
 
 
 def split_of(prompt: str) -> str:
-    """The split that a prompt belongs to."""
+    """The split that a prompt belongs to; one of `train` may be drawn for `student`."""
     place = int.from_bytes(hashlib.sha256(b"split" + prompt.encode()).digest()[:8], "little") / 2**64
     for split, share in _SHARES.items():
         if place < share:
             return split
         place -= share
-    return SPLITS[-1]
+    return "test"
 
 
 def draw(task: Task, sizes: dict[str, int], seed: int) -> Iterator[Prompt]:
     """Distinct prompts until every split has its size, split by split.
 
+    `student` gets prompts of the share of `train`: those that are drawn after `train` has its size. So it changes no
+    other split. It has no prompt of `train` within an experiment, and none of teach, validation or test of any.
     Raises UserError where the task has not enough distinct prompts.
     """
     rng = Random(f"{task.name} {task.generator.version} {seed}")
-    drawn: dict[str, dict[str, Prompt]] = {split: {} for split in sizes}
+    drawn: dict[str, dict[str, Prompt]] = {split: {} for split in SPLITS}
     idle = 0
     while any(len(drawn[split]) < size for split, size in sizes.items()):
         example = task.generator.example(rng)
         split = split_of(example.prompt)
-        new = len(drawn.get(split, ())) < sizes.get(split, 0) and example.prompt not in drawn[split]
+        if split == "train" and len(drawn[split]) >= sizes.get(split, 0) and example.prompt not in drawn[split]:
+            split = "student"
+        new = len(drawn[split]) < sizes.get(split, 0) and example.prompt not in drawn[split]
         idle = 0 if new else idle + 1
         if idle > _PATIENCE:
             raise UserError(f"task {task.name} has too few distinct prompts for sizes {sizes}: ask for fewer")
@@ -82,6 +87,8 @@ def prepare(params: Params, prompts_path: Path, tokenizer_path: Path, results: P
     settings: Prepare = params.prepare
     task = get_task(settings.task)
     sizes = {split: getattr(settings, split) for split in SPLITS}
+    if not settings.student:
+        del sizes["student"]  # the counts do not name it then
     tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else _word_tokenizer(task, params.template)
     form = PromptFormat.of(params)
     if settings.dataset.path:
@@ -110,7 +117,8 @@ def _are_counts(path: Path) -> bool:
     with suppress(ValueError, AttributeError):
         counts = json.loads(path.read_text(encoding="utf-8"))
         numbers = [number for reasons in counts.values() for number in reasons.values()]
-        return set(counts) - {"shots"} == set(SPLITS) and all(isinstance(number, int) for number in numbers)
+        splits = set(counts) - {"shots", "student"}
+        return splits == set(SPLITS) - {"student"} and all(isinstance(number, int) for number in numbers)
     return False
 
 

@@ -10,11 +10,12 @@ from typing import Any
 from pipeline import console
 from pipeline.errors import UserError, in_one_line, is_printable, shown
 from pipeline.params import DataSet
-from pipeline.prompts import SPLITS, Prompt, PromptFormat, encode_response, prompt_id
+from pipeline.prompts import Prompt, PromptFormat, encode_response, prompt_id
 from pipeline.prompts.records import fill, find_split, texts_at
 
-# Held-out prompts are drawn first, so that training loses what overlaps with them and not the other way round.
-_ORDER = ("test", "validation", "train", "teach")
+# Held-out prompts are drawn first, so that training loses what overlaps with them and not the other way round. The
+# student's own prompts are drawn last, so that they change no other split.
+_ORDER = ("test", "validation", "train", "teach", "student")
 _BATCH = 1024  # prompts that are measured together
 
 
@@ -30,12 +31,12 @@ def draw_records(
 
     Which ones depends on the seed and on the prompts' text, not on the order of the files. A prompt that was seen
     before (among the shots, or in a split drawn earlier) is left out as overlapping. Raises UserError where a split or
-    a column is missing or the test or training split ends up empty.
+    a column is missing, or no prompt is left for test, train or student.
     """
     sources = _sources(records, settings)
     pools = {name: _shuffled(records[name], name, settings, seed) for name in set(sources.values())}
     seen: dict[str, str] = {}  # normalised text -> where it was met first
-    counts: dict[str, Counter] = {split: Counter() for split in ("shots", *SPLITS)}
+    counts: dict[str, Counter] = {split: Counter() for split in ("shots", *sizes)}
 
     def take(split: str, source: str, size: int, unfit: Callable[[list[Prompt]], list[str | None]]) -> list[Prompt]:
         taken: list[Prompt] = []
@@ -78,11 +79,12 @@ def draw_records(
                     reasons[place] = f"prompt longer than {longest} tokens"
         return reasons
 
-    drawn = {split: take(split, sources[split], sizes[split], unfit) for split in _ORDER}
-    for split in ("train", "test"):
-        if not drawn[split]:
-            raise UserError(f"{settings.path}: nothing is left for {split}: {dict(counts[split]) or 'no rows'}")
-    return [with_shots(prompt, split) for split in SPLITS for prompt in drawn[split]], counts
+    drawn = {split: take(split, sources[split], sizes[split], unfit) for split in _ORDER if split in sizes}
+    for split in ("train", "test", "student"):
+        if not drawn.get(split, True):
+            hint = ". Lower prepare.train or prepare.teach, which are drawn first" if split == "student" else ""
+            raise UserError(f"{settings.path}: nothing is left for {split}: {dict(counts[split]) or 'no rows'}{hint}")
+    return [with_shots(prompt, split) for split in sizes for prompt in drawn[split]], counts
 
 
 def _sources(records: Mapping[str, Any], settings: DataSet) -> dict[str, str]:
@@ -93,7 +95,7 @@ def _sources(records: Mapping[str, Any], settings: DataSet) -> dict[str, str]:
     train = find_split(records, settings.train_split)
     if train is None:
         raise _no_split(records, settings, "train")
-    sources = {"teach": train, "train": train}
+    sources = {"teach": train, "train": train, "student": train}
     for split, name in (("validation", settings.validation_split), ("test", settings.test_split)):
         source = find_split(records, name)
         if source is None and name != split:

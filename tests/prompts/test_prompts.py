@@ -97,6 +97,19 @@ def test_more_prompts_leave_the_first_ones_as_they_are():
     assert [p for p in large if p.split == "train"][:20] == small[:20]
 
 
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.generator])
+def test_prompts_for_the_student_alone_are_new_and_change_no_other_split(name):
+    sizes = {"teach": 100, "train": 30, "validation": 5, "test": 10}
+    without, found = list(draw(TASKS[name], sizes, 0)), list(draw(TASKS[name], sizes | {"student": 20}, 0))
+    assert found[: len(without)] == without
+    own = found[len(without) :]
+    assert len({prompt.prompt for prompt in own}) == 20 and {prompt.split for prompt in own} == {"student"}
+    assert not {prompt.prompt for prompt in own} & {prompt.prompt for prompt in without}
+    assert {split_of(prompt.prompt) for prompt in own} == {"train"}  # so in no other split, whatever the seed
+    more = [prompt for prompt in draw(TASKS[name], sizes | {"train": 50}, 0) if prompt.split == "train"]
+    assert [prompt.prompt for prompt in more[30:]] == [prompt.prompt for prompt in own]
+
+
 @pytest.mark.parametrize(
     ("name", "digest"),
     [("arithmetic", "ed48cec91fbd"), ("translation", "0376f287d516"), ("summarisation", "c874817588149")],
@@ -111,7 +124,7 @@ def test_a_task_that_runs_out_of_prompts_says_so():
     from pipeline.tasks import Example, Generator, Task
 
     tiny = Task("tiny", 1, (), Generator(lambda rng: Example(str(rng.randint(0, 2000)), ("x",)), list))
-    for sizes in ({"teach": 3000}, {"teach": 10, "validation": 500}):
+    for sizes in ({"teach": 3000}, {"teach": 10, "validation": 500}, {"train": 100, "student": 500}):
         with pytest.raises(UserError, match="too few distinct prompts"):
             list(draw(tiny, sizes, 0))
 
@@ -135,3 +148,17 @@ def test_prepare_writes_plain_files_and_a_tokenizer_that_knows_every_word(tmp_pa
     assert tokenizer.unk_token_id not in {i for ids in tokenizer(texts)["input_ids"] for i in ids}
     text = frame["references"][0][0]
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+
+
+def test_only_the_counts_of_prompts_that_were_asked_for_name_the_student(tmp_path):
+    """A folder of an experiment without such prompts is prepared again with them, and back."""
+    sizes = [f"prepare.{split}=5" for split in ("teach", "train", "validation", "test")]
+    paths = tmp_path / "prompts.parquet", tmp_path / "tokenizer"
+    written = []
+    for student in (0, 3, 0):
+        prepare(load_params(None, [*sizes, f"prepare.student={student}"]), *paths)
+        written.append([paths[0].read_bytes(), (tmp_path / "counts.json").read_bytes()])
+        assert len(read_prompts(paths[0], ("student",))) == student
+        if student:
+            assert json.loads(written[-1][1])["student"] == {"kept": student}
+    assert written[0] == written[2] and b"student" not in written[0][1]

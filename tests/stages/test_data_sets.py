@@ -200,6 +200,32 @@ def test_splits_are_disjoint_whatever_the_data_set_has():
         assert sum(map(len, texts.values())) == len(set().union(*texts.values()))
 
 
+def test_prompts_for_the_student_alone_are_training_records_that_no_other_split_has():
+    repeated = [{"question": row["question"].upper(), "answer": "w3"} for row in rows(9, 60)]
+    for given in (records(rows(69) + repeated), records(rows(69) + repeated, test=rows(40, 50))):
+        without, counts = draw_records(given, settings(), SIZES, None, PLAIN, 0)
+        found, counted = draw_records(given, settings(), SIZES | {"student": 99}, None, PLAIN, 0)
+        assert found[: len(without)] == without and counts == {split: counted[split] for split in counts}
+        own = {prompt.prompt.lower() for prompt in found[len(without) :]}
+        texts = {prompt.prompt.lower() for prompt in without}
+        assert {prompt.split for prompt in found[len(without) :]} == {"student"}
+        assert own == {row["question"].lower() for row in given["train"]} - texts
+        assert len(own) == counted["student"]["kept"] == len(found) - len(without)
+
+
+def test_prompts_for_the_student_alone_are_measured_like_all_others(tokenizer):
+    given = [{"question": f"w{i}" + " w1" * (i % 2), "answer": "w2"} for i in range(2, 40)]
+    sizes = REST | {"train": 5, "student": 99}
+    prompts, counts = draw_records(records(given), settings(max_prompt_tokens=2), sizes, tokenizer, PLAIN, 0)
+    assert counts["student"]["kept"] == 19 - 7 and counts["student"]["prompt longer than 2 tokens"] > 0
+    assert all(" " not in prompt.prompt for prompt in prompts)
+
+
+def test_a_data_set_without_a_prompt_left_for_the_student_says_so():
+    with pytest.raises(UserError, match=r"nothing is left for student: no rows\. Lower prepare\.train"):
+        draw_records(records(rows(35)), settings(), SIZES | {"student": 1}, None, PLAIN, 0)
+
+
 def test_training_rows_that_differ_from_test_rows_in_case_and_punctuation_only_are_left_out():
     train = [{"question": f"W{i % 40},  w{i // 40} w1?", "answer": "w2"} for i in range(30)]
     prompts, counts = draw_records(records(train, test=rows(10)), settings(), SIZES | {"test": 10}, None, PLAIN, 0)

@@ -65,6 +65,27 @@ def test_everything_is_made_once_and_then_served_without_an_engine(teacher, prom
     assert again.sampled == again.scored == [] and contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+def test_the_teacher_is_never_asked_about_prompts_for_the_student_alone(teacher, prompts, tmp_path):
+    own = [Prompt(f"own-{number}", f"{WORDS[number]} w39 w39", ("w1",), "student") for number in range(4)]
+    write_prompts(tmp_path / "more.parquet", [*read_prompts(prompts), *own])
+    params, engines = stub_params(teacher), []
+    assert dry_run(params, tmp_path / "more.parquet", answers=True) == dry_run(params, prompts, answers=True)
+    for name, file in (("a", prompts), ("b", tmp_path / "more.parquet")):
+        engines.append(Recorder(teacher))
+        folder = tmp_path / name
+        generate(params, file, folder / "out", folder / "store", engine=engines[-1], answers=folder / "answers")
+    without, found = engines
+    assert (found.sampled, found.scored) == (without.sampled, without.scored) and found.sampled and found.scored
+    for name in ("out", "answers"):
+        assert contents(tmp_path / "a" / name) == contents(tmp_path / "b" / name)
+
+
+def test_a_file_of_prompts_for_the_student_alone_leaves_nothing_to_ask(teacher, tmp_path):
+    write_prompts(tmp_path / "p.parquet", [Prompt("own", "w1 w2", (), "student")])
+    with pytest.raises(UserError, match="no prompts in the splits train and validation"):
+        generate(stub_params(teacher), tmp_path / "p.parquet", tmp_path / "out")
+
+
 def test_smaller_requests_are_served_and_larger_ones_make_only_what_is_missing(teacher, prompts, tmp_path):
     generate(stub_params(teacher), prompts, tmp_path / "a", engine=Recorder(teacher))
     engine = Recorder(teacher)
