@@ -19,9 +19,10 @@ Extras = Mapping[str, Mapping[str, np.ndarray]]  # name -> key of a row -> value
 def collate(rows: Sequence[Row], topk: bool = True, extras: Extras | None = None) -> dict[str, Tensor]:
     """A batch: input_ids, attention_mask [B, L]; positions, labels [B, R]; stop [B]; top-k [B, R, k]; extras [B, R].
 
-    topk: with the kept tokens, and with what rows have of `tau` and `own`, or of `tail`. Rows of a selection are read
-    by column. Padding is masked everywhere: `labels` is IGNORED there, top-k ids are 0..k-1 with equal mass,
-    extras are 0. There is no top k where k is 0.
+    topk: with the kept tokens, and with what rows have of `tau` and `own`, or of `tail`. With a plain top k there is
+    `own` where some row is a student's sample, -inf for all others. Rows of a selection are read by column. Padding is
+    masked everywhere: `labels` is IGNORED there, top-k ids are 0..k-1 with equal mass, extras are 0. There is no top k
+    where k is 0.
     """
     column = getattr(rows, "column", lambda name: [getattr(row, name) for row in rows])
     prompt_ids, response_ids = column("prompt_ids"), column("response_ids")
@@ -47,6 +48,8 @@ def collate(rows: Sequence[Row], topk: bool = True, extras: Extras | None = None
         )
         batch["topk_ids"] = _fill(topk_ids, in_response, np.arange(k), np.int64)
         batch["topk_logprobs"] = _fill(topk_logprobs, in_response, -np.log(2 * k), np.float32)
+        if "tau" not in extras and "student" in (origins := column("origin")):
+            extras["own"] = _own(origins, column("logprobs"), counts)
     batch |= {name: _fill(values, in_response, 0, np.float32) for name, values in extras.items()}
     return {name: torch.from_numpy(values) for name, values in batch.items()}
 
@@ -74,6 +77,14 @@ def _extras(column: Callable[[str], list], topk: bool, extras: Extras) -> dict[s
         for values, logprobs in zip(tail, column("topk_logprobs"), strict=True)
     )
     return columns | {"tail": list(known)}
+
+
+def _own(origins: list[str], logprobs: list[np.ndarray | None], counts: np.ndarray) -> list[np.ndarray]:
+    """The teacher's log-probabilities [T] of the tokens of student's samples; -inf, not looked at, for other rows."""
+    return [
+        values if origin == "student" and values is not None else np.full(count, -np.inf, np.float32)
+        for origin, values, count in zip(origins, logprobs, counts, strict=True)
+    ]
 
 
 def _tail(topk_logprobs: np.ndarray) -> np.ndarray:

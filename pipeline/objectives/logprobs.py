@@ -18,7 +18,7 @@ class TopK(NamedTuple):
     logprobs: Tensor  # [N, k], full-vocabulary normalisation, at temperature 1
     tau: Tensor | None = None  # [N], threshold of a sampled support (see supports); None for a plain top k
     tail: Tensor | None = None  # [N], mass outside the ids, where it is known
-    own: Tensor | None = None  # [N], log-probability of the response's own token
+    own: Tensor | None = None  # [N], log-probability of the response's own token; -inf where it is not looked at
 
     def at(self, rows: slice) -> "TopK":
         """The same at some of the positions."""

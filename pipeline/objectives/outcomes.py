@@ -38,6 +38,27 @@ def bucket(teacher: TopK, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
     return both.sub_(log_total(both)), student.outcomes
 
 
+def own_apart(teacher: TopK, student: SparseLogprobs) -> tuple[Tensor, Tensor]:
+    """As `bucket`, with the response's own token as an outcome beside the rest: [N, k + 2].
+
+    Impossible on both sides where the teacher's `own` is -inf: there it is one of the k, or not looked at. Otherwise
+    the rest is what the own token leaves of the mass outside the k, on either side.
+    """
+    own = teacher.own.to(teacher.logprobs.dtype)
+    rest = _difference(tail_mass(teacher).log(), own).masked_fill(torch.isneginf(student.outside), -torch.inf)
+    label = student.label.masked_fill(torch.isneginf(own), -torch.inf)
+    t = torch.cat([teacher.logprobs, own[:, None], rest[:, None]], -1)
+    s = torch.cat([student.inside, label[:, None], _difference(student.outside, label)[:, None]], -1)
+    return t.sub_(log_total(t)), s
+
+
+def _difference(whole: Tensor, part: Tensor) -> Tensor:
+    """log(exp(whole) - exp(part)) to the precision of the whole, and not below it; part <= whole but for rounding."""
+    limits = torch.finfo(whole.dtype)
+    share = (part - whole.clamp_min(limits.min)).exp()
+    return whole + torch.log1p(-share.clamp_max(1 - limits.eps))
+
+
 def tail_mass(teacher: TopK) -> Tensor:
     """The teacher's mass outside the ids, [N], above 0: as it is known, else 1 - the mass of the ids.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.objectives.divergences import SUMMANDS, Differentiated, Summand, reverse_kl
 from pipeline.objectives.head import Divergence
 from pipeline.objectives.logprobs import SparseLogprobs, TopK
-from pipeline.objectives.outcomes import log_total, outside_too, tail_mass
+from pipeline.objectives.outcomes import outside_too, own_apart
 from pipeline.objectives.supports import weighted
 
 
@@ -50,24 +50,11 @@ def _estimate(summand: Summand, weight: float) -> Divergence:
 def _reverse_kl(teacher: TopK, student: SparseLogprobs) -> Tensor:
     """KL(S || T) over the kept tokens, the response's own where it is not kept, and the rest.
 
-    r log r of a ratio r grows faster than linearly, so there is no estimate of little variance. The rest is what the
-    response's own token leaves of the mass outside the kept ones.
+    r log r of a ratio r grows faster than linearly, so there is no estimate of little variance.
     """
     if teacher.own is None:
         raise ValueError("rkl on sampled tokens needs the teacher's log-probability of the response's own token")
     impossible = torch.isneginf(teacher.logprobs)
     silent = impossible.all(-1, keepdim=True)
     student = outside_too(student, impossible) if impossible.any() else student
-    own = teacher.own.to(teacher.logprobs.dtype)
-    rest = _difference(tail_mass(teacher).log(), own).masked_fill(torch.isneginf(student.outside), -torch.inf)
-    label = student.label.masked_fill(torch.isneginf(own), -torch.inf)
-    t = torch.cat([teacher.logprobs, own[:, None], rest[:, None]], -1)
-    s = torch.cat([student.inside, label[:, None], _difference(student.outside, label)[:, None]], -1)
-    return reverse_kl(*(side.masked_fill(silent, -torch.inf) for side in (t.sub_(log_total(t)), s)))
-
-
-def _difference(whole: Tensor, part: Tensor) -> Tensor:
-    """log(exp(whole) - exp(part)) to the precision of the whole, and not below it; part <= whole but for rounding."""
-    limits = torch.finfo(whole.dtype)
-    share = (part - whole.clamp_min(limits.min)).exp()
-    return whole + torch.log1p(-share.clamp_max(1 - limits.eps))
+    return reverse_kl(*(side.masked_fill(silent, -torch.inf) for side in own_apart(teacher, student)))

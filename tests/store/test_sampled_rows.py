@@ -137,6 +137,48 @@ def test_rows_that_keep_no_tokens_make_batches_without_a_teacher(model):
         assert score_tokens(model, batch).logprob.isfinite().all()
 
 
+def by_origin(rows, *origins) -> list:
+    return [replace(row, origin=origin) for row, origin in zip(rows, origins, strict=True)]
+
+
+def test_a_batch_says_what_the_teacher_thinks_of_the_tokens_of_student_s_samples_alone(model):
+    """A plain top k with it, -inf for other rows; a batch without samples of a student is as it was."""
+    rows = by_origin(answered(model, 4, "topk"), "teacher", "student", "reference", "student")
+    for some in (rows, decoded(rows)):
+        batch = collate(some)
+        own, said = batch["own"], batch["labels"] != IGNORED
+        assert own.dtype == torch.float32 and (own[~said] == 0).all()
+        for number, row in enumerate(rows):
+            known = row.logprobs if row.origin == "student" else np.full_like(row.logprobs, -np.inf)
+            assert torch.equal(own[number][said[number]], torch.from_numpy(known))
+        assert torch.equal(teacher_of(batch).own, own[said])
+        others = collate([rows[0], rows[2]])
+        assert "own" not in others and others.keys() == batch.keys() - {"own"}
+        assert "own" not in collate(some, topk=False)
+    unknown = replace(rows[1], logprobs=None)
+    assert torch.isneginf(teacher_of(collate([unknown])).own).all()
+    none = [replace(row, topk_ids=row.topk_ids[:, :0], topk_logprobs=row.topk_logprobs[:, :0]) for row in rows]
+    assert "own" not in collate(none)
+    drawn = answered(model, 2, "sampled")
+    before, after = collate(drawn), collate(by_origin(drawn, "student", "teacher"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_rows_of_a_teacher_are_scored_alike_beside_samples_of_a_student(name, model, student):
+    """To the bit; those samples come closer to the divergence of the whole distributions than k and the rest."""
+    rows, pupil = answered(model, 40, "topk"), load_lm(student).eval()
+    mixed = by_origin(rows, *["teacher", "student"] * 20)
+    found, before = (
+        score_tokens(pupil, collate(some), sparse_divergence(name, 0.3)).divergence for some in (mixed, rows)
+    )
+    by_student = torch.cat([torch.full((len(row.response_ids),), row.origin == "student") for row in mixed])
+    assert torch.equal(found[~by_student], before[~by_student])
+    full = dense_divergence(name, model, pupil, rows)
+    assert (before - 2e-3 <= found).all() and (found <= full + 2e-3).all()
+    assert name == "tvd" or found[by_student].mean() > before[by_student].mean() + 1e-4
+
+
 def dense_divergence(name, model, pupil, rows) -> torch.Tensor:
     """Of the whole logits of both, at all response tokens."""
     found = []
