@@ -26,6 +26,7 @@ class Layout:
         self.samples = data / "samples"  # the student's samples
         self.reward, self.audit = data / "reward", data / "audit"
         self.student, self.plain = data / "student", data / "plain"
+        self.rounds, self.plain_rounds = data / "rounds", sibling(self.plain, "rounds")  # on-policy, as scored
         self.distillation = data / "distill"  # curves
         self.evaluation = data / "evaluation"
         self.predictions = self.evaluation / "predictions.parquet"
@@ -43,7 +44,7 @@ class Layout:
     @property
     def selections(self) -> tuple[Path, ...]:
         """The folders of selections."""
-        return self.selection, self.answers, self.scored, self.samples
+        return self.selection, self.answers, self.scored, self.samples, self.rounds, self.plain_rounds
 
 
 def sibling(out: Path, what: str) -> Path:

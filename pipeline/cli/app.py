@@ -305,6 +305,14 @@ def distill(
     metrics: Annotated[
         Path | None, described(help="Folder for metrics and curves.", default="data/distill, else OUT-metrics")
     ] = None,
+    prompts: options.Prompts = None,
+    rounds: Annotated[
+        Path | None,
+        described(
+            help="Folder for the student's samples of distill.on_policy, as the teacher scored them.",
+            default="data/rounds, else OUT-rounds where there are any",
+        ),
+    ] = None,
     store: options.Store = None,
     runs: options.Runs = None,
     scored: options.Scored = None,
@@ -315,14 +323,15 @@ def distill(
     out = out or (layout.plain if plain else layout.student)
     # a student that is not the pipeline's own does not write over its metrics
     default = layout.distillation if out == layout.student else sibling(out, "metrics")
-    protect_default(ctx, "out", out, None if metrics else default)
+    own = {layout.student: layout.rounds, layout.plain: layout.plain_rounds}.get(out)
+    protect_default(ctx, "out", out, None if metrics else default, None if rounds else own)
     from stages.distill import distill as run
     from stages.distill import leave_out
 
     if plain and not loaded.distill.plain:
-        return leave_out(out, metrics or default)
+        return leave_out(out, metrics or default, rounds or own)
     scored = _scored(scored, selection, student, layout)
-    run(loaded, selection, student, reward, out, metrics or default, runs, store, scored)
+    run(loaded, selection, student, reward, out, metrics or default, runs, store, scored, prompts, rounds or own)
 
 
 @command(

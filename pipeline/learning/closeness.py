@@ -80,7 +80,7 @@ def live_teacher(settings: Generate, selection: Selection, kl: str) -> LogitSour
     if kl == "cache":
         return None
     try:
-        return _load(settings, selection.teacher)
+        return load_teacher(settings, selection.teacher)
     except UserError as error:
         console.warn(
             f"no exact KL, only what the cached tokens say of it (as with evaluate.kl: cache): the teacher cannot run "
@@ -89,7 +89,7 @@ def live_teacher(settings: Generate, selection: Selection, kl: str) -> LogitSour
         return None
 
 
-def _load(settings: Generate, cached: dict) -> LogitSource:
+def load_teacher(settings: Generate, cached: dict) -> LogitSource:
     """The teacher that a selection describes (`cached`). Raises UserError where it is missing, too large or another."""
     if cached.get("quantization"):
         raise UserError(f"vLLM quantized it ({cached['quantization']}), and transformers does not")

@@ -1,5 +1,6 @@
 """The term that draws a student to its own sampled tokens by how much likelier a teacher finds them."""
 
+import torch
 from torch import Tensor
 
 from pipeline.learning.batches import IGNORED
@@ -12,7 +13,7 @@ class PolicyGradient(Term):
     """The clipped surrogate on tokens that an earlier state of the student drew.
 
     A batch has [B, R] each, as extras of its rows: `old`, log-probabilities of that student; `advantage`; and where
-    tokens were drawn from a mixture, `weight`.
+    tokens were drawn from a mixture, `weight`. Without them, as in held-out batches, the term is 0.
     """
 
     def __init__(self, method: str, eps: float = 0.2):
@@ -24,6 +25,8 @@ class PolicyGradient(Term):
 
     def inputs(self, batch: dict[str, Tensor], states: States) -> tuple[Tensor, ...]:
         mask = batch["labels"] != IGNORED
+        if "old" not in batch:  # held-out rows, which nobody learns from: nothing is to be said of them
+            return tuple(torch.zeros(2, len(states.rows), device=states.hidden.device))
         return tuple(batch[name][mask] for name in ("old", "advantage", "weight") if name in batch)
 
     def at(self, steps: Steps, old: Tensor, advantage: Tensor, weight: Tensor | float = 1.0) -> dict[str, Tensor]:

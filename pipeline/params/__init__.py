@@ -6,13 +6,14 @@ from pydantic import Field, model_validator
 
 from pipeline.params.base import Count, Integer, Optimisation, Positive, Section, Temperature
 from pipeline.params.data import DataSet, Model, Prepare, Role, Teach, TeachBoth, TeachOptimisation
+from pipeline.params.on_policy import OnPolicy
 from pipeline.params.student import OBSERVING, TOKEN_OBJECTIVES, X_TERM, Distill, Lora, Residual, Reward
 from pipeline.params.teacher import Generate, Score
 
 __all__ = [
     "OBSERVING", "TOKEN_OBJECTIVES", "X_TERM",
-    "DataSet", "Distill", "Evaluate", "Generate", "Lora", "Model", "Optimisation", "Params", "Prepare", "Report",
-    "Residual", "Reward", "Role", "Score", "Section", "Teach", "TeachBoth", "TeachOptimisation",
+    "DataSet", "Distill", "Evaluate", "Generate", "Lora", "Model", "OnPolicy", "Optimisation", "Params", "Prepare",
+    "Report", "Residual", "Reward", "Role", "Score", "Section", "Teach", "TeachBoth", "TeachOptimisation",
 ]  # fmt: skip
 
 

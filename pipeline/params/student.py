@@ -15,6 +15,7 @@ from pipeline.params.base import (
     Section,
     Share,
 )
+from pipeline.params.on_policy import OnPolicy
 
 TOKEN_OBJECTIVES = ("sft", "seqkd")  # losses on tokens alone, without a teacher's distribution
 # Parameters of `distill` that do not change its result (apart from the rounding of sums): how a run is logged, how fast
@@ -78,14 +79,18 @@ class Lora(Section):
 
 
 class Distill(Section):
-    objective: Literal["sft", "seqkd", "fkl", "rkl", "jsd", "skew_fkl", "skew_rkl", "tvd"] = "fkl"
-    """Distillation loss; sft learns the training prompts' references, all others the teacher's samples."""
+    objective: Literal["sft", "seqkd", "fkl", "rkl", "jsd", "skew_fkl", "skew_rkl", "tvd", "gkd", "opd"] = "fkl"
+    """Distillation loss; gkd (jsd, each step anew) and opd (policy gradient) learn from the student's own samples."""
     beta: Share = 0.5
-    """Mixture weight of jsd (0 is fkl, 1 is rkl)."""
+    """Mixture weight of jsd and gkd (0 is fkl, 1 is rkl)."""
     alpha: Annotated[Float, Field(gt=0, lt=1)] = 0.1
     """Mixture weight of skew_fkl and skew_rkl: that of the first-named distribution (DistiLLM)."""
     tail: Literal["auto", "sampled", "bucket", "renorm", "teacher_renorm", "truncate"] = "auto"
     """Mass outside the kept tokens; auto: an unbiased estimate (sampled) of sampled rows, else one outcome (bucket)."""
+    clip: PositiveFloat = 0.2
+    """How far the ratio of the student's to its earlier probability of a token may be from 1 in opd's surrogate."""
+    discount: Share = 0.0
+    """Weight of the next token's reward in a token's return, of the one after it squared, and so on (opd)."""
     nll_weight: NonNegativeFloat = 0.0
     """Weight of the negative log-likelihood of the teacher's tokens, added to the loss."""
     reward: Literal["none", "frozen", "joint", "scratch", "zero", "shuffled"] = "frozen"
@@ -123,6 +128,8 @@ class Distill(Section):
     """Dropout of the student during training, instead of the rates in its configuration, which is saved unchanged."""
     lora: Lora = Lora()
     """Train low-rank adapters (LoRA, arXiv 2106.09685) and merge them into the student at the end."""
+    on_policy: OnPolicy = OnPolicy()
+    """Rounds of the student's own samples."""
     report_to: list[str] = []
     """Trackers to log the run to (tensorboard, wandb, mlflow, dvclive, ...); each must be installed."""
 
@@ -137,7 +144,7 @@ class Distill(Section):
                 "best keeps one of the checkpoints, so every evaluation needs one: set save_every "
                 f"({self.save_every}) to evaluate_every ({self.evaluate_every})"
             )
-        if self.best == "kd" and self.objective in TOKEN_OBJECTIVES:
+        if self.best == "kd" and self.objective in (*TOKEN_OBJECTIVES, "opd"):
             raise ValueError(f"objective {self.objective} has no term kd: set best to loss or nll")
         if self.reward == "scratch" and self.lam > self.kl_weight:
             raise ValueError(
@@ -146,10 +153,64 @@ class Distill(Section):
             )
         return self
 
+    @property
+    def divergence(self) -> str:
+        """The name of the divergence that the objective is made of; its own where it is none."""
+        return {"gkd": "jsd"}.get(self.objective, self.objective)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the loss reads the teacher's kept tokens."""
+        dense = self.on_policy.on and self.on_policy.scores == "dense"
+        return not dense and self.objective not in (*TOKEN_OBJECTIVES, "opd")
+
+    @property
+    def rounds(self) -> OnPolicy | None:
+        """How the student's own samples are learned from, with nothing left to choose; None where they are not."""
+        settings, of_gkd = self.on_policy, self.objective == "gkd"
+        every = 1 if of_gkd and not settings.on else settings.every
+        scores = ("live" if of_gkd else "store") if settings.scores == "auto" else settings.scores
+        share = (0.5 if of_gkd else 1.0) if settings.share == "auto" else settings.share
+        chosen = settings.model_copy(update={"every": every, "scores": scores, "share": share})
+        return chosen if chosen.on else None
+
+    @model_validator(mode="after")
+    def _student_samples_fit(self):
+        rounds, name = self.rounds, self.objective
+        if name == "opd" and (rounds is None or (rounds.share, rounds.temperature) != (1, 1)):
+            raise ValueError(
+                "objective opd is a policy gradient on the student's own samples, drawn at temperature 1: set "
+                "on_policy.refreshes or on_policy.every, on_policy.share: 1 and on_policy.temperature: 1"
+            )
+        if rounds is None:
+            return self
+        if name in TOKEN_OBJECTIVES or self.nll_weight:
+            what = "nll_weight" if self.nll_weight else f"objective {name}"
+            raise ValueError(
+                f"{what} is the likelihood of given tokens, and with on_policy they would be the student's own, which "
+                "teaches it nothing: choose a divergence without nll_weight, or turn on_policy off"
+            )
+        if self.reward in ("joint", "scratch"):
+            raise ValueError(
+                f"reward: {self.reward} fits the reward while the student trains, and on the student's own samples it "
+                "would explain the student and not the teacher: use reward: frozen (or none) with on_policy"
+            )
+        if self.window > 1:
+            raise ValueError("window sorts batches of the cache by length, and on_policy mixes its own: set window: 1")
+        if rounds.refreshes > self.optimisation.steps:
+            raise ValueError(
+                f"on_policy.refreshes ({rounds.refreshes}) are more than the training has steps "
+                f"({self.optimisation.steps})"
+            )
+        if rounds.scores == "dense" and name == "opd":
+            raise ValueError("objective opd needs no more than the teacher's word on the sample: use scores: live")
+        return self
+
     @model_validator(mode="after")
     def _draws_the_student_to_the_teacher(self):
-        name = "jsd with beta: 1" if self.objective == "jsd" and self.beta == 1 else self.objective
-        reverse = name in ("rkl", "jsd with beta: 1")
+        mixed = self.divergence == "jsd" and self.beta == 1
+        name = f"{self.objective} with beta: 1" if mixed else self.objective
+        reverse = mixed or name == "rkl"
         if self.tail == "teacher_renorm" and reverse:
             raise ValueError(
                 f"objective {name} is infinite with tail: teacher_renorm, where the teacher has no mass outside its "

@@ -14,7 +14,8 @@ from pipeline.store.schema import SCHEMAS, with_support
 
 MANIFEST = "manifest.json"
 WRITE_AGAIN = "run `xkd-pipeline generate` (or `score`, if that wrote it) again"
-_ROWS = r"(train|validation|scored|references|negatives|samples|greedy|sampled)-\d{5}(-[0-9a-f]{12})?\.parquet"
+_PARTS = r"(train|validation|scored|references|negatives|samples|greedy|sampled|(round|heldout)\d{4,})"
+_ROWS = rf"{_PARTS}-\d{{5}}(-[0-9a-f]{{12}})?\.parquet"
 _LEFT_BEHIND = re.compile(rf"({re.escape(MANIFEST)}|{_ROWS})(\.aside)?")
 _STAGED = re.compile(r"\.tmp-[0-9a-f]{32}")
 
@@ -90,7 +91,7 @@ def is_left_behind(path: Path) -> bool:
 def is_named_by_content(path: Path) -> bool:
     """Whether it is a file of rows with its digest in its name, which those of exports and earlier versions lack."""
     name = re.fullmatch(_ROWS, path.name.removesuffix(ASIDE))
-    return bool(name and name[2]) and name[2] == f"-{sha256_file(path)[:12]}"
+    return bool(name and name[3]) and name[3] == f"-{sha256_file(path)[:12]}"
 
 
 def holds_selection(folder: Path) -> bool:

@@ -9,7 +9,7 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -159,20 +159,51 @@ def write_selection(
         "schema_version": schema.SCHEMA_VERSION, "teacher": teacher, "k": k, "support": support,
         "materialized": materialize, "skipped": skipped, "parts": {},
     } | ({} if student is None else {"student": student})  # fmt: skip
+
+    def fill(staged: Path) -> None:
+        for name, part in parts.items():
+            footing = schema.footer(teacher, part.request.describe(), k, support)
+            manifest["parts"][name] = _write_part(staged, name, part, footing, materialize)
+
+    _replace(out, manifest, fill)
+    return manifest
+
+
+def join_selections(out: Path, folders: Sequence[Path]) -> dict:
+    """Write `out` with the parts of several materialised selections of one teacher, and return the manifest.
+
+    Their parts have different names. An earlier selection in `out` is replaced as `write_selection` does.
+    """
+    selections = list(map(Selection, folders))
+    for other in selections[1:]:
+        other.require_same_teacher(selections[0])
+    manifest = {name: value for name, value in selections[0].manifest.items() if name != "sha256"}
+    manifest["skipped"] = sum(each.manifest["skipped"] for each in selections)
+    manifest["parts"] = {name: part for each in selections for name, part in each.parts.items()}
+
+    def fill(staged: Path) -> None:
+        for each in selections:
+            for name in listed_files(each.manifest):
+                shutil.copyfile(each.folder / name, staged / name)
+                sync(staged / name)
+
+    _replace(out, manifest, fill)
+    return manifest
+
+
+def _replace(out: Path, manifest: dict, fill: Callable[[Path], None]) -> None:
+    """Make what `fill` writes into a folder, and the manifest as it is then, the selection in `out`."""
     with writing_to(out), locked(out):  # two runs with one `out` write one after the other
         _remove(path for path in out.iterdir() if is_staged(path))  # first, since it takes the room of a selection
         staged = out / f".tmp-{uuid.uuid4().hex}"
         try:
             with writing_to(staged):
-                for name, part in parts.items():
-                    footing = schema.footer(teacher, part.request.describe(), k, support)
-                    manifest["parts"][name] = _write_part(staged, name, part, footing, materialize)
+                fill(staged)
                 write_json_atomically(staged / MANIFEST, sealed(manifest))
                 with interrupts.deferred():
                     _swap(staged, out, listed_files(manifest))
         finally:
             shutil.rmtree(staged, ignore_errors=True)
-    return manifest
 
 
 def _swap(staged: Path, out: Path, files: Collection[str]) -> None:

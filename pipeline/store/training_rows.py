@@ -163,6 +163,20 @@ class _Stored:
         return Columns(to_table([replace(row, **self.unread) for row in labelled]))
 
 
+def shuffled(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """All row numbers once, int [N]: groups (int [N]) in random order, the rows of POOL of them shuffled together."""
+    members = _members(groups)
+    order = rng.permutation(len(members))
+    pools = (np.concatenate([members[g] for g in order[start : start + POOL]]) for start in range(0, len(order), POOL))
+    return np.concatenate([rng.permutation(pool) for pool in pools])
+
+
+def _members(groups: np.ndarray) -> list[np.ndarray]:
+    """The row numbers of each group."""
+    order = np.argsort(groups, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(groups[order])) + 1) if len(order) else []
+
+
 class BucketedBatches(Sampler[list[int]]):
     """Batches of row numbers for one epoch after the other, of similar length, shuffled by seed and epoch.
 
@@ -178,8 +192,7 @@ class BucketedBatches(Sampler[list[int]]):
         if batch_size % parts:
             raise ValueError(f"{batch_size} rows cannot be handed out in {parts} equal parts")
         self.lengths, self.batch_size, self.seed, self.parts, self.window = lengths, batch_size, seed, parts, window
-        order = np.argsort(groups, kind="stable")
-        self.groups = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1) if len(order) else []
+        self.groups = _members(groups)
         self.epoch = self.start = 0  # start: micro-batches of the epoch to skip
 
     def set_epoch(self, epoch: int) -> None:

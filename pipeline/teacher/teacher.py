@@ -51,18 +51,22 @@ class Teacher:
         stops = models.stop_token_ids(source, tokenizer)
         return cls(source, engine, tokenizer, description, k, stops, context, support, loading)
 
-    def student(self, source: Path, batch_size: int) -> "Teacher":
+    def student(self, source: Path, batch_size: int, engine: str = "hf") -> "Teacher":
         """A student of this teacher, whose samples are wanted with no more than their own log-probabilities.
 
-        It reads the prompts as the teacher does, and ends where the teacher would. Raises UserError where it has
-        another tokenizer.
+        It reads the prompts as the teacher does, and ends where the teacher would. engine: hf, vllm, or ray, which runs
+        copies of hf. Raises UserError where it has another tokenizer, or the engine cannot serve.
         """
         models.require_same_tokenizer(self.description["tokenizer"], models.load_tokenizer(source), source)
         description = models.describe_model(source, "float32")
-        loading = Loading(description["dtype"], 0, rows=self.loading.rows, batch_size=batch_size)
-        context = Context.of(models.load_config(source))
+        config = models.load_config(source)
+        loading = Loading(
+            description["dtype"], 0, replicas=self.loading.replicas, replica_engine="hf", rows=self.loading.rows,
+            batch_size=batch_size,
+        )  # fmt: skip
+        engine, context = choose_engine(engine, config.is_encoder_decoder), Context.of(config)
         return replace(
-            self, source=Path(source), engine="hf", description=description, k=0, context=context, support="topk",
+            self, source=Path(source), engine=engine, description=description, k=0, context=context, support="topk",
             loading=loading, role="student",
         )  # fmt: skip
 

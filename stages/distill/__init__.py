@@ -6,17 +6,22 @@ from pathlib import Path
 
 from pipeline import console
 from pipeline.files import digest
+from pipeline.layout import sibling
 from pipeline.learning.curves import split_history, write_csv
 from pipeline.learning.job import Job
 from pipeline.learning.trainer import run
-from pipeline.models import load_tokenizer, require_own_model, save_model, save_note, stop_token_ids
+from pipeline.models import require_own_model, save_model, save_note
 from pipeline.outputs import begin_results, require_apart, require_can_write, require_own_results
 from pipeline.params import OBSERVING, Distill, Params
 from pipeline.provenance import code_fingerprint, fingerprint
 from pipeline.results import write_results
+from pipeline.store.ownership import require_own_selection
 from stages.distill.inputs import FITTED
-from stages.distill.training import Distillation
+from stages.distill.measures import COSTS
+from stages.distill.rounds import leave_no_rounds
+from stages.distill.training import Distillation, Paths
 
+_ASKING = {"template", "chat", "system", "max_tokens"}  # what a response depends on, beside models and seeds
 _JOB = ("optimisation", "log_every", "evaluate_every", "save_every", "best", "patience", "report_to", "workers")
 LAM_EFF_LEAST, LAM_EFF_MOST = 1e-4, 0.1  # outside of them the TD term does not act, or acts against the loss
 
@@ -31,42 +36,53 @@ def distill(
     runs: Path,
     store: str | Path | None = None,
     scored_path: Path | None = None,
+    prompts_path: Path | None = None,
+    rounds_out: Path | None = None,
 ) -> dict:
     """Distil the model in `student_path` into the folder `out`; returns the closing metrics, also in `metrics_out`.
 
     reward_path: folder of the reward stage, needed for the rewards `frozen`, `shuffled` and `joint`. scored_path: what
-    the stage `score` had scored, with the references that `sft` learns. Raises UserError where tokenizers, vocabularies
-    or residuals do not match.
+    the stage `score` had scored, with the references that `sft` learns. prompts_path: prompts that the student answers
+    in on-policy rounds. rounds_out: folder of the selection of these rounds, by default one beside `out` where there
+    are any; a given one is written in any case. Raises UserError where tokenizers, vocabularies, residuals or teachers
+    do not match.
     """
     settings = params.distill
-    require_apart({"--out": out}, {"--metrics": metrics_out, "--runs": runs / "distill"})
+    if settings.rounds:
+        rounds_out = rounds_out or sibling(out, "rounds")
+    require_apart({"--out": out, "--rounds": rounds_out}, {"--metrics": metrics_out, "--runs": runs / "distill"})
     require_apart({"--metrics": metrics_out}, {"--runs": runs / "distill"})
     require_own_model(out)
+    if rounds_out is not None:
+        require_own_selection(rounds_out, "--rounds")
     require_own_results(metrics_out, "distill", "--metrics")
     require_can_write(runs)
-    paths = {"selection": selection_path, "student": student_path, "reward": reward_path, "scored": scored_path}
-    paths["store"] = store
     seed = params.seed + settings.seed
-    plan = Distillation.open(settings, params.reward, seed, **paths)
-    origins = {"selection": plan.selection.fingerprint, "student": fingerprint(student_path)}
-    origins["scored"] = plan.scored and plan.scored.fingerprint
+    origins = {"student": fingerprint(student_path)}
     origins["reward"] = fingerprint(reward_path) if settings.reward in FITTED else None
-    training = plan.training()
-    job = _job(params, plan, paths, runs, origins)
+    if settings.rounds and prompts_path is not None:
+        origins["prompts"] = fingerprint(prompts_path)
+    store = None if store is None else str(store)
+    paths = Paths(selection_path, student_path, reward_path, scored_path, store, prompts_path, rounds_out)
+    plan = Distillation.open(params, seed, paths)
+    origins |= {"selection": plan.selection.fingerprint, "scored": plan.scored and plan.scored.fingerprint}
+    job = _job(plan, runs, origins)
+    training = plan.training(job.run)
     trained = run(job, training)
-    student = training.learner.student if plan.adapted is None else plan.adapted.merge_and_unload()
+    rounds = plan.rounds.finish() if plan.rounds else []
+    if rounds_out is not None and not plan.rounds:
+        leave_no_rounds(rounds_out)
+    student = plan.student.whole()
 
     begin_results(metrics_out, "distill", "--metrics")
     metrics = _write_curves(settings, trained.history, plan.inputs.scale, metrics_out)
     metrics |= {"objective": plan.name, "samples": len(plan.rows["train"]), "parameters": student.num_parameters()}
+    cost = {"seconds_to_first_step": trained.seconds_to_first_step} | _cost_of(rounds)
     write_results(
-        metrics_out / "results.json", "distill", metrics, {"seconds_to_first_step": trained.seconds_to_first_step},
+        metrics_out / "results.json", "distill", metrics | {"rounds": rounds}, cost,
         seed=params.seed, parameters=settings.model_dump(), teacher=plan.selection.teacher["identity"], **origins,
     )  # fmt: skip
-    drawn = plan.selection.parts.get("train", {}).get("request", {}).get("sampling")  # absent of given responses
-    tokenizer = load_tokenizer(student_path)
-    stops = tuple(drawn["stop_token_ids"]) if drawn else stop_token_ids(student_path, tokenizer)
-    save_model(out, student, tokenizer, _card(plan, metrics, origins["student"]), stops)
+    save_model(out, student, plan.student.tokenizer, _card(plan, metrics, origins["student"]), plan.stops)
     shutil.rmtree(job.run, ignore_errors=True)
     facts = [("cached responses", f"{metrics['samples']:,}")]
     facts += [(name, f"{value:.4g}") for name, value in metrics.items() if isinstance(value, float)]
@@ -75,28 +91,39 @@ def distill(
     return metrics
 
 
-def _job(params: Params, plan: Distillation, paths: dict[str, object], runs: Path, origins: dict) -> Job:
+def _job(plan: Distillation, runs: Path, origins: dict) -> Job:
     """The training; its checkpoints are resumed by a run of the same inputs and the same code alone."""
-    settings = params.distill
+    params, settings = plan.params, plan.settings
     form = params.reward.model_dump(include={"head", "encoder", "sigma_min"})
     of = [params.seed, settings.model_dump(exclude=OBSERVING), form]
     of += [code_fingerprint("stages.distill.training"), origins]
-    inputs = {"params": params.model_dump(include={"distill", "reward"}), "seed": plan.seed}
+    if plan.answering:
+        teacher = plan.answering.teacher
+        of += [params.model_dump(include=_ASKING), teacher.identity, teacher.k, teacher.support]
+    folder = runs / "distill" / digest(of)[:16]
     return Job(
         what=f"distilling ({plan.name})",
         make="stages.distill.training:training",
-        inputs=inputs | {name: None if path is None else str(path) for name, path in paths.items()},
-        run=runs / "distill" / digest(of)[:16],
+        inputs={"params": params.model_dump(), "seed": plan.seed, "run": str(folder)} | plan.paths.as_texts(),
+        run=folder,
         seed=plan.seed,
         **{name: getattr(settings, name) for name in _JOB},
     )
 
 
-def leave_out(out: Path, metrics_out: Path) -> None:
-    """Leave a note in the place of the plain student, where distill.plain is false."""
+def leave_out(out: Path, metrics_out: Path, rounds_out: Path | None) -> None:
+    """Leave a note in the place of the plain student, and no rounds, where distill.plain is false."""
     begin_results(metrics_out, "distill", "--metrics")
     save_note(out, "No plain student was trained: distill.plain is false.")
+    if rounds_out is not None:
+        require_own_selection(rounds_out, "--rounds")
+        leave_no_rounds(rounds_out)
     console.say(f"no plain student is trained (distill.plain is false); {out} says so")
+
+
+def _cost_of(rounds: list[dict]) -> dict[str, float]:
+    """What the rounds found and took together."""
+    return {name: sum(each[name] for each in rounds) for name in COSTS} if rounds else {}
 
 
 def _write_curves(settings: Distill, history: list[dict], scale: float, out: Path) -> dict:

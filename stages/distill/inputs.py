@@ -1,15 +1,16 @@
 """The reward as distillation reads it: fitted, trained further, new, or a control that knows nothing."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from pipeline.errors import UserError, in_one_line
+from pipeline.errors import UserError
 from pipeline.learning.consistency import GivenReward, JointReward, ScratchReward, ZeroReward
 from pipeline.learning.posterior import RewardPosterior, load_posterior, read_description, require_same_residual
 from pipeline.learning.residuals import Scaled
+from pipeline.learning.rewards import read_rewards
 from pipeline.models import load_lm
 from pipeline.params import Distill, Reward
 from pipeline.store.selection import Selection
@@ -65,21 +66,15 @@ def reward_inputs(
     scaled = Scaled(settings.td, settings.residual, description["c"], description["offset"])
     if settings.reward == "joint":
         return RewardInputs(None, scaled, description["phi_kl"])
-    extras = _read_rewards(folder, rows)
+    extras = _rewards_of(folder, rows)
     if settings.reward == "shuffled":
         extras = shuffled(extras, rows, seed)
     return RewardInputs(extras, scaled)
 
 
-def _read_rewards(folder: Path, rows: dict[str, TeacherRows]) -> dict[str, dict[str, np.ndarray]]:
+def _rewards_of(folder: Path, rows: dict[str, TeacherRows]) -> dict[str, dict[str, np.ndarray]]:
     """mu and log sigma by key. Raises UserError where a row has none."""
-    with in_one_line(f"{folder / 'rewards.parquet'} holds no rewards"):
-        table = pq.read_table(folder / "rewards.parquet")
-        keys, *values = (table.column(name).to_pylist() for name in ("key", "mu", "log_sigma"))
-    extras = {
-        name: dict(zip(keys, (np.asarray(v, np.float32) for v in column), strict=True))
-        for name, column in zip(("mu", "log_sigma"), values, strict=True)
-    }
+    extras = read_rewards(folder)
     unknown = [
         key
         for part in rows.values()
@@ -97,18 +92,27 @@ def _read_rewards(folder: Path, rows: dict[str, TeacherRows]) -> dict[str, dict[
 def shuffled(
     rewards: dict[str, dict[str, np.ndarray]], rows: dict[str, TeacherRows], seed: int
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Rewards permuted among the samples of each part: each sample gets another one's, from its first token on.
+    """Rewards `permuted` among the samples of each part."""
+    parts = [
+        permuted(rewards, dict(zip(samples.keys, samples.response_tokens, strict=True)), seed, part)
+        for part, samples in rows.items()
+    ]
+    return {name: {key: values for part in parts for key, values in part[name].items()} for name in rewards}
 
-    A shorter sequence of rewards is repeated, a longer one cut. Raises UserError where there is no other sample.
+
+def permuted(
+    rewards: Mapping[str, Mapping[str, np.ndarray]], lengths: Mapping[str, int], seed: int, what: str
+) -> dict[str, dict[str, np.ndarray]]:
+    """Rewards permuted among samples: each gets another one's, from its first token on.
+
+    lengths: tokens of each sample, by key. A shorter sequence of rewards is repeated, a longer one cut. Raises
+    UserError where there is no other sample; `what` holds them.
     """
-    permuted: dict[str, dict[str, np.ndarray]] = {name: {} for name in rewards}
-    for part, samples in rows.items():
-        count = len(samples.keys)
-        if count < 2:
-            raise UserError(f"distill.reward: shuffled needs two samples or more, and {part} holds {count}")
-        order = np.random.default_rng(seed).permutation(count)
-        for own, other in zip(order, np.roll(order, 1), strict=True):
-            for name, by_key in rewards.items():
-                values = by_key[samples.keys[other]]
-                permuted[name][samples.keys[own]] = np.resize(values, samples.response_tokens[own])
-    return permuted
+    keys = list(lengths)
+    if len(keys) < 2:
+        raise UserError(f"distill.reward: shuffled needs two samples or more, and {what} holds {len(keys)}")
+    order = np.random.default_rng(seed).permutation(len(keys))
+    pairs = [(keys[own], keys[other]) for own, other in zip(order, np.roll(order, 1), strict=True)]
+    return {
+        name: {own: np.resize(by_key[other], lengths[own]) for own, other in pairs} for name, by_key in rewards.items()
+    }

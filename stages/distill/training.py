@@ -1,69 +1,102 @@
 """What a distillation is made of: the cached rows that it learns, the student, and the terms of its loss."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.learning.batches import collate
+from pipeline.learning.closeness import load_teacher
 from pipeline.learning.consistency import Consistency
+from pipeline.learning.dense import DenseDivergence
 from pipeline.learning.divergence import Divergence
 from pipeline.learning.dropout import set_dropout
 from pipeline.learning.forward import require_plain_head
 from pipeline.learning.job import Training
 from pipeline.learning.learner import StudentLearner
+from pipeline.learning.policy_gradient import PolicyGradient
+from pipeline.learning.rounds import RoundLoader, RoundRows, schedule
 from pipeline.learning.terms import Likelihood, Term
 from pipeline.learning.trainer import seed_everything
-from pipeline.models import load_lm, load_tokenizer, require_context, require_same_tokenizer
+from pipeline.models import load_lm, load_tokenizer, require_context, require_same_tokenizer, stop_token_ids
 from pipeline.objectives.divergences import MIXTURES, label
-from pipeline.params import TOKEN_OBJECTIVES, Distill, Lora, Params, Reward
+from pipeline.params import TOKEN_OBJECTIVES, Distill, Lora, Params
+from pipeline.store.requests import open_store
 from pipeline.store.selection import Selection
 from pipeline.store.training_rows import RowLoader, TeacherRows
+from stages.distill.answering import Answering
+from stages.distill.extras import SampleExtras
 from stages.distill.inputs import RewardInputs, reward_inputs
+from stages.distill.live import LiveRounds
+from stages.distill.rounds import StoredRounds
+from stages.distill.student import TrainedStudent
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What a distillation reads and, for on-policy rounds, writes."""
+
+    selection: Path
+    student: Path  # its starting point
+    reward: Path | None = None
+    scored: Path | None = None  # with the references, for sft
+    store: str | None = None
+    prompts: Path | None = None  # of which the student answers some in on-policy rounds
+    rounds: Path | None = None  # selection of these rounds
+
+    def as_texts(self) -> dict[str, str | None]:
+        """As a job holds them."""
+        return {name: None if value is None else str(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def of(cls, **paths: str | Path | None) -> "Paths":
+        """From texts, as a job holds them."""
+        store = paths.pop("store", None)
+        return cls(**{name: path and Path(path) for name, path in paths.items()}, store=store and str(store))
 
 
 @dataclass
 class Distillation:
     """What a student is distilled from."""
 
-    settings: Distill
-    form: Reward  # of a posterior that is new
+    params: Params
     seed: int
+    paths: Paths
     selection: Selection
     scored: Selection | None  # with the references, for sft
-    student_path: Path
-    reward_path: Path | None
     rows: dict[str, TeacherRows]  # train, and validation where there are held-out responses
     inputs: RewardInputs
-    adapted: object = field(default=None, init=False)  # the PEFT model around the student, where it gets adapters
+    answering: Answering | None  # None without on-policy rounds
+    student: TrainedStudent = field(default=None, init=False)
+    rounds: StoredRounds | LiveRounds | None = field(default=None, init=False)
 
     @classmethod
-    def open(
-        cls,
-        settings: Distill,
-        form: Reward,
-        seed: int,
-        selection: Path,
-        student: Path,
-        reward: Path | None = None,
-        scored: Path | None = None,
-        store: str | None = None,
-    ) -> "Distillation":
-        """Paths as of `distill`. Raises UserError where tokenizers, vocabularies, residuals or tokens do not match."""
-        opened = Selection(selection, store)
-        name, on_tokens = name_of(settings, opened.support == "sampled"), settings.objective in TOKEN_OBJECTIVES
-        if not on_tokens or settings.reward != "none":
+    def open(cls, params: Params, seed: int, paths: Paths) -> "Distillation":
+        """Raises UserError where tokenizers, vocabularies, residuals, tokens or teachers do not match."""
+        settings, opened = params.distill, Selection(paths.selection, paths.store)
+        name = name_of(settings, opened.support == "sampled")
+        if settings.objective not in TOKEN_OBJECTIVES or settings.reward != "none":
             opened.require_teacher(name)
-        if not on_tokens:
+        if settings.reads_tokens:
             require_tokens(settings, opened, opened.support == "sampled")
-        require_same_tokenizer(opened.teacher["tokenizer"], load_tokenizer(student), student)
-        references = _opened_scored(opened, scored, store) if settings.objective == "sft" else None
+        require_same_tokenizer(opened.teacher["tokenizer"], load_tokenizer(paths.student), paths.student)
+        references = _opened_scored(opened, paths.scored, paths.store) if settings.objective == "sft" else None
         rows = _rows(settings, opened, references)
         if settings.best and "validation" not in rows:
-            raise UserError(f"distill.best needs held-out responses, and {selection} has no part validation")
-        inputs = reward_inputs(settings, opened, rows, reward, seed)
-        return cls(settings, form, seed, opened, references, student, reward, rows, inputs)
+            raise UserError(f"distill.best needs held-out responses, and {paths.selection} has no part validation")
+        inputs = reward_inputs(settings, opened, rows, paths.reward, seed)
+        answering = None
+        if chosen := settings.rounds:
+            if paths.prompts is None:
+                raise UserError("distill.on_policy: the student answers prompts anew: pass --prompts")
+            rounds = schedule(settings.optimisation.steps, chosen.refreshes, chosen.every)
+            answering = Answering.of(params, paths.prompts, opened.teacher, rounds)
+        return cls(params, seed, paths, opened, references, rows, inputs, answering)
+
+    @property
+    def settings(self) -> Distill:
+        return self.params.distill
 
     @property
     def sampled(self) -> bool:
@@ -73,45 +106,82 @@ class Distillation:
     def name(self) -> str:
         return name_of(self.settings, self.sampled)
 
-    def training(self) -> Training:
-        """The student, with the adapters if it gets any, and its rows. Raises UserError where it cannot say them."""
-        settings = self.settings
+    def training(self, run: Path) -> Training:
+        """The student, with the adapters if it gets any, and its rows. Raises UserError where it cannot say them.
+
+        run: the run folder, where rounds are kept for a killed run.
+        """
+        settings, start = self.settings, self.paths.student
         seed_everything(self.seed)
-        student = load_lm(self.student_path).train()
-        require_plain_head(student, f"the student {self.student_path}")
+        student = load_lm(start).train()
+        require_plain_head(student, f"the student {start}")
         set_dropout(student, settings.dropout)
-        self.adapted = _with_adapters(student, settings.lora) if settings.lora.rank else None
-        _require_vocabulary(student.config.get_text_config().vocab_size, self.rows, self.student_path)
+        adapted = _with_adapters(student, settings.lora) if settings.lora.rank else None
+        self.student = TrainedStudent(student, adapted, load_tokenizer(start), self.stops)
+        _require_vocabulary(student.config.get_text_config().vocab_size, self.rows, start)
+        if self.answering:
+            self.rounds = self._rounds(run / "rounds")
         terms = list(self._terms())
         parts = self.rows.values()
         lengths = (pair for part in parts for pair in zip(part.prompt_tokens, part.response_tokens, strict=True))
-        require_context(student.config, lengths, f"the student {self.student_path}")
-        topk = settings.objective not in TOKEN_OBJECTIVES
+        require_context(student.config, lengths, f"the student {start}")
+        rows, loader = self.rows["train"], partial(RowLoader, window=settings.window)
+        if self.rounds:
+            rows, loader = self._round_rows(), RoundLoader
         return Training(
             StudentLearner(student, terms, self.inputs.residuals, settings.chunk),
-            self.rows["train"],
+            rows,
             self.rows.get("validation", ()),
-            partial(collate, topk=topk, extras=self.inputs.extras),
-            partial(RowLoader, window=settings.window),
+            partial(collate, topk=settings.reads_tokens, extras=self.inputs.extras),
+            loader,
         )
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Ids of the tokens that end the student's responses, as they end those that it learns from."""
+        drawn = self.selection.parts.get("train", {}).get("request", {}).get("sampling")  # absent of given responses
+        if drawn:
+            return tuple(drawn["stop_token_ids"])
+        return stop_token_ids(self.paths.student, load_tokenizer(self.paths.student))
+
+    def _rounds(self, folder: Path) -> StoredRounds | LiveRounds:
+        settings, chosen = self.settings, self.answering.settings
+        fitted = self.paths.reward / settings.td if settings.reward in ("frozen", "shuffled") else None
+        extras = SampleExtras(settings, fitted, self.paths.student, self.seed)
+        held_out = TeacherRows(self.selection, "validation", text=False) if "validation" in self.selection.parts else ()
+        teachers = [held_out[number] for number in range(min(chosen.validation, len(held_out)))]
+        if chosen.scores == "store":
+            storage, topk = open_store(self.paths.store), settings.reads_tokens
+            places = storage, folder, self.paths.rounds
+            return StoredRounds(self.answering, *places, self.student, teachers, topk, extras)
+        teacher = load_teacher(self.params.generate, self.selection.teacher)
+        return LiveRounds(self.answering, folder, self.paths.rounds, self.student, teacher, teachers, extras)
+
+    def _round_rows(self) -> RoundRows:
+        chosen, size = self.answering.settings, self.settings.optimisation.batch_size
+        return RoundRows(
+            self.answering.schedule, self.rounds.own, self.rows["train"], size, chosen.share, chosen.replay, self.seed,
+            self.inputs.extras or {},
+        )  # fmt: skip
 
     def _terms(self) -> Iterable[Term]:
         settings, on_tokens = self.settings, self.settings.objective in TOKEN_OBJECTIVES
         yield Likelihood(settings.nll_weight + (1 if on_tokens else 0))
-        if not on_tokens:
+        if settings.objective == "opd":
+            yield PolicyGradient("opd", settings.clip)
+        elif self.answering and self.answering.settings.scores == "dense":
+            yield DenseDivergence(settings.divergence, mixture_of(settings), self.rounds.teacher)
+        elif not on_tokens:
             tail = _usual_tail(self.sampled) if settings.tail == "auto" else settings.tail
-            yield Divergence(settings.objective, mixture_of(settings), tail)
+            yield Divergence(settings.divergence, mixture_of(settings), tail)
         if settings.reward != "none":
-            reward = self.inputs.reward(settings, self.form, self.student_path, self.reward_path)
+            reward = self.inputs.reward(settings, self.params.reward, self.paths.student, self.paths.reward)
             yield Consistency(reward, settings.lam)
 
 
-def training(params: dict, seed: int, **paths: str | None) -> Training:
+def training(params: dict, seed: int, run: str, **paths: str | None) -> Training:
     """`Distillation.training` of what a job holds."""
-    loaded = Params.model_validate(params)
-    return Distillation.open(
-        loaded.distill, loaded.reward, seed, **{name: path and Path(path) for name, path in paths.items()}
-    ).training()
+    return Distillation.open(Params.model_validate(params), seed, Paths.of(**paths)).training(Path(run))
 
 
 def _with_adapters(student, lora: Lora):
@@ -130,11 +200,14 @@ def _with_adapters(student, lora: Lora):
 
 def name_of(settings: Distill, sampled: bool) -> str:
     """The objective as the tables call it: `fkl`, `x-fkl (frozen)`, `jsd(0.5) + 0.5 nll`; a tail that is not auto's."""
-    name = label(settings.objective, mixture_of(settings))
+    name = label(settings.divergence, mixture_of(settings)).replace(settings.divergence, settings.objective)
     usual = settings.tail in ("auto", _usual_tail(sampled))
-    name += "" if usual or settings.objective in TOKEN_OBJECTIVES else f" {settings.tail}"
+    name += f" {settings.tail}" if settings.reads_tokens and not usual else ""
     name += f" + {settings.nll_weight:g} nll" if settings.nll_weight else ""
-    return name if settings.reward == "none" else f"x-{name} ({settings.reward})"
+    name = name if settings.reward == "none" else f"x-{name} ({settings.reward})"
+    chosen = settings.on_policy
+    rhythm = f", {chosen.refreshes} refreshes" if chosen.refreshes else f", refreshed every {chosen.every} steps"
+    return name + (rhythm if chosen.on else "")
 
 
 def _usual_tail(sampled: bool) -> str:
@@ -159,7 +232,7 @@ def require_tokens(settings: Distill, selection: Selection, sampled: bool) -> No
 
 def mixture_of(settings: Distill) -> float:
     """The weight of the objective's mixture; 0 where it has none."""
-    name = MIXTURES.get(settings.objective)
+    name = MIXTURES.get(settings.divergence)
     return getattr(settings, name) if name else 0.0
 
 
@@ -176,7 +249,7 @@ def _opened_scored(selection: Selection, path: Path | None, store: str | Path | 
 
 def _rows(settings: Distill, selection: Selection, scored: Selection | None) -> dict[str, TeacherRows]:
     """The responses to learn and to validate on: the teacher's samples, or the references that were scored."""
-    topk = settings.objective not in TOKEN_OBJECTIVES
+    topk = settings.reads_tokens
     if scored is None:
         parts = [name for name in ("train", "validation") if name in selection.parts]
         rows = {name: TeacherRows(selection, name, topk, text=False) for name in parts}

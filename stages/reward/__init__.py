@@ -1,18 +1,14 @@
 """Fit the reward that explains the teacher: AVRIL on its cached responses, and an audit of what came out."""
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline import console
 from pipeline.errors import UserError
 from pipeline.files import digest
 from pipeline.learning.curves import write_csv
-from pipeline.learning.forward import per_row
-from pipeline.learning.posterior import RewardPosterior, save_posterior
+from pipeline.learning.posterior import save_posterior
+from pipeline.learning.rewards import write_rewards
 from pipeline.outputs import (
     begin_results,
     replacing,
@@ -25,7 +21,6 @@ from pipeline.params import Params
 from pipeline.prompts import read_prompts
 from pipeline.provenance import code_fingerprint, fingerprint
 from pipeline.results import write_results
-from pipeline.store.schema import Row
 from pipeline.tasks import get_task
 from pipeline.tasks.intervals import say_interval
 from stages.reward import rankings
@@ -76,7 +71,7 @@ def reward(
         for td, fit in fits.items():
             save_posterior(made / td, fit.posterior, fit.description | {"teacher": teacher})
             read = [row for name, part in rows.items() if name not in ("negatives", "samples") for row in part]
-            _write_rewards(made / td / "rewards.parquet", read, fit.posterior)
+            write_rewards(made / td, read, fit.posterior)
             write_csv(audit_out / f"{td}.csv", fit.curve)
     if audited:
         ranked = rankings.rows_of(audited)
@@ -133,15 +128,6 @@ def _soft(
 def _judges(by_kind: dict[str, rankings.Ranking], fits: dict[str, Fitted]) -> dict[str, rankings.Judge]:
     ranked = rankings.rows_of(by_kind)
     return {name: rankings.reward_judge(ranked, fit.posterior) for name, fit in fits.items()}
-
-
-def _write_rewards(path: Path, rows: Sequence[Row], posterior: RewardPosterior) -> None:
-    """mu and log sigma of every cached token, once: distillation and the report read them, without the encoder."""
-    values = zip(rows, per_row(rows, posterior, posterior.device), strict=True)
-    values = {row.key: each for row, each in values}
-    schema = pa.schema({"key": pa.string(), "mu": pa.list_(pa.float32()), "log_sigma": pa.list_(pa.float32())})
-    columns = [list(values), [mu for mu, _ in values.values()], [log_sigma for _, log_sigma in values.values()]]
-    pq.write_table(pa.table(columns, schema=schema), path, compression="zstd")
 
 
 def _report(metrics: dict, out: Path, audit_out: Path) -> None:

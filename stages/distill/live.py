@@ -1,0 +1,197 @@
+"""Rounds with the teacher in memory: GKD as it is published, where the student is asked anew at every step.
+
+Samples and rows are those of `scores: store`, bit by bit, but nothing is stored: what was not in a checkpoint yet is
+asked again after a kill. With `scores: dense` the teacher runs in the loss, and a row is tokens alone.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pipeline import console
+from pipeline.engines.base import Answer, Ask, Failure
+from pipeline.engines.hf import HfEngine
+from pipeline.errors import UserError
+from pipeline.files import read_json, write_atomically, write_json_atomically
+from pipeline.learning.closeness import LogitSource
+from pipeline.learning.rounds import OwnSamples, Round
+from pipeline.store.schema import Columns, Row, footer, value_fault, write_row_groups
+from pipeline.store.selection import write_selection
+from pipeline.teacher.items import Item, ReadPrompt, to_score
+from pipeline.teacher.teacher import scoring_request
+from stages.distill.answering import Answering, Draw
+from stages.distill.extras import SampleExtras
+from stages.distill.measures import evaluating, measured, say
+from stages.distill.student import TrainedStudent
+
+_MORE = [pa.field("old", pa.list_(pa.float32())), pa.field("samples", pa.int32())]
+
+
+@dataclass
+class LiveRounds:
+    """Makes the rounds of one training."""
+
+    answering: Answering
+    folder: Path  # in the run folder: the rounds of several steps, for a killed run, and all measures
+    out: Path  # of the selection of all rounds, which holds none
+    student: TrainedStudent
+    teacher: LogitSource
+    teachers: Sequence[Row]  # its held-out samples
+    extras: SampleExtras
+    spent: dict[str, float] = field(default_factory=dict)  # since the last measures
+
+    @property
+    def _dense(self) -> bool:
+        return self.answering.settings.scores == "dense"
+
+    def own(self, round_: Round) -> OwnSamples:
+        """A round's samples, by the student as it is, or as a killed run kept them."""
+        with torch.random.fork_rng():  # what is made here does not show in dropout
+            if self._is_due(round_):
+                self._measure(round_.number, round_.start)
+            samples = self._kept(round_) or self._make(round_)
+            rows = [row for row, _, _ in samples]
+            extras = self.extras.of(rows, {row.key: old for row, old, _ in samples}, self.extras.rewards_of(rows))
+        places = np.repeat(np.arange(len(rows)), [count for _, _, count in samples])
+        return OwnSamples(rows, places, np.zeros(len(places), int), extras)
+
+    def _make(self, round_: Round) -> list[tuple[Row, np.ndarray, int]]:
+        samples = self._scored(self._drawn(self.answering.draws(self.answering.teacher, round_.number)[0]))
+        if not samples:
+            raise UserError(f"round {round_.number + 1}: no sample of the student could be scored by the teacher")
+        if round_.stop - round_.start > 1:
+            rows = [SimpleNamespace(**vars(row), old=old, samples=count) for row, old, count in samples]
+            self._write(self._rows_file(round_), rows)
+        return samples
+
+    def _drawn(self, draw: Draw) -> list[tuple[Item, Answer]]:
+        """What the student says, as responses to be scored."""
+        engine, asks = HfEngine(self.student.model, self.answering.settings.batch_size), [i.ask() for i in draw.items]
+        begun = time.monotonic()
+        with evaluating(self.student.model):
+            answers = dict(_whole(engine.sample(asks, draw.request.sampling, 0), "student"))
+        self._spend(seconds_drawing=time.monotonic() - begun, samples_drawn=len(answers))
+        return [
+            (
+                to_score(
+                    item.part, ReadPrompt(item.prompt, item.text, item.prompt_ids), item.sample, "student",
+                    answers[item.key].response_ids,
+                ),
+                answers[item.key],
+            )
+            for item in draw.items if item.key in answers
+        ]  # fmt: skip
+
+    def _scored(self, said: Sequence[tuple[Item, Answer]], sparse: bool = False) -> list[tuple[Row, np.ndarray, int]]:
+        """Distinct rows, each with the student's log-probabilities and how often it was drawn.
+
+        sparse: with the teacher's kept tokens, also for the dense loss.
+        """
+        teacher, distinct, counts = self.answering.teacher, {}, {}
+        for item, answer in said:
+            distinct.setdefault(item.key, (item, answer))
+            counts[item.key] = counts.get(item.key, 0) + 1
+        if self._dense and not sparse:
+            bare = {
+                key: replace(Row.bare(i.prompt_ids, i.response_ids, a.finish), key=key, origin="student")
+                for key, (i, a) in distinct.items()
+            }
+            return [(row, distinct[key][1].logprobs, counts[key]) for key, row in bare.items()]
+        engine = HfEngine(self.teacher.model, teacher.loading.batch_size, teacher.loading.vocabulary)
+        asks = [Ask(key, item.prompt_ids, response_ids=item.response_ids) for key, (item, _) in distinct.items()]
+        begun = time.monotonic()
+        words = dict(_whole(engine.score(asks, teacher.k, teacher.stops, support=teacher.support), "teacher"))
+        tokens = sum(len(ask.response_ids) for ask in asks)
+        self._spend(seconds_scoring=time.monotonic() - begun, rows_scored=len(words), tokens_scored=tokens)
+        return [
+            (_row(item, words[key]), answer.logprobs, counts[key])
+            for key, (item, answer) in distinct.items()
+            if key in words
+        ]
+
+    def _spend(self, **amounts: float) -> None:
+        for name, amount in amounts.items():
+            self.spent[name] = self.spent.get(name, 0) + amount
+
+    def _rows_file(self, round_: Round) -> Path:
+        return self.folder / f"{round_.number:04d}.parquet"
+
+    def _write(self, path: Path, rows: Sequence[SimpleNamespace]) -> None:
+        teacher, request = self.answering.teacher, scoring_request(self.answering.params, self.answering.teacher)
+        about = footer(teacher.description, request.describe(), rows[0].topk_ids.shape[1], teacher.support)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path.parent, lambda file: write_row_groups(file, [rows], about, _MORE), path.name)
+
+    def _kept(self, round_: Round) -> list[tuple[Row, np.ndarray, int]]:
+        """What a killed run wrote of a round; nothing of a round of one step."""
+        if not (path := self._rows_file(round_)).is_file():
+            return []
+        columns = Columns(pq.read_table(path))
+        values = [columns.values(number) for number in range(len(columns))]
+        more = [(each.pop("old"), each.pop("samples")) for each in values]
+        return [(Row(**each), *pair) for each, pair in zip(values, more, strict=True)]
+
+    def _is_due(self, round_: Round) -> bool:
+        """Whether the student is to be measured: at its start, and no more often than its held-out loss is."""
+        if not self.answering.held_out or self._measures_file(round_.number).is_file():
+            return False
+        earlier = [read_json(path)["step"] for path in self.folder.glob("measures-*.json")]
+        return round_.start >= max(earlier, default=-(10**9)) + self.answering.params.distill.evaluate_every
+
+    def _measures_file(self, number: int) -> Path:
+        return self.folder / f"measures-{number:06d}.json"
+
+    def _measure(self, number: int, step: int) -> None:
+        spent, self.spent = self.spent, {}
+        _, held_out, greedy = self.answering.draws(self.answering.teacher, number)
+        decode = self.answering.teacher.tokenizer.decode
+        texts = {i.prompt.id: decode(a.response_ids, skip_special_tokens=True) for i, a in self._drawn(greedy)}
+        own = [
+            (replace(row, response=decode(row.response_ids, skip_special_tokens=True)), old)
+            for row, old, _ in self._scored(self._drawn(held_out), sparse=True)
+        ]
+        measures = measured(self.answering, self.student.model, self.teachers, own, texts)
+        found = {"round": number, "step": step, "samples_found": 0, "rows_found": 0} | {
+            name: spent.get(name, 0) + self.spent.get(name, 0)
+            for name in ("samples_drawn", "rows_scored", "tokens_scored", "seconds_drawing", "seconds_scoring")
+        }
+        self.spent = {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json_atomically(self._measures_file(number), found | measures)
+        say(found, measures)
+
+    def finish(self) -> list[dict]:
+        """Measure the student as it is at the end, and write a selection without rows; returns all measures."""
+        last = self.answering.schedule[-1]
+        if self.answering.held_out and not self._measures_file(last.number + 1).is_file():
+            self._measure(last.number + 1, last.stop)
+        teacher = self.answering.teacher
+        write_selection(self.out, {}, teacher.description, teacher.k, 0, True, support=teacher.support)
+        return [read_json(path) for path in sorted(self.folder.glob("measures-*.json"))]
+
+
+def _whole(answers, who: str):
+    """Key and answer of what could be made; the others are named."""
+    for answer in answers:
+        reason = answer.reason if isinstance(answer, Failure) else value_fault(answer)
+        if reason:
+            console.warn(f"a sample is left out by the {who}: {reason}")
+        else:
+            yield answer.key, answer
+
+
+def _row(item: Item, answer: Answer) -> Row:
+    """A row as a shard has it."""
+    return Row(
+        key=item.key, origin="student", prompt_id=item.prompt.id, sample=item.sample, prompt=None, response=None,
+        prompt_ids=item.prompt_ids, response_ids=answer.response_ids, finish=answer.finish, logprobs=answer.logprobs,
+        topk_ids=answer.topk_ids, topk_logprobs=answer.topk_logprobs.astype(np.float16), lse=answer.lse,
+        tau=answer.tau, tail=answer.tail,
+    )  # fmt: skip
