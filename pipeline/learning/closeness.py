@@ -21,6 +21,7 @@ from pipeline.models import best_device, describe_model, load_lm, require_contex
 from pipeline.objectives.divergences import forward_kl, reverse_kl
 from pipeline.objectives.head import chunk_rows
 from pipeline.objectives.logprobs import at_least_float32
+from pipeline.objectives.outcomes import shared
 from pipeline.objectives.sparse import sparse_divergence
 from pipeline.params import Generate
 from pipeline.store.schema import Row
@@ -62,15 +63,14 @@ def both_kls(teacher: LogitSource, model: LogitSource, batch: dict[str, Tensor],
     padding of an embedding differs. chunk: positions compared at once, 0: as many as make 64 MiB of logits.
     """
     sources, count = (teacher, model), int((batch["labels"] != IGNORED).sum())
-    shared, largest = min(s.vocabulary for s in sources), max(s.vocabulary for s in sources)
     logits_at = [source.at(batch) for source in sources]
-    chunk = chunk or chunk_rows(largest)
+    chunk = chunk or chunk_rows(max(source.vocabulary for source in sources))
     parts = []
     for first in range(0, max(count, 1), chunk):
         rows = slice(first, min(first + chunk, count))
         logits = [at_least_float32(at(rows)) for at in logits_at]
-        t, s = (torch.log_softmax(x[:, :shared], -1) for x in logits)
-        dropped = [1 - (x[:, :shared].logsumexp(-1) - x.logsumexp(-1)).exp() for x in logits]
+        t, s = shared(*logits)
+        dropped = [1 - (x[:, : t.shape[-1]].logsumexp(-1) - x.logsumexp(-1)).exp() for x in logits]
         parts.append((forward_kl(t, s), reverse_kl(t, s), torch.maximum(*dropped)))
     return [torch.cat(values) for values in zip(*parts, strict=True)]
 

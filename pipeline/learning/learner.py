@@ -62,8 +62,9 @@ class StudentLearner(Learner):
 
         head, before = head_of(self.student, states)
         divergence = next((term.divergence for term in self.terms if term.divergence), None)
+        dense = next((found for term in self.terms if (found := term.dense(batch))), None)
         flat = [tensor for each in inputs for tensor in each]
         return chunked_loss(
             head, before, batch["labels"][mask], values, self.weights(counts), teacher_of(batch), divergence,
-            flat, self.chunk, neighbours=self.residuals is not None,
+            flat, self.chunk, neighbours=self.residuals is not None, dense=dense,
         )  # fmt: skip

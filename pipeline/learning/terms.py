@@ -1,7 +1,8 @@
 """The terms of a student's loss: what each adds at every response token, what its mean is over, what it weighs.
 
 A new loss is a new `Term`, in a module of its own: `means` names what it adds, `inputs` is what it needs of a batch
-beside the student's scores, `at` gives the values. Nothing else asks which terms there are.
+beside the student's scores, `at` gives the values. `divergence` or `dense` is what the scores hold of teacher and
+student, where it needs that. Nothing else asks which terms there are.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from pipeline.learning.forward import States
-from pipeline.objectives.head import Divergence, Scores
+from pipeline.objectives.head import Dense, Divergence, Scores
 
 
 class Mean(NamedTuple):
@@ -39,6 +40,10 @@ class Term(nn.Module):
     def inputs(self, batch: dict[str, Tensor], states: States) -> tuple[Tensor, ...]:
         """Further tensors [N] that `at` is given, which may require gradients."""
         return ()
+
+    def dense(self, batch: dict[str, Tensor]) -> Dense | None:
+        """A divergence over the whole vocabulary at the batch's response tokens, for a term that has no other."""
+        return None
 
     def at(self, steps: Steps, *inputs: Tensor) -> dict[str, Tensor]:
         """Each of `means` at n tokens, [n]."""

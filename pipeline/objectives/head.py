@@ -3,9 +3,11 @@
 [N, V] logits are never kept. Each chunk's logits are reduced to `SparseLogprobs`, the loss is differentiated with
 respect to those few numbers, and the gradient of states and weights follows at once while the chunk is still there,
 so that the head is multiplied three times and not four, as it would be if the backward pass made the logits again.
+A divergence over the whole vocabulary is reduced to its value and its derivative for the chunk's logits.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -38,6 +40,8 @@ class Scores(NamedTuple):
 # (sparse teacher, student) -> [N]. The head sets the teacher to -inf at ids that the student does not have, and its
 # `own` where the response's token is among the ids.
 Divergence = Callable[[TopK, SparseLogprobs], Tensor]
+# (student's logits [n, V] at n consecutive positions, where they are among the N) -> [n], differentiable
+Dense = Callable[[Tensor, slice], Tensor]
 # (scores of n consecutive positions, where they are among the N, further inputs there) -> {term: [n]}
 Terms = Callable[..., Mapping[str, Tensor]]
 
@@ -59,15 +63,17 @@ def chunked_loss(
     inputs: Sequence[Tensor] = (),
     chunk: int = 0,
     neighbours: bool = False,
+    dense: Dense | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """sum_i weights_i sum_n terms_i[n] over N positions, differentiable once, and the sums of all terms, detached.
 
     states [N, H], labels [N]; terms(scores, rows, *inputs) -> {name: [n]} at positions `rows` (a slice), which may
     depend on the next position where `neighbours` is set; a term without a weight is only summed. inputs: further
-    tensors [N], sliced alike, which may require gradients. chunk: positions at once, 0: `chunk_rows`.
+    tensors [N], sliced alike, which may require gradients. chunk: positions at once, 0: `chunk_rows`. dense: in place
+    of a sparse teacher and `divergence`.
     """
-    call = _Call(terms, dict(weights), divergence, chunk or chunk_rows(len(head.weight)), neighbours)
-    known = _NO_TEACHER if teacher is None or divergence is None else teacher
+    call = _Call(terms, dict(weights), divergence, dense, chunk or chunk_rows(len(head.weight)), neighbours)
+    known = _NO_TEACHER if teacher is None or divergence is None or dense is not None else teacher
     loss, *sums = _ChunkedLoss.apply(call, head.weight, head.bias, states, labels, *known, *inputs)
     return loss, dict(zip(call.names, sums, strict=True))
 
@@ -93,13 +99,18 @@ def token_scores(
     return Scores(torch.cat(logprob), torch.cat(lse), None if divergences[0] is None else torch.cat(divergences))
 
 
+@dataclass
 class _Call:
     """The arguments of `chunked_loss` that are not tensors; the terms' `names` are filled in on the way."""
 
-    def __init__(self, terms: Terms, weights: dict, divergence: Divergence | None, chunk: int, neighbours: bool):
-        self.terms, self.weights, self.divergence = terms, weights, divergence
-        self.chunk, self.neighbours, self.learning = chunk, neighbours, torch.is_grad_enabled()
-        self.names: list[str] = []
+    terms: Terms
+    weights: dict
+    divergence: Divergence | None
+    dense: Dense | None
+    chunk: int
+    neighbours: bool
+    learning: bool = field(default_factory=torch.is_grad_enabled)
+    names: list[str] = field(default_factory=list)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -174,21 +185,35 @@ def _chunk(
     What the loss is differentiated through exists in here only, so that no chunk holds that of the one before.
     """
     ids, labels = teacher.ids.long(), labels[:, None].long()
+    divergence, derivative = (None, None) if call.dense is None else _whole(call.dense, learning, logits, rows)
     student, exponentials = _reduce(logits, ids, labels, teacher.logprobs is None)
     for x in student:
         x.requires_grad_()
     with torch.set_grad_enabled(learning):
-        divergence = None if teacher.logprobs is None else call.divergence(teacher, student)
+        divergence = divergence if teacher.logprobs is None else call.divergence(teacher, student)
         values = call.terms(Scores(student.label, student.lse, divergence), rows, *extra)
         complete = slice(0, last - rows.start)
         objective = sum(call.weights[name] * values[name][complete].sum() for name in call.weights)
     values = {name: value.detach() for name, value in values.items()}
     if not (torch.is_tensor(objective) and objective.requires_grad):
         return values, None
-    variables = [*student, *(x for x in extra if x.requires_grad)]
+    variables = [*student, *(x for x in extra if x.requires_grad), *([] if derivative is None else [divergence])]
     gradients = torch.autograd.grad(objective, variables, allow_unused=True, materialize_grads=True)
-    d_student = SparseLogprobs(*gradients[: len(student)])
-    return values, [_expand(exponentials, ids, labels, student, d_student), *gradients[len(student) :]]
+    d_student, d_extra = SparseLogprobs(*gradients[: len(student)]), gradients[len(student) :]
+    d_logits = _expand(exponentials, ids, labels, student, d_student)
+    if derivative is not None:
+        *d_extra, d_divergence = d_extra
+        d_logits.addcmul_(derivative, d_divergence[:, None])
+    return values, [d_logits, *d_extra]
+
+
+def _whole(dense: Dense, learning: bool, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
+    """A divergence over the whole vocabulary [n], and its derivative for the logits [n, V] where there is to be one."""
+    with torch.set_grad_enabled(learning):
+        logits = logits.detach().requires_grad_(learning)
+        value = dense(logits, rows)
+        derivative = torch.autograd.grad(value.sum(), logits)[0] if learning else None
+    return value.detach().requires_grad_(learning), derivative
 
 
 def _known(teacher: TopK, labels: Tensor, vocabulary: int) -> tuple[TopK, int]:

@@ -9,7 +9,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pipeline.objectives import supports
-from pipeline.objectives.logprobs import SparseLogprobs, TopK
+from pipeline.objectives.logprobs import SparseLogprobs, TopK, at_least_float32
+
+
+def shared(teacher_logits: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [n, V] over the ids that both sides have, each renormalised there; at least float32.
+
+    Logits [n, V] of vocabularies of one family, of which only the padding of an embedding differs.
+    """
+    size = min(teacher_logits.shape[-1], student_logits.shape[-1])
+    both = (at_least_float32(logits[:, :size]) for logits in (teacher_logits, student_logits))
+    teacher, student = (torch.log_softmax(logits, -1) for logits in both)
+    return teacher.to(student.dtype), student
 
 
 def outside_too(student: SparseLogprobs, ids: Tensor) -> SparseLogprobs:

@@ -88,18 +88,24 @@ def test_padding_of_one_vocabulary_is_left_out_on_both_sides_and_counted(teacher
             assert (dropped > 1e-3).all() and (dropped < 1).all()
 
 
-def test_a_teacher_that_caps_its_logits_after_its_head_says_what_it_says(student):
+def capped_model(size: int):
+    """A tiny Gemma 2 with a vocabulary of this size, most of whose logits are near its cap."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
-    size = load_lm(student).config.vocab_size
     config = Gemma2Config(
         vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, final_logit_softcapping=1.5, max_position_embeddings=64,
     )  # fmt: skip
-    gemma, model = Gemma2ForCausalLM(config).eval(), load_lm(student)
+    gemma = Gemma2ForCausalLM(config).eval()
     with torch.no_grad():
         gemma.get_output_embeddings().weight.mul_(40)
+    return gemma
+
+
+def test_a_teacher_that_caps_its_logits_after_its_head_says_what_it_says(student):
+    model = load_lm(student)
+    gemma = capped_model(model.config.vocab_size)
     assert not LogitSource(gemma, "gemma").plain
     given = responses()
     for response, (kl, reverse, _) in zip(given, measured(gemma, model, given, size=1), strict=True):

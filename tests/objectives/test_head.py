@@ -11,7 +11,9 @@ from pipeline.objectives.avril import gaussian_nll, td_residual
 from pipeline.objectives.divergences import DIVERGENCES
 from pipeline.objectives.head import Head, Scores, chunk_rows, chunked_loss, token_scores
 from pipeline.objectives.logprobs import TopK
+from pipeline.objectives.outcomes import shared
 from pipeline.objectives.sparse import sparse_divergence
+from tests import references
 from tests.references import FINITE, random_logits, sparse_logprobs, top_k
 
 WEIGHTS = {"kd": 1.0, "nll": 0.3, "td": 0.7}
@@ -148,6 +150,37 @@ def test_impossible_tokens_give_finite_gradients():
     found = torch.autograd.grad(loss, case.leaves)
     assert all(gradient.isfinite().all() for gradient in found)
     assert (found[1][4:] == 0).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("teacher_v", [12, 9, 16])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_a_divergence_over_the_whole_vocabulary_is_exact_in_chunks(name, teacher_v, chunk):
+    """Beside terms of the next step and with inputs; over the ids that both have, each side renormalised there."""
+    case, of_teacher = Case(), random_logits(5, n=11, v=teacher_v)
+    seen = []
+
+    def dense(logits, rows):
+        seen.append(logits.shape)
+        return DIVERGENCES[name](*shared(of_teacher[rows], logits), 0.3)
+
+    loss, sums = chunked_loss(
+        Head(case.weight, case.bias), case.states, case.labels, case.terms, WEIGHTS,
+        inputs=(case.mu, case.log_sigma), chunk=chunk, neighbours=True, dense=dense,
+    )  # fmt: skip
+    logits = case.states @ case.weight.T + case.bias
+    both = (torch.softmax(x[:, : min(12, teacher_v)], -1) for x in (of_teacher, logits))
+    logprobs = torch.log_softmax(logits, -1).gather(-1, case.labels[:, None])[:, 0]
+    scores = Scores(logprobs, torch.logsumexp(logits, -1), references.divergence(name, *both, 0.3))
+    values = case.terms(scores, slice(None), case.mu, case.log_sigma)
+    expected = sum(WEIGHTS[term] * values[term].sum() for term in WEIGHTS)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    assert all(torch.allclose(sums[term], values[term].sum(), rtol=1e-10) for term in values)
+    assert max(shape[0] for shape in seen) <= chunk + 2
+    first, second = (torch.autograd.grad(loss, case.leaves, retain_graph=True) for _ in range(2))
+    for one, again, other in zip(first, second, torch.autograd.grad(expected, case.leaves), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(again, other, rtol=1e-10, atol=1e-10)
 
 
 def test_no_positions_at_all_give_zero_and_zero_gradients():
