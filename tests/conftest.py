@@ -27,6 +27,17 @@ def own_store(tmp_path, monkeypatch):
     return tmp_path / "store"
 
 
+@pytest.fixture
+def one_thread():
+    """What is promised bit by bit is promised on one thread."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @contextmanager
 def at_once(seconds: int = 60):
     """Ends what waits for something that never comes."""

@@ -56,17 +56,21 @@ def whitened(values: Tensor) -> Tensor:
     return (centred / centred.square().mean().sqrt()).to(values.dtype)
 
 
+def log_mixture(teacher: Tensor, student: Tensor, alpha: float) -> Tensor:
+    """log p~ = log((1 - alpha) S + alpha T) of log-probabilities of any one shape; exact where alpha is 0 or 1."""
+    teacher, student = at_least_float32(teacher), at_least_float32(student)
+    if alpha in (0, 1):
+        return teacher if alpha else student
+    return torch.logaddexp(student + math.log1p(-alpha), teacher + math.log(alpha))
+
+
 def mixture_weight(teacher: Tensor, old: Tensor, alpha: float) -> Tensor:
     """w_t = S_old / p~, with p~ = (1 - alpha) S_old + alpha T that a_t was drawn from (MiniLLM, section 2.2), [T].
 
     teacher, old [T]: log-probabilities of the sampled tokens. Per token: MiniLLM takes no product over tokens. At most
     1 / (1 - alpha); 1 where alpha is 0.
     """
-    log_ratio = at_least_float32(teacher) - at_least_float32(old)
-    if alpha == 0:
-        return torch.ones_like(log_ratio)
-    of_old = log_ratio.new_tensor(math.log1p(-alpha) if alpha < 1 else -math.inf)
-    return torch.logaddexp(of_old, log_ratio + math.log(alpha)).neg().exp()
+    return (at_least_float32(old) - log_mixture(teacher, old, alpha)).exp()
 
 
 def probability_ratio(logprob: Tensor, old: Tensor, weight: Tensor | float = 1.0) -> Tensor:

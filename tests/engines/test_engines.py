@@ -35,15 +35,6 @@ def by_key(answers) -> dict[str, Answer]:
     return found
 
 
-@pytest.fixture
-def one_thread():
-    """What is promised bit by bit is promised on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def hf(teacher) -> HfEngine:
     return HfEngine(load_lm(teacher), batch_size=7)
