@@ -118,6 +118,7 @@ def verify(
 
     Exit code 1: there are problems.
     """
+    from pipeline.store.manifest import holds_selection
     from pipeline.store.requests import open_store
     from pipeline.upkeep.catalogue import files_by_request
     from pipeline.upkeep.verify import verify_selection, verify_store
@@ -126,7 +127,7 @@ def verify(
     total = sum(map(len, files_by_request(storage, request).values()))
     with console.progress("verifying", total) as advance:
         problems = list(verify_store(storage, request, not dry_run, advance))
-    selections = selection or [folder for folder in Layout(root).selections if folder.is_dir()]
+    selections = selection or [folder for folder in Layout(root).selections if holds_selection(folder)]
     for folder in selections:
         problems += verify_selection(folder, store, not dry_run)
     verified = f"{total:,} files of {storage.name}" + "".join(f", {folder}" for folder in selections)

@@ -120,7 +120,7 @@ class Distillation:
         self.student = TrainedStudent(student, adapted, load_tokenizer(start), self.stops)
         _require_vocabulary(student.config.get_text_config().vocab_size, self.rows, start)
         if self.answering:
-            self.rounds = self._rounds(run / "rounds")
+            self.rounds = self._rounds(run / "on_policy")
         terms = list(self._terms())
         parts = self.rows.values()
         lengths = (pair for part in parts for pair in zip(part.prompt_tokens, part.response_tokens, strict=True))

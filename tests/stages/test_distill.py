@@ -32,7 +32,6 @@ from stages.evaluate import evaluate
 from stages.generate import generate
 from tests.conftest import WORDS, make_model, make_params, make_prompts
 
-
 OFF_POLICY = [name for name in get_args(Distill.model_fields["objective"].annotation) if name not in ("gkd", "opd")]
 
 
