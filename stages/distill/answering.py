@@ -80,11 +80,10 @@ class Answering:
         first, count = sum(counts[:-1]), counts[-1]
         if count == total:
             return self.prompts
-        epochs = range(first // total, (first + count - 1) // total + 1)
+        epochs = range(first // total, first // total + 3)  # as many as hold `count` different ones after the first
         orders = [np.random.default_rng([self.params.seed, 4, epoch]).permutation(total) for epoch in epochs]
-        start = first - epochs[0] * total
-        chosen = dict.fromkeys(np.concatenate(orders)[start : start + count].tolist())
-        return [self.prompts[place] for place in chosen]
+        coming = np.concatenate(orders)[first % total :].tolist()
+        return [self.prompts[place] for place in list(dict.fromkeys(coming))[:count]]
 
     def _count(self, round_: Round) -> int:
         rows = (round_.stop - round_.start) * self.params.distill.optimisation.batch_size * self.settings.share

@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_json, write_atomically, write_json_atomically
 from pipeline.learning.closeness import LogitSource
 from pipeline.learning.rounds import OwnSamples, Round
-from pipeline.store.schema import Columns, Row, footer, value_fault, write_row_groups
+from pipeline.store.schema import SCHEMA, Columns, Row, footer, value_fault, write_row_groups
 from pipeline.store.selection import write_selection
 from pipeline.teacher.items import Item, ReadPrompt, to_score
 from pipeline.teacher.teacher import scoring_request
@@ -67,7 +67,7 @@ class LiveRounds:
         if not samples:
             raise UserError(f"round {round_.number + 1}: no sample of the student could be scored by the teacher")
         if round_.stop - round_.start > 1:
-            rows = [SimpleNamespace(**vars(row), old=old, samples=count) for row, old, count in samples]
+            rows = [SimpleNamespace(**_values(row), old=old, samples=count) for row, old, count in samples]
             self._write(self._rows_file(round_), rows)
         return samples
 
@@ -185,6 +185,10 @@ def _whole(answers, who: str):
             console.warn(f"a sample is left out by the {who}: {reason}")
         else:
             yield answer.key, answer
+
+
+def _values(row: Row) -> dict:
+    return {name: getattr(row, name) for name in SCHEMA.names}
 
 
 def _row(item: Item, answer: Answer) -> Row:
