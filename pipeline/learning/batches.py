@@ -20,13 +20,13 @@ def collate(rows: Sequence[Row], topk: bool = True, extras: Extras | None = None
     """A batch: input_ids, attention_mask [B, L]; positions, labels [B, R]; stop [B]; top-k [B, R, k]; extras [B, R].
 
     topk: with the kept tokens, and with what rows have of `tau` and `own`, or of `tail`. With a plain top k there is
-    `own` where some row is a student's sample, -inf for all others. Rows of a selection are read by column. Padding is
-    masked everywhere: `labels` is IGNORED there, top-k ids are 0..k-1 with equal mass, extras are 0. There is no top k
-    where k is 0.
+    `own` where some row is a student's sample, -inf for all others. Where some row is, `given` [B] says which are not.
+    Rows of a selection are read by column. Padding is masked everywhere: `labels` is IGNORED there, top-k ids are
+    0..k-1 with equal mass, extras are 0, as they are for rows whose extra is None. There is no top k where k is 0.
     """
     column = getattr(rows, "column", lambda name: [getattr(row, name) for row in rows])
     prompt_ids, response_ids = column("prompt_ids"), column("response_ids")
-    stop = [finish == "stop" for finish in column("finish")]
+    stop, origins = [finish == "stop" for finish in column("finish")], column("origin")
     topk_ids, topk_logprobs = map(column, TOPK) if topk else (None, None)
     extras = _extras(column, topk, extras or {})
     starts, counts = np.array(list(map(len, prompt_ids))), np.array(list(map(len, response_ids)))
@@ -48,10 +48,18 @@ def collate(rows: Sequence[Row], topk: bool = True, extras: Extras | None = None
         )
         batch["topk_ids"] = _fill(topk_ids, in_response, np.arange(k), np.int64)
         batch["topk_logprobs"] = _fill(topk_logprobs, in_response, -np.log(2 * k), np.float32)
-        if "tau" not in extras and "student" in (origins := column("origin")):
+        if "tau" not in extras and "student" in origins:
             extras["own"] = _own(origins, column("logprobs"), counts)
     batch |= {name: _fill(values, in_response, 0, np.float32) for name, values in extras.items()}
+    if "student" in origins:
+        batch["given"] = np.array([origin != "student" for origin in origins])
     return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+
+def is_given(batch: dict[str, Tensor]) -> Tensor:
+    """Whether each of the batch's N response tokens is of a row that is not the student's own sample, bool [N]."""
+    mask = batch["labels"] != IGNORED
+    return batch["given"][:, None].expand_as(mask)[mask] if "given" in batch else mask[mask]
 
 
 def _fill(values: list[np.ndarray], mask: np.ndarray, pad: np.ndarray | float, dtype: type) -> np.ndarray:
@@ -65,6 +73,11 @@ def _fill(values: list[np.ndarray], mask: np.ndarray, pad: np.ndarray | float, d
 def _extras(column: Callable[[str], list], topk: bool, extras: Extras) -> dict[str, list[np.ndarray]]:
     """What follows the tokens of rows: `extras`, and with the top k `tau` and `own` or `tail`, where rows have them."""
     columns = {name: [by_key[key] for key in column("key")] for name, by_key in extras.items()}
+    counts = list(map(len, column("response_ids")))
+    columns = {
+        name: [np.zeros(count) if value is None else value for value, count in zip(values, counts, strict=True)]
+        for name, values in columns.items()
+    }
     if not topk:
         return columns
     tau, tail = column("tau"), column("tail")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.learning.batches import IGNORED, collate
+from pipeline.learning.batches import IGNORED, collate, is_given
 from pipeline.objectives.head import Divergence, Head, Scores, token_scores
 from pipeline.objectives.logprobs import TopK
 from pipeline.store.schema import Row
@@ -84,7 +84,8 @@ def teacher_of(batch: dict[str, Tensor]) -> TopK | None:
     if "topk_ids" not in batch:
         return None
     mask, names = batch["labels"] != IGNORED, ("topk_ids", "topk_logprobs", "tau", "tail", "own")
-    return TopK(*(batch[name][mask] if name in batch else None for name in names))
+    given = is_given(batch) if "given" in batch else None
+    return TopK(*(batch[name][mask] if name in batch else None for name in names), given)
 
 
 def score_tokens(model, batch: dict[str, Tensor], divergence: Divergence | None = None, chunk: int = 0) -> Scores:

@@ -6,20 +6,20 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from pipeline.learning.batches import IGNORED
+from pipeline.learning.batches import IGNORED, is_given
 from pipeline.learning.forward import head_of, response_states, teacher_of
 from pipeline.learning.residuals import Scaled
 from pipeline.learning.terms import Mean, Steps, Term
 from pipeline.objectives.avril import followed_steps, kept_steps
 from pipeline.objectives.head import Scores, chunked_loss
 
-COUNTS = ("tokens", "steps")  # what means are over
+COUNTS = ("tokens", "steps", "own", "given")  # what means are over: see `terms.Mean`
 
 
 def count(batch: dict[str, Tensor], terminal: str) -> Tensor:
-    """[tokens, steps] of a batch."""
-    mask = batch["labels"] != IGNORED
-    return torch.stack([mask.sum(), kept_steps(mask, batch["stop"], terminal).sum()])
+    """COUNTS of a batch."""
+    mask, given = batch["labels"] != IGNORED, is_given(batch).sum()
+    return torch.stack([mask.sum(), kept_steps(mask, batch["stop"], terminal).sum(), mask.sum() - given, given])
 
 
 class Learner(nn.Module):
@@ -34,7 +34,7 @@ class Learner(nn.Module):
 
     def weights(self, counts: Tensor) -> dict[str, Tensor]:
         """weight_i / count_i of the means that the loss is made of; counts are those of `count`."""
-        sizes = dict(zip(COUNTS, counts.clamp_min(1), strict=True))
+        sizes = dict(zip(COUNTS, counts.clamp_min(1), strict=False))
         return {name: mean.weight / sizes[mean.over] for name, mean in self.means.items() if mean.weight}
 
 

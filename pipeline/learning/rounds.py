@@ -145,9 +145,16 @@ class RoundRows(Dataset):
             for name in names
         }
         self.extras = {
-            name: ChainMap(of_samples.get(name, {}), self._data_extras.get(name, {}))
+            name: ChainMap(of_samples.get(name, {}), self._data_extras.get(name, _Nothing()))
             for name in {*names, *self._data_extras}
         }
+
+
+class _Nothing(dict):
+    """Extras that only samples have: None for any row of the data."""
+
+    def __missing__(self, key: str) -> None:
+        return None
 
 
 def own_key(round_: int, key: str) -> str:

@@ -18,7 +18,7 @@ class Mean(NamedTuple):
     """One number that a term adds to the loss."""
 
     weight: float  # 0: it is only logged
-    over: str  # what the mean is over: tokens (response tokens) or steps (those that have a residual)
+    over: str  # tokens of responses, steps (those with a residual), own (of the student's samples) or given (others)
     auxiliary: bool = False  # of a model that is trained beside the student: not in the reported loss
 
 

@@ -19,6 +19,7 @@ class TopK(NamedTuple):
     tau: Tensor | None = None  # [N], threshold of a sampled support (see supports); None for a plain top k
     tail: Tensor | None = None  # [N], mass outside the ids, where it is known
     own: Tensor | None = None  # [N], log-probability of the response's own token; -inf where it is not looked at
+    given: Tensor | None = None  # [N] bool, False at the student's own samples; None where there are none
 
     def at(self, rows: slice) -> "TopK":
         """The same at some of the positions."""

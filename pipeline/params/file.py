@@ -23,7 +23,6 @@ _HINTS = {
     "(forward|reverse)?_?kld?|kd": "fkl is KL(teacher || student), rkl is KL(student || teacher)",
     "jsd?": "write jsd",
     "ce|nll|hard": "sft learns references, seqkd the teacher's samples",
-    "minillm": "on-policy MiniLLM is not there yet; its divergence on the teacher's samples is rkl",
     "distillm": "write skew_fkl or skew_rkl",
     "avril|x_?kd": "write fkl with distill.reward=frozen, or with scratch for the one-stage form",
     f"x_(?P<name>{'|'.join(_OBJECTIVES)})": "write {name} with distill.reward=frozen",

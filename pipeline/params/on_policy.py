@@ -21,9 +21,11 @@ class OnPolicy(Section):
     samples: Positive = 1
     """Samples of the student per prompt and refresh."""
     share: Share | Literal["auto"] = "auto"
-    """Probability that a row is a student's sample, else it is the teacher's (GKD's lambda); auto: 1, gkd 0.5."""
+    """Probability that a row is a student's sample, else of the data (GKD's lambda); auto: 1, gkd and minillm 0.5."""
     temperature: Temperature = 1.0
-    """Temperature of the student's samples, at least 0.01; opd needs 1."""
+    """Temperature of the student's samples, at least 0.01; opd and minillm need 1."""
+    mixture: Share | Literal["auto"] = "auto"
+    """Share of the teacher in the distribution that minillm's samples are drawn from; auto: 0.2."""
     replay: Count = 0
     """Earlier refreshes whose samples are learned from as well."""
     horizon: Count = 0
@@ -32,7 +34,7 @@ class OnPolicy(Section):
     """The teacher's word: kept in the store, or of a teacher in memory, on its kept tokens (live) or all (dense)."""
     engine: Literal["hf", "vllm", "ray"] = "hf"
     """What draws the student's samples with scores: store; generate.engine scores them."""
-    validation: Count = 50
+    validation: Count = 100
     """Held-out prompts that the student answers at each refresh, to be measured on; 0: it is not measured."""
     batch_size: Positive = 128
     """Student samples drawn together with the engine hf."""

@@ -78,9 +78,26 @@ class Lora(Section):
     """Dropout before the adapters."""
 
 
+class MiniLLM(Section):
+    """Of the objective minillm alone; its rounds are of 256 prompts and four epochs where on_policy says nothing."""
+
+    scale: PositiveFloat = 0.5
+    """What log T - log S of a token is divided by to be its reward."""
+    reward_clip: PositiveFloat = 100.0
+    """Largest absolute reward."""
+    length: Literal["discounted", "plain"] = "discounted"
+    """What a token's return is divided by: the discounted number of tokens that remain, or their number."""
+    single_step: NonNegativeFloat = 1.0
+    """Weight of KL(S || T) at the states of the samples."""
+    text: NonNegativeFloat = 1.0
+    """Weight of the references: half their likelihood, half KL(T || S) on them."""
+
+
 class Distill(Section):
-    objective: Literal["sft", "seqkd", "fkl", "rkl", "jsd", "skew_fkl", "skew_rkl", "tvd", "gkd", "opd"] = "fkl"
-    """Distillation loss; gkd (jsd, each step anew) and opd (policy gradient) learn from the student's own samples."""
+    objective: Literal[
+        "sft", "seqkd", "fkl", "rkl", "jsd", "skew_fkl", "skew_rkl", "tvd", "gkd", "opd", "minillm"
+    ] = "fkl"  # fmt: skip
+    """Distillation loss; gkd (jsd, each step anew), opd and minillm learn from the student's own samples."""
     beta: Share = 0.5
     """Mixture weight of jsd and gkd (0 is fkl, 1 is rkl)."""
     alpha: Annotated[Float, Field(gt=0, lt=1)] = 0.1
@@ -88,9 +105,10 @@ class Distill(Section):
     tail: Literal["auto", "sampled", "bucket", "renorm", "teacher_renorm", "truncate"] = "auto"
     """Mass outside the kept tokens; auto: an unbiased estimate (sampled) of sampled rows, else one outcome (bucket)."""
     clip: PositiveFloat = 0.2
-    """How far the ratio of the student's to its earlier probability of a token may be from 1 in opd's surrogate."""
-    discount: Share = 0.0
-    """Weight of the next token's reward in a token's return, of the one after it squared, and so on (opd)."""
+    """How far the student's probability of a token over its earlier one may be from 1 (PPO's epsilon; opd, minillm)."""
+    discount: Share | Literal["auto"] = "auto"
+    """Weight of the next token's reward in a token's return, of the one after squared, ...; auto: 0, minillm 0.95."""
+    minillm: MiniLLM = MiniLLM()
     nll_weight: NonNegativeFloat = 0.0
     """Weight of the negative log-likelihood of the teacher's tokens, added to the loss."""
     reward: Literal["none", "frozen", "joint", "scratch", "zero", "shuffled"] = "frozen"
@@ -156,23 +174,42 @@ class Distill(Section):
     @property
     def divergence(self) -> str:
         """The name of the divergence that the objective is made of; its own where it is none."""
-        return {"gkd": "jsd"}.get(self.objective, self.objective)
+        return {"gkd": "jsd", "minillm": "rkl"}.get(self.objective, self.objective)
 
     @property
     def reads_tokens(self) -> bool:
         """Whether the loss reads the teacher's kept tokens."""
-        dense = self.on_policy.on and self.on_policy.scores == "dense"
+        dense = self.rounds is not None and self.rounds.scores == "dense"
         return not dense and self.objective not in (*TOKEN_OBJECTIVES, "opd")
 
     @property
     def rounds(self) -> OnPolicy | None:
         """How the student's own samples are learned from, with nothing left to choose; None where they are not."""
-        settings, of_gkd = self.on_policy, self.objective == "gkd"
-        every = 1 if of_gkd and not settings.on else settings.every
-        scores = ("live" if of_gkd else "store") if settings.scores == "auto" else settings.scores
-        share = (0.5 if of_gkd else 1.0) if settings.share == "auto" else settings.share
-        chosen = settings.model_copy(update={"every": every, "scores": scores, "share": share})
-        return chosen if chosen.on else None
+        settings, name = self.on_policy, self.objective
+        usual = {
+            "scores": "live" if name == "gkd" else "store",
+            "share": 0.5 if name in ("gkd", "minillm") else 1.0,
+            "mixture": 0.2 if name == "minillm" else 0.0,
+        }
+        chosen = {key: value for key, value in usual.items() if getattr(settings, key) == "auto"}
+        settings = settings.model_copy(update=chosen)
+        if name == "gkd" and not settings.on:
+            settings = settings.model_copy(update={"every": 1})
+        if name == "minillm" and not settings.on:
+            prompts, rows = settings.prompts or 256, max(self.optimisation.batch_size * settings.share, 1)
+            every = max(round(4 * prompts * settings.samples / rows), 1)
+            settings = settings.model_copy(update={"prompts": prompts, "every": every})
+        return settings if settings.on else None
+
+    @property
+    def gamma(self) -> float:
+        """The discount of a policy gradient's rewards."""
+        return self.discount if self.discount != "auto" else 0.95 if self.objective == "minillm" else 0.0
+
+    @property
+    def learns_references(self) -> bool:
+        """Whether the data are references, which `score` has scored, and not the teacher's samples."""
+        return self.objective in ("sft", "minillm")
 
     @model_validator(mode="after")
     def _student_samples_fit(self):
@@ -181,6 +218,21 @@ class Distill(Section):
             raise ValueError(
                 "objective opd is a policy gradient on the student's own samples, drawn at temperature 1: set "
                 "on_policy.refreshes or on_policy.every, on_policy.share: 1 and on_policy.temperature: 1"
+            )
+        if name == "minillm" and rounds.temperature != 1:
+            raise ValueError(
+                "objective minillm weights samples by their probabilities at temperature 1: set "
+                "on_policy.temperature: 1"
+            )
+        if name == "minillm" and rounds.share == 1 and self.minillm.text:
+            raise ValueError(
+                "objective minillm learns from references too, and with on_policy.share: 1 it gets none: set it below "
+                "1, or minillm.text: 0"
+            )
+        if rounds is not None and rounds.mixture and name != "minillm":
+            raise ValueError(
+                f"on_policy.mixture ({rounds.mixture:g}) is for objective minillm, which weights such samples: for "
+                f"objective {name} set it to 0"
             )
         if rounds is None:
             return self

@@ -18,6 +18,7 @@ import torch
 from pipeline import console
 from pipeline.engines.base import Answer, Ask, Failure
 from pipeline.engines.hf import HfEngine
+from pipeline.engines.mixture import MixtureEngine
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_atomically, write_json_atomically
 from pipeline.learning.closeness import LogitSource
@@ -29,6 +30,7 @@ from pipeline.teacher.teacher import scoring_request
 from stages.distill.answering import Answering, Draw
 from stages.distill.extras import SampleExtras
 from stages.distill.measures import evaluating, measured, say
+from stages.distill.rollouts import answers_of
 from stages.distill.student import TrainedStudent
 
 _MORE = [pa.field("old", pa.list_(pa.float32())), pa.field("samples", pa.int32())]
@@ -48,8 +50,9 @@ class LiveRounds:
     spent: dict[str, float] = field(default_factory=dict)  # since the last measures
 
     @property
-    def _dense(self) -> bool:
-        return self.answering.settings.scores == "dense"
+    def _sparse(self) -> bool:
+        """Whether training reads what the teacher says of samples; with a dense divergence it only does of rewards."""
+        return self.answering.settings.scores == "live" or self.extras.settings.objective == "minillm"
 
     def own(self, round_: Round) -> OwnSamples:
         """A round's samples, by the student as it is, or as a killed run kept them."""
@@ -58,12 +61,15 @@ class LiveRounds:
                 self._measure(round_.number, round_.start)
             samples = self._kept(round_) or self._make(round_)
             rows = [row for row, _, _ in samples]
-            extras = self.extras.of(rows, {row.key: old for row, old, _ in samples}, self.extras.rewards_of(rows))
+            old = {row.key: old for row, old, _ in samples}
+            counts = {row.key: count for row, _, count in samples}
+            extras = self.extras.of(rows, old, counts, self.extras.rewards_of(rows))
         places = np.repeat(np.arange(len(rows)), [count for _, _, count in samples])
         return OwnSamples(rows, places, np.zeros(len(places), int), extras)
 
     def _make(self, round_: Round) -> list[tuple[Row, np.ndarray, int]]:
-        samples = self._scored(self._drawn(self.answering.draws(self.answering.teacher, round_.number)[0]))
+        draw = self.answering.draws(self.answering.teacher, round_.number)[0]
+        samples = self._scored(self._drawn(draw, self.answering.settings.mixture))
         if not samples:
             raise UserError(f"round {round_.number + 1}: no sample of the student could be scored by the teacher")
         if round_.stop - round_.start > 1:
@@ -71,12 +77,18 @@ class LiveRounds:
             self._write(self._rows_file(round_), rows)
         return samples
 
-    def _drawn(self, draw: Draw) -> list[tuple[Item, Answer]]:
-        """What the student says, as responses to be scored."""
-        engine, asks = HfEngine(self.student.model, self.answering.settings.batch_size), [i.ask() for i in draw.items]
-        begun = time.monotonic()
-        with evaluating(self.student.model):
-            answers = dict(_whole(engine.sample(asks, draw.request.sampling, 0), "student"))
+    def _drawn(self, draw: Draw, alpha: float = 0.0) -> list[tuple[Item, Answer]]:
+        """What the student says, or its mixture with the teacher, as responses to be scored."""
+        student, size = self.student.model, self.answering.settings.batch_size
+        asks, sampling, begun = [item.ask() for item in draw.items], draw.request.sampling, time.monotonic()
+        with evaluating(student):
+            if alpha:
+                vocabulary = self.answering.teacher.loading.vocabulary
+                engine = MixtureEngine(student, self.teacher.model, alpha, size, vocabulary)
+                drawn = answers_of(engine.sample(asks, sampling))
+            else:
+                drawn = HfEngine(student, size).sample(asks, sampling, 0)
+            answers = dict(_whole(drawn, "student"))
         self._spend(seconds_drawing=time.monotonic() - begun, samples_drawn=len(answers))
         return [
             (
@@ -98,7 +110,7 @@ class LiveRounds:
         for item, answer in said:
             distinct.setdefault(item.key, (item, answer))
             counts[item.key] = counts.get(item.key, 0) + 1
-        if self._dense and not sparse:
+        if not (sparse or self._sparse):
             bare = {
                 key: replace(Row.bare(i.prompt_ids, i.response_ids, a.finish), key=key, origin="student")
                 for key, (i, a) in distinct.items()

@@ -6,9 +6,12 @@ scored is in the store; a round is whole once its `measures.json` is there, and 
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,10 +32,11 @@ from pipeline.store.users import User
 from pipeline.teacher.items import Item, ReadPrompt, to_score
 from pipeline.teacher.orders import Order, Plan
 from pipeline.teacher.session import Answered, Session
-from pipeline.teacher.teacher import scoring_request
+from pipeline.teacher.teacher import Teacher, scoring_request
 from stages.distill.answering import Answering, held_out_part, own_part
 from stages.distill.extras import SampleExtras
 from stages.distill.measures import measured, say
+from stages.distill.rollouts import Rollouts, mixture_of
 from stages.distill.student import TrainedStudent
 
 SAMPLES = "samples.parquet"  # beside the rows of rounds: each sample, and how likely it was for its student
@@ -64,7 +68,8 @@ class StoredRounds:
         samples = read_samples(folder, part)
         place = {key: number for number, key in enumerate(rows.keys)}
         places = np.array([place[key] for key, _ in samples])
-        extras = self.extras.read(folder, list(selection.rows(part, topk=False)), dict(samples))
+        counts = Counter(key for key, _ in samples)
+        extras = self.extras.read(folder, list(selection.rows(part, topk=False)), dict(samples), counts)
         return OwnSamples(rows, places, rows.groups[places], extras)
 
     def place(self, number: int) -> Path:
@@ -86,10 +91,9 @@ class StoredRounds:
         folder.mkdir(parents=True, exist_ok=True)
         self.student.save(folder / "model")
         student = teacher.student(folder / "model", settings.batch_size, settings.engine)
-        draws = [Order(d.request, d.items, student.k, student.support) for d in answering.draws(student, number)]
-        with Session(student, self.storage) as session:
-            drawn, seconds_drawing = _timed(lambda: session.answer(draws))
-        spoken = {plan.order.items[0].part: list(_spoken(plan)) for plan in drawn.plans if plan.order.items}
+        drawn, seconds_drawing = _timed(lambda: self._drawn(student, number))
+        plans = [plan for answered in drawn for plan in answered.plans]
+        spoken = {plan.order.items[0].part: list(_spoken(plan)) for plan in plans if plan.order.items}
         said = [pair for part in (own_part(number), held_out_part(number)) for pair in spoken.get(part, ())]
         items = [item for item, _ in said]
         order = Order(scoring_request(answering.params, teacher), items, teacher.k, teacher.support, self.out)
@@ -106,8 +110,8 @@ class StoredRounds:
             self.extras.write(folder, list(selection.rows(own_part(number), topk=False)))
         found = {
             "round": number, "step": answering.schedule[-1].stop if last else answering.schedule[number].start,
-            "samples_found": drawn.found, "samples_drawn": drawn.made, "rows_found": scored.found,
-            "rows_scored": scored.made, "tokens_scored": scored.tokens,
+            "samples_found": sum(each.found for each in drawn), "samples_drawn": sum(each.made for each in drawn),
+            "rows_found": scored.found, "rows_scored": scored.made, "tokens_scored": scored.tokens,
             "seconds_drawing": seconds_drawing, "seconds_scoring": seconds_scoring,
         }  # fmt: skip
         greedy = {item.prompt.id: row.response for item, row in spoken.get("greedy", ())}
@@ -116,6 +120,23 @@ class StoredRounds:
         write_json_atomically(folder / _MEASURES, found | measures)
         shutil.rmtree(folder / "model")
         say(found, measures)
+
+    def _drawn(self, student: Teacher, number: int) -> list[Answered]:
+        """The student's samples; those to learn from are of its mixture with the teacher, where there is one."""
+        alpha, teacher = self.answering.settings.mixture, self.answering.teacher
+        own, *others = (
+            Order(draw.request, draw.items, student.k, student.support)
+            for draw in self.answering.draws(student, number)
+        )
+        drawn = []
+        if alpha and own.items:
+            rollouts = Rollouts(student, teacher, alpha)
+            with closing(rollouts), Session(mixture_of(student, teacher, alpha), self.storage, rollouts) as session:
+                drawn.append(session.answer([own]))
+        else:
+            others = [own, *others]
+        with Session(student, self.storage) as session:
+            return [*drawn, session.answer(others)]
 
     def _own(self, number: int, selection: Selection) -> list[tuple[Row, np.ndarray]]:
         """The round's held-out samples, with the student's log-probabilities."""
@@ -156,7 +177,7 @@ def read_samples(folder: Path, part: str) -> list[tuple[str, np.ndarray]]:
     return [(key, np.asarray(values, np.float32)) for key, values in pairs]
 
 
-def _timed(call: Callable[[], Answered]) -> tuple[Answered, float]:
+def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
     begun = time.monotonic()
     return call(), time.monotonic() - begun
 

@@ -15,6 +15,7 @@ from pipeline.learning.dropout import set_dropout
 from pipeline.learning.forward import require_plain_head
 from pipeline.learning.job import Training
 from pipeline.learning.learner import StudentLearner
+from pipeline.learning.minillm import MiniLLM
 from pipeline.learning.policy_gradient import PolicyGradient
 from pipeline.learning.rounds import RoundLoader, RoundRows, schedule
 from pipeline.learning.terms import Likelihood, Term
@@ -81,7 +82,7 @@ class Distillation:
         if settings.reads_tokens:
             require_tokens(settings, opened, opened.support == "sampled")
         require_same_tokenizer(opened.teacher["tokenizer"], load_tokenizer(paths.student), paths.student)
-        references = _opened_scored(opened, paths.scored, paths.store) if settings.objective == "sft" else None
+        references = _opened_scored(settings, opened, paths) if settings.learns_references else None
         rows = _rows(settings, opened, references)
         if settings.best and "validation" not in rows:
             raise UserError(f"distill.best needs held-out responses, and {paths.selection} has no part validation")
@@ -166,13 +167,18 @@ class Distillation:
 
     def _terms(self) -> Iterable[Term]:
         settings, on_tokens = self.settings, self.settings.objective in TOKEN_OBJECTIVES
-        yield Likelihood(settings.nll_weight + (1 if on_tokens else 0))
+        tail = _usual_tail(self.sampled) if settings.tail == "auto" else settings.tail
+        teacher = self.rounds.teacher if self.answering and self.answering.settings.scores == "dense" else None
+        if settings.objective == "minillm":
+            of = settings.minillm
+            yield MiniLLM(settings.clip, of.single_step, of.text, tail, teacher)
+        else:
+            yield Likelihood(settings.nll_weight + (1 if on_tokens else 0))
         if settings.objective == "opd":
             yield PolicyGradient("opd", settings.clip)
-        elif self.answering and self.answering.settings.scores == "dense":
-            yield DenseDivergence(self.rounds.teacher, settings.divergence, mixture_of(settings))
-        elif not on_tokens:
-            tail = _usual_tail(self.sampled) if settings.tail == "auto" else settings.tail
+        elif teacher and settings.objective != "minillm":
+            yield DenseDivergence(teacher, settings.divergence, mixture_of(settings))
+        elif not on_tokens and settings.objective != "minillm":
             yield Divergence(settings.divergence, mixture_of(settings), tail)
         if settings.reward != "none":
             reward = self.inputs.reward(settings, self.params.reward, self.paths.student, self.paths.reward)
@@ -236,14 +242,17 @@ def mixture_of(settings: Distill) -> float:
     return getattr(settings, name) if name else 0.0
 
 
-def _opened_scored(selection: Selection, path: Path | None, store: str | Path | None) -> Selection:
+def _opened_scored(settings: Distill, selection: Selection, paths: Paths) -> Selection:
     """The scored references that `sft` learns."""
-    if path is None:
-        raise UserError("distill.objective: sft learns the scored references: pass --scored (out of the stage score)")
-    scored = Selection(path, store)
+    if paths.scored is None:
+        raise UserError(
+            f"distill.objective: {settings.objective} learns the scored references: pass --scored (out of the stage "
+            "score)"
+        )
+    scored = Selection(paths.scored, paths.store)
     scored.require_same_teacher(selection)
     if "references" not in scored.parts:
-        raise UserError(f"{path} holds no references: do the training prompts have any?")
+        raise UserError(f"{paths.scored} holds no references: do the training prompts have any?")
     return scored
 
 

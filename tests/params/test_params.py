@@ -62,7 +62,6 @@ def test_a_partial_file_is_filled_with_defaults_and_options_win(tmp_path):
         ("distill.objective=kl", "fkl is KL(teacher || student), rkl is KL(student || teacher)"),
         ("distill.objective=JS", "write jsd"),
         ("distill.objective=ce", "sft learns references"),
-        ("distill.objective=MiniLLM", "MiniLLM is not there yet; its divergence on the teacher's samples is rkl"),
         ("distill.objective=distillm", "write skew_fkl or skew_rkl"),
         ("distill.objective=x-kd", "fkl with distill.reward=frozen"),
         ("distill.temperature=1", "unknown parameter; it is distill.on_policy.temperature"),

@@ -32,7 +32,8 @@ from stages.evaluate import evaluate
 from stages.generate import generate
 from tests.conftest import WORDS, make_model, make_params, make_prompts
 
-OFF_POLICY = [name for name in get_args(Distill.model_fields["objective"].annotation) if name not in ("gkd", "opd")]
+ON_POLICY = ("gkd", "opd", "minillm")  # see test_rounds
+OFF_POLICY = [name for name in get_args(Distill.model_fields["objective"].annotation) if name not in ON_POLICY]
 
 
 def run_distill(cache, teacher, student, out, *overrides, reward_path=None, scored_path=None):
