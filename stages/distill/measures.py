@@ -19,13 +19,6 @@ COSTS = (
     "samples_found", "samples_drawn", "rows_found", "rows_scored", "tokens_scored", "seconds_drawing",
     "seconds_scoring",
 )  # fmt: skip
-# What curves over rounds show, and what each is called on the page.
-NAMES = {
-    "kl": "KL(T‖S), teacher's states",
-    "reverse_kl": "KL(S‖T), teacher's states, bound",
-    "own_kl": "KL(T‖S), own states",
-    "own_reverse_kl": "KL(S‖T), own states",
-}
 
 
 @contextmanager
@@ -42,8 +35,9 @@ def evaluating(model: torch.nn.Module):
 def closeness(
     model: torch.nn.Module, teachers: Sequence[Row], own: Sequence[Row], old: Sequence[np.ndarray], batch_size: int
 ) -> dict[str, float]:
-    """NAMES, in nats per token, as far as the rows tell; old: the model's log-probabilities [T] of its own rows.
+    """KL both ways in nats per token, as far as the rows tell; old: the model's log-probabilities [T] of its own rows.
 
+    `kl` is KL(T‖S) and `reverse_kl` KL(S‖T), both on the teacher's states; with `own_` before, on the model's own.
     `own_reverse_kl`, the mean of log S - log T over the model's own samples at temperature 1, is unbiased. `kl` and
     `own_kl` are too where the kept tokens are sampled, and bounds of a plain top k; `reverse_kl` is a bound.
     """

@@ -13,6 +13,7 @@ from pipeline.results import KL_NAMES, headline_kl, headline_metric
 from stages.report import figures
 from stages.report.answered import answers
 from stages.report.experiments import Experiment, differ, read_experiments
+from stages.report.own_samples import own_samples
 from stages.report.page import GENERATOR, Figure, Section, render_page
 from stages.report.quality import beside, closeness, diversity, quality
 from stages.report.results import Asking, Audit, Distill, Made, Prepared, read_curve, read_evaluation, read_results
@@ -55,10 +56,11 @@ def report(
         closeness(results["evaluation"]),
         diversity(results["evaluation"]),
         _training(results["distill"], layout.distillation),
+        own_samples(results),
         reward_section(results["audit"], layout, store, settings.rewarded_prompts),
         answers(layout.predictions, results["evaluation"], settings.samples),
         costs(results),
-        glossary(),
+        glossary(results),
         provenance(results, layout.prompts),
     ]
     absent = [name for name, read in results.items() if not read and name != "plain-metrics"]

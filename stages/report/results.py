@@ -2,13 +2,28 @@
 
 import csv
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Annotated, Any, NotRequired
 
+from pydantic import AfterValidator
 from typing_extensions import TypedDict
 
 from pipeline.errors import UserError, in_one_line, shown
 from pipeline.files import parse_json, read_json, require_shape
 from pipeline.store.kept_mass import KeptMassFound
+
+# What a round of the student's own samples found, made and took, and what each is called on the page.
+COUNTS = {
+    "samples_drawn": "samples drawn", "samples_found": "samples found", "rows_scored": "rows scored",
+    "rows_found": "rows found", "tokens_scored": "tokens scored", "seconds_drawing": "seconds drawing",
+    "seconds_scoring": "seconds scoring",
+}  # fmt: skip
+ROUND = ("round", "step", *COUNTS)  # what every round has, beside measures of its student
+
+
+def _of_a_round(numbers: dict[str, float]) -> dict[str, float]:
+    if absent := [name for name in ROUND if name not in numbers]:
+        raise ValueError(f"a round without {', '.join(absent)}")
+    return numbers
 
 
 class Interval(TypedDict):
@@ -54,6 +69,8 @@ class EvaluationProvenance(TypedDict):
 class Cost(TypedDict):
     seconds: float
     seconds_to_first_step: NotRequired[float | None]  # of distill
+    seconds_drawing: NotRequired[float]  # of its rounds, as seconds_scoring
+    seconds_scoring: NotRequired[float]
 
 
 class Made(TypedDict):
@@ -91,6 +108,7 @@ class Distill(Made):
 
     objective: str
     samples: int
+    rounds: NotRequired[list[Annotated[dict[str, float], AfterValidator(_of_a_round)]]]
 
 
 class Fit(TypedDict):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline.layout import counts_of
 from pipeline.store.kept_mass import say_kept_mass
+from stages.report.own_samples import WORDS, rounds_of
 from stages.report.page import Section, Table
 from stages.report.results import read_results
 
@@ -81,13 +82,19 @@ def costs(results: dict[str, dict]) -> Section:
     rows = [[stage, f"{cost['seconds']:,.0f}"] for stage, cost in timed.items()]
     if first := results["distill"].get("cost", {}).get("seconds_to_first_step"):
         rows.append(["distill, from its start to the first step", f"{first:,.1f}"])
+    for stage in ("distill", "plain"):
+        cost = results[STAGES[stage]].get("cost", {})
+        for name, what in (("seconds_drawing", "drawing samples"), ("seconds_scoring", "having them scored")):
+            if name in cost:
+                rows.append([f"{stage}, {what} in its rounds", f"{cost[name]:,.0f}"])
     section.tables.append(Table(["stage", "seconds"], rows))
     return section
 
 
-def glossary() -> Section:
+def glossary(results: dict[str, dict]) -> Section:
     section = Section("glossary", "Glossary")
-    section.tables.append(Table(["word", "meaning"], [list(entry) for entry in GLOSSARY.items()], prose=True))
+    words = GLOSSARY | (WORDS if rounds_of(results) else {})
+    section.tables.append(Table(["word", "meaning"], [list(entry) for entry in words.items()], prose=True))
     return section
 
 
