@@ -161,7 +161,7 @@ class Distill(Section):
     @property
     def reads_tokens(self) -> bool:
         """Whether the loss reads the teacher's kept tokens."""
-        dense = self.on_policy.on and self.on_policy.scores == "dense"
+        dense = self.rounds is not None and self.rounds.scores == "dense"
         return not dense and self.objective not in (*TOKEN_OBJECTIVES, "opd")
 
     @property

@@ -170,7 +170,7 @@ class Distillation:
         if settings.objective == "opd":
             yield PolicyGradient("opd", settings.clip)
         elif self.answering and self.answering.settings.scores == "dense":
-            yield DenseDivergence(settings.divergence, mixture_of(settings), self.rounds.teacher)
+            yield DenseDivergence(self.rounds.teacher, settings.divergence, mixture_of(settings))
         elif not on_tokens:
             tail = _usual_tail(self.sampled) if settings.tail == "auto" else settings.tail
             yield Divergence(settings.divergence, mixture_of(settings), tail)
