@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_json, write_atomically, write_json_atomically
 from pipeline.learning.closeness import LogitSource
 from pipeline.learning.rounds import OwnSamples, Round
-from pipeline.store.schema import Columns, Row, footer, value_fault, write_row_groups
+from pipeline.store.schema import SCHEMA, Columns, Row, footer, value_fault, write_row_groups
 from pipeline.store.selection import write_selection
 from pipeline.teacher.items import Item, ReadPrompt, to_score
 from pipeline.teacher.teacher import scoring_request
@@ -39,7 +39,7 @@ class LiveRounds:
     """Makes the rounds of one training."""
 
     answering: Answering
-    folder: Path  # in the run folder: the rounds of several steps, for a killed run, and all measures
+    folder: Path  # in the run folder: rounds that several steps learn from, for a killed run, and all measures
     out: Path  # of the selection of all rounds, which holds none
     student: TrainedStudent
     teacher: LogitSource
@@ -66,9 +66,8 @@ class LiveRounds:
         samples = self._scored(self._drawn(self.answering.draws(self.answering.teacher, round_.number)[0]))
         if not samples:
             raise UserError(f"round {round_.number + 1}: no sample of the student could be scored by the teacher")
-        if round_.stop - round_.start > 1:
-            rows = [SimpleNamespace(**vars(row), old=old, samples=count) for row, old, count in samples]
-            self._write(self._rows_file(round_), rows)
+        if round_.stop - round_.start > 1 or self.answering.settings.replay:
+            self._write(self._rows_file(round_), samples)
         return samples
 
     def _drawn(self, draw: Draw) -> list[tuple[Item, Answer]]:
@@ -123,14 +122,18 @@ class LiveRounds:
     def _rows_file(self, round_: Round) -> Path:
         return self.folder / f"{round_.number:04d}.parquet"
 
-    def _write(self, path: Path, rows: Sequence[SimpleNamespace]) -> None:
+    def _write(self, path: Path, samples: Sequence[tuple[Row, np.ndarray, int]]) -> None:
+        rows = [
+            SimpleNamespace(**{name: getattr(row, name) for name in SCHEMA.names}, old=old, samples=count)
+            for row, old, count in samples
+        ]
         teacher, request = self.answering.teacher, scoring_request(self.answering.params, self.answering.teacher)
         about = footer(teacher.description, request.describe(), rows[0].topk_ids.shape[1], teacher.support)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path.parent, lambda file: write_row_groups(file, [rows], about, _MORE), path.name)
 
     def _kept(self, round_: Round) -> list[tuple[Row, np.ndarray, int]]:
-        """What a killed run wrote of a round; nothing of a round of one step."""
+        """What a killed run wrote of a round; nothing of one that a single step learns from."""
         if not (path := self._rows_file(round_)).is_file():
             return []
         columns = Columns(pq.read_table(path))
