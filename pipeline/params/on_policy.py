@@ -50,4 +50,8 @@ class OnPolicy(Section):
                 f"refreshes ({self.refreshes}) and every ({self.every}) both say when the student answers anew: set "
                 "one of them to 0"
             )
+        if self.on and self.share == 0:
+            raise ValueError(
+                "share: 0 learns from no sample of the student: turn on_policy off, with refreshes and every 0"
+            )
         return self

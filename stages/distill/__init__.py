@@ -54,18 +54,19 @@ def distill(
     require_apart({"--metrics": metrics_out}, {"--runs": runs / "distill"})
     require_own_model(out)
     if rounds_out is not None:
+        require_apart({"--rounds": rounds_out}, {"--selection": selection_path, "--scored": scored_path})
         require_own_selection(rounds_out, "--rounds")
     require_own_results(metrics_out, "distill", "--metrics")
     require_can_write(runs)
     seed = params.seed + settings.seed
-    origins = {"student": fingerprint(student_path)}
-    origins["reward"] = fingerprint(reward_path) if settings.reward in FITTED else None
-    if settings.rounds and prompts_path is not None:
-        origins["prompts"] = fingerprint(prompts_path)
     store = None if store is None else str(store)
     paths = Paths(selection_path, student_path, reward_path, scored_path, store, prompts_path, rounds_out)
     plan = Distillation.open(params, seed, paths)
-    origins |= {"selection": plan.selection.fingerprint, "scored": plan.scored and plan.scored.fingerprint}
+    origins = {"selection": plan.selection.fingerprint, "student": fingerprint(student_path)}
+    origins["scored"] = plan.scored and plan.scored.fingerprint
+    origins["reward"] = fingerprint(reward_path) if settings.reward in FITTED else None
+    if plan.answering:
+        origins["prompts"] = fingerprint(prompts_path)
     job = _job(plan, runs, origins)
     training = plan.training(job.run)
     trained = run(job, training)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -75,17 +76,27 @@ class Answering:
         return self.params.distill.rounds
 
     def prompts_of(self, number: int) -> Sequence[ReadPrompt]:
-        """The prompts of a round: the next ones of an endless order of all, no more than its steps can learn from."""
-        counts, total = [self._count(each) for each in self.schedule[: number + 1]], len(self.prompts)
-        first, count = sum(counts[:-1]), counts[-1]
-        if count == total:
-            return self.prompts
-        epochs = range(first // total, first // total + 3)  # as many as hold `count` different ones after the first
-        orders = [np.random.default_rng([self.params.seed, 4, epoch]).permutation(total) for epoch in epochs]
-        coming = np.concatenate(orders)[first % total :].tolist()
-        return [self.prompts[place] for place in list(dict.fromkeys(coming))[:count]]
+        """The prompts of a round, in the order of their file."""
+        return [self.prompts[place] for place in sorted(self._asked[number])]
+
+    @cached_property
+    def _asked(self) -> list[list[int]]:
+        """Places of each round's prompts: the next ones of an endless order that has all of them once per epoch.
+
+        What is left of an epoch comes last in the next one, so that no round has a prompt twice.
+        """
+        total, epoch, waiting, asked = len(self.prompts), 0, np.empty(0, int), []
+        for count in map(self._count, self.schedule):
+            if len(waiting) < count:
+                order = np.random.default_rng([self.params.seed, 4, epoch]).permutation(total)
+                left = np.isin(order, waiting)
+                epoch, waiting = epoch + 1, np.concatenate([waiting, order[~left], order[left]])
+            asked.append(waiting[:count].tolist())
+            waiting = waiting[count:]
+        return asked
 
     def _count(self, round_: Round) -> int:
+        """Prompts of a round: no more than its steps can learn from."""
         rows = (round_.stop - round_.start) * self.params.distill.optimisation.batch_size * self.settings.share
         learned = max(math.ceil(rows / self.settings.samples), 1)
         return min(self.settings.prompts or learned, learned, len(self.prompts))

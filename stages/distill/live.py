@@ -41,7 +41,7 @@ class LiveRounds:
     """Makes the rounds of one training."""
 
     answering: Answering
-    folder: Path  # in the run folder: the rounds of several steps, for a killed run, and all measures
+    folder: Path  # in the run folder: rounds that several steps learn from, for a killed run, and all measures
     out: Path  # of the selection of all rounds, which holds none
     student: TrainedStudent
     teacher: LogitSource
@@ -72,9 +72,8 @@ class LiveRounds:
         samples = self._scored(self._drawn(draw, self.answering.settings.mixture))
         if not samples:
             raise UserError(f"round {round_.number + 1}: no sample of the student could be scored by the teacher")
-        if round_.stop - round_.start > 1:
-            rows = [SimpleNamespace(**_values(row), old=old, samples=count) for row, old, count in samples]
-            self._write(self._rows_file(round_), rows)
+        if round_.stop - round_.start > 1 or self.answering.settings.replay:
+            self._write(self._rows_file(round_), samples)
         return samples
 
     def _drawn(self, draw: Draw, alpha: float = 0.0) -> list[tuple[Item, Answer]]:
@@ -135,14 +134,18 @@ class LiveRounds:
     def _rows_file(self, round_: Round) -> Path:
         return self.folder / f"{round_.number:04d}.parquet"
 
-    def _write(self, path: Path, rows: Sequence[SimpleNamespace]) -> None:
+    def _write(self, path: Path, samples: Sequence[tuple[Row, np.ndarray, int]]) -> None:
+        rows = [
+            SimpleNamespace(**{name: getattr(row, name) for name in SCHEMA.names}, old=old, samples=count)
+            for row, old, count in samples
+        ]
         teacher, request = self.answering.teacher, scoring_request(self.answering.params, self.answering.teacher)
         about = footer(teacher.description, request.describe(), rows[0].topk_ids.shape[1], teacher.support)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path.parent, lambda file: write_row_groups(file, [rows], about, _MORE), path.name)
 
     def _kept(self, round_: Round) -> list[tuple[Row, np.ndarray, int]]:
-        """What a killed run wrote of a round; nothing of a round of one step."""
+        """What a killed run wrote of a round; nothing of one that a single step learns from."""
         if not (path := self._rows_file(round_)).is_file():
             return []
         columns = Columns(pq.read_table(path))
@@ -197,10 +200,6 @@ def _whole(answers, who: str):
             console.warn(f"a sample is left out by the {who}: {reason}")
         else:
             yield answer.key, answer
-
-
-def _values(row: Row) -> dict:
-    return {name: getattr(row, name) for name in SCHEMA.names}
 
 
 def _row(item: Item, answer: Answer) -> Row:

@@ -166,7 +166,7 @@ def leave_no_rounds(out: Path) -> None:
     """An empty folder in the place of rounds, where there are none; what an earlier run wrote there is removed."""
     with writing_to(out):
         mine = [path for path in out.iterdir() if path.name in (SAMPLES, FILE) or is_left_behind(path)]
-        for path in sorted(mine, key=lambda path: path.name != MANIFEST):  # the manifest first
+        for path in sorted(mine, key=lambda path: path.name == MANIFEST):  # by which they are known as ours
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

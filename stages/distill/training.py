@@ -166,19 +166,18 @@ class Distillation:
         )  # fmt: skip
 
     def _terms(self) -> Iterable[Term]:
-        settings, on_tokens = self.settings, self.settings.objective in TOKEN_OBJECTIVES
+        settings, objective = self.settings, self.settings.objective
         tail = _usual_tail(self.sampled) if settings.tail == "auto" else settings.tail
         teacher = self.rounds.teacher if self.answering and self.answering.settings.scores == "dense" else None
-        if settings.objective == "minillm":
-            of = settings.minillm
-            yield MiniLLM(settings.clip, of.single_step, of.text, tail, teacher)
-        else:
-            yield Likelihood(settings.nll_weight + (1 if on_tokens else 0))
-        if settings.objective == "opd":
+        if objective != "minillm":
+            yield Likelihood(settings.nll_weight + (objective in TOKEN_OBJECTIVES))
+        if objective == "minillm":
+            yield MiniLLM(settings.clip, settings.minillm.single_step, settings.minillm.text, tail, teacher)
+        elif objective == "opd":
             yield PolicyGradient("opd", settings.clip)
-        elif teacher and settings.objective != "minillm":
+        elif teacher:
             yield DenseDivergence(teacher, settings.divergence, mixture_of(settings))
-        elif not on_tokens and settings.objective != "minillm":
+        elif objective not in TOKEN_OBJECTIVES:
             yield Divergence(settings.divergence, mixture_of(settings), tail)
         if settings.reward != "none":
             reward = self.inputs.reward(settings, self.params.reward, self.paths.student, self.paths.reward)
@@ -212,8 +211,10 @@ def name_of(settings: Distill, sampled: bool) -> str:
     name += f" + {settings.nll_weight:g} nll" if settings.nll_weight else ""
     name = name if settings.reward == "none" else f"x-{name} ({settings.reward})"
     chosen = settings.on_policy
-    rhythm = f", {chosen.refreshes} refreshes" if chosen.refreshes else f", refreshed every {chosen.every} steps"
-    return name + (rhythm if chosen.on else "")
+    if chosen.refreshes:
+        return f"{name}, {chosen.refreshes} refresh{'es' * (chosen.refreshes > 1)}"
+    steps = "step" if chosen.every == 1 else f"{chosen.every} steps"
+    return f"{name}, a refresh every {steps}" if chosen.every else name
 
 
 def _usual_tail(sampled: bool) -> str:

@@ -108,6 +108,8 @@ def test_micro_batches_give_the_loss_and_gradient_of_one_batch(student, reward):
         assert counts.tolist() == [
             sum(len(r.response_ids) for r in responses),
             sum(len(r.response_ids) - 1 for r in responses),
+            0,
+            sum(len(r.response_ids) for r in responses),
         ]
         loss = sum(learner(counts, **batch)[0] for batch in batches)
         loss.backward()

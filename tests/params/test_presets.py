@@ -11,6 +11,7 @@ from pipeline.layout import Layout
 from pipeline.models import load_tokenizer
 from pipeline.params.file import load_params
 from pipeline.prompts import read_prompts
+from pipeline.store.selection import Selection
 from stages.distill import distill
 from stages.evaluate import evaluate
 from stages.generate import generate
@@ -29,6 +30,9 @@ TINY = (
     "distill.optimisation.batch_size=2", "distill.optimisation.accumulation=1", "evaluate.samples=2",
     "evaluate.sampled_prompts=2", "evaluate.bootstrap=5",
 )  # fmt: skip
+
+
+ON_POLICY = ("distill.on_policy.refreshes=2", "distill.on_policy.validation=2")  # of two steps
 
 
 def row(preset: str, i: int) -> dict:
@@ -62,9 +66,21 @@ def test_a_preset_says_how_to_run_it_and_resolves(path):
     assert params.chat != path.stem.startswith("t5")
 
 
+@pytest.mark.parametrize("path", [path for path in PRESETS if "on-policy" in path.stem], ids=lambda path: path.stem)
+def test_an_on_policy_preset_varies_distillation_alone(path):
+    """So that it finds what the preset without rounds had the teacher say."""
+    plain, varied = (load_params(each) for each in (path.with_stem(path.stem.removesuffix("-on-policy")), path))
+    assert varied.model_dump(exclude={"distill"}) == plain.model_dump(exclude={"distill"})
+    rounds, optimisation = varied.distill.rounds, varied.distill.optimisation
+    assert (varied.distill.divergence, varied.distill.beta) == ("jsd", 0.5)
+    assert (rounds.refreshes, rounds.share, rounds.temperature, rounds.scores) == (4, 1, 1, "store")
+    assert optimisation.steps * optimisation.batch_size // rounds.refreshes >= varied.prepare.train  # all are answered
+    assert optimisation.learning_rate == pytest.approx(plain.distill.optimisation.learning_rate / 4)
+
+
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_starts_and_goes_to_its_end(path, tmp_path):
-    t5 = path.stem.startswith("t5")
+    t5, on_policy = path.stem.startswith("t5"), path.stem.endswith("on-policy")
     teacher, student = (
         make_seq2seq_model(tmp_path / role, seed) if t5 else make_chat_model(tmp_path / role, seed, layers=8)
         for seed, role in enumerate(("teacher", "student"))
@@ -74,6 +90,7 @@ def test_a_preset_starts_and_goes_to_its_end(path, tmp_path):
     base = {"prepare.dataset.path": tmp_path / "set", "prepare.tokenizer": teacher, "teach.teacher.base": teacher}
     tiny = [
         *TINY,
+        *(ON_POLICY if on_policy else ()),
         *(
             f"teach.{role}.optimisation={{steps: 2, batch_size: 2, learning_rate: 0.001}}"
             for role in ("teacher", "student")
@@ -98,9 +115,15 @@ def test_a_preset_starts_and_goes_to_its_end(path, tmp_path):
     start = data / "models" / "student"
     reward(params, data / "teacher", start, data / "reward", data / "audit", tmp_path / "runs")
     metrics = distill(
-        params, data / "teacher", start, data / "reward", data / "student", data / "distill", tmp_path / "runs"
-    )
+        params, data / "teacher", start, data / "reward", data / "student", data / "distill", tmp_path / "runs",
+        prompts_path=prompts, rounds_out=data / "rounds",
+    )  # fmt: skip
     assert metrics["samples"] == 6
+    if on_policy:
+        rounds = Selection(data / "rounds")
+        assert [rounds.part(f"round{number:04d}")["rows"] for number in range(2)] == [2, 2]  # a step of two rows each
+        assert {row.origin for row in rounds.rows("round0000")} == {"student"}
+    assert any((data / "rounds").iterdir()) == on_policy
     models: dict[str, str | Path] = {"teacher": params.generate.teacher, "undistilled": start}
     evaluate(params, prompts, models | {"distilled": data / "student"}, data / "teacher", data / "evaluation")
     report(params.report, Layout(data=data), data / "report.html")

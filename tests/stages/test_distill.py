@@ -159,7 +159,8 @@ def test_shuffled_rewards_are_those_of_another_sample(cache, fitted):
         assert [len(x) for x in before] == [len(x) for x in after]
         assert {x[0] for x in after} == {x[0] for x in before}
     with pytest.raises(UserError, match="needs two samples or more, and train holds 1"):
-        shuffled(rewards, {"train": SimpleNamespace(keys=rows["train"].keys[:1])}, seed=0)
+        one = SimpleNamespace(keys=rows["train"].keys[:1], response_tokens=rows["train"].response_tokens[:1])
+        shuffled(rewards, {"train": one}, seed=0)
     again, other = shuffled(rewards, rows, seed=3), shuffled(rewards, rows, seed=4)
     key = rows["train"][0].key
     assert np.array_equal(again["mu"][key], found["mu"][key]) and not np.array_equal(other["mu"][key], found["mu"][key])
