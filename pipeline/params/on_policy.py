@@ -51,7 +51,5 @@ class OnPolicy(Section):
                 "one of them to 0"
             )
         if self.on and self.share == 0:
-            raise ValueError(
-                "share: 0 learns from no sample of the student: turn on_policy off, with refreshes and every 0"
-            )
+            raise ValueError("share: 0 learns from no sample of the student: set refreshes and every to 0")
         return self

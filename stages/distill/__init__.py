@@ -70,7 +70,7 @@ def distill(
     job = _job(plan, runs, origins)
     training = plan.training(job.run)
     trained = run(job, training)
-    rounds = plan.rounds.finish() if plan.rounds else []
+    rounds = plan.rounds.finish(_kept_step(settings, trained.history)) if plan.rounds else []
     if rounds_out is not None and not plan.rounds:
         leave_no_rounds(rounds_out)
     student = plan.student.whole()
@@ -120,6 +120,14 @@ def leave_out(out: Path, metrics_out: Path, rounds_out: Path | None) -> None:
         require_own_selection(rounds_out, "--rounds")
         leave_no_rounds(rounds_out)
     console.say(f"no plain student is trained (distill.plain is false); {out} says so")
+
+
+def _kept_step(settings: Distill, history: list[dict]) -> int:
+    """The step of the student that is kept."""
+    _, held_out = split_history(history)
+    if settings.best and held_out:
+        return min(held_out, key=lambda row: row[settings.best])["step"]
+    return max((row["step"] for row in history), default=settings.optimisation.steps)
 
 
 def _cost_of(rounds: list[dict]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +34,15 @@ from stages.distill.measures import evaluating, measured, say
 from stages.distill.rollouts import answers_of
 from stages.distill.student import TrainedStudent
 
-_MORE = [pa.field("old", pa.list_(pa.float32())), pa.field("samples", pa.int32())]
+_MORE = [pa.field("old", pa.list_(pa.float32())), pa.field("drawn", pa.list_(pa.int32()))]
+
+
+class LiveSample(NamedTuple):
+    """A distinct response of the student."""
+
+    row: Row
+    old: np.ndarray  # float32 [T], the student's own log-probabilities
+    drawn: np.ndarray  # int, its places in the order of drawing: as many as it was drawn times
 
 
 @dataclass
@@ -60,14 +69,15 @@ class LiveRounds:
             if self._is_due(round_):
                 self._measure(round_.number, round_.start)
             samples = self._kept(round_) or self._make(round_)
-            rows = [row for row, _, _ in samples]
-            old = {row.key: old for row, old, _ in samples}
-            counts = {row.key: count for row, _, count in samples}
+            rows = [sample.row for sample in samples]
+            old = {sample.row.key: sample.old for sample in samples}
+            counts = {sample.row.key: len(sample.drawn) for sample in samples}
             extras = self.extras.of(rows, old, counts, self.extras.rewards_of(rows))
-        places = np.repeat(np.arange(len(rows)), [count for _, _, count in samples])
+        places = np.repeat(np.arange(len(rows)), list(counts.values()))
+        places = places[np.argsort(np.concatenate([sample.drawn for sample in samples]))]
         return OwnSamples(rows, places, np.zeros(len(places), int), extras)
 
-    def _make(self, round_: Round) -> list[tuple[Row, np.ndarray, int]]:
+    def _make(self, round_: Round) -> list[LiveSample]:
         draw = self.answering.draws(self.answering.teacher, round_.number)[0]
         samples = self._scored(self._drawn(draw, self.answering.settings.mixture))
         if not samples:
@@ -100,21 +110,18 @@ class LiveRounds:
             for item in draw.items if item.key in answers
         ]  # fmt: skip
 
-    def _scored(self, said: Sequence[tuple[Item, Answer]], sparse: bool = False) -> list[tuple[Row, np.ndarray, int]]:
-        """Distinct rows, each with the student's log-probabilities and how often it was drawn.
-
-        sparse: with the teacher's kept tokens, also for the dense loss.
-        """
-        teacher, distinct, counts = self.answering.teacher, {}, {}
-        for item, answer in said:
+    def _scored(self, said: Sequence[tuple[Item, Answer]], sparse: bool = False) -> list[LiveSample]:
+        """The distinct ones of them. sparse: with the teacher's kept tokens, also for the dense loss."""
+        teacher, distinct, drawn = self.answering.teacher, {}, {}
+        for number, (item, answer) in enumerate(said):
             distinct.setdefault(item.key, (item, answer))
-            counts[item.key] = counts.get(item.key, 0) + 1
+            drawn.setdefault(item.key, []).append(number)
         if not (sparse or self._sparse):
             bare = {
                 key: replace(Row.bare(i.prompt_ids, i.response_ids, a.finish), key=key, origin="student")
                 for key, (i, a) in distinct.items()
             }
-            return [(row, distinct[key][1].logprobs, counts[key]) for key, row in bare.items()]
+            return [LiveSample(row, distinct[key][1].logprobs, np.array(drawn[key])) for key, row in bare.items()]
         engine = HfEngine(self.teacher.model, teacher.loading.batch_size, teacher.loading.vocabulary)
         asks = [Ask(key, item.prompt_ids, response_ids=item.response_ids) for key, (item, _) in distinct.items()]
         begun = time.monotonic()
@@ -122,7 +129,7 @@ class LiveRounds:
         tokens = sum(len(ask.response_ids) for ask in asks)
         self._spend(seconds_scoring=time.monotonic() - begun, rows_scored=len(words), tokens_scored=tokens)
         return [
-            (_row(item, words[key]), answer.logprobs, counts[key])
+            LiveSample(_row(item, words[key]), answer.logprobs, np.array(drawn[key]))
             for key, (item, answer) in distinct.items()
             if key in words
         ]
@@ -134,24 +141,24 @@ class LiveRounds:
     def _rows_file(self, round_: Round) -> Path:
         return self.folder / f"{round_.number:04d}.parquet"
 
-    def _write(self, path: Path, samples: Sequence[tuple[Row, np.ndarray, int]]) -> None:
+    def _write(self, path: Path, samples: Sequence[LiveSample]) -> None:
         rows = [
-            SimpleNamespace(**{name: getattr(row, name) for name in SCHEMA.names}, old=old, samples=count)
-            for row, old, count in samples
+            SimpleNamespace(**{name: getattr(s.row, name) for name in SCHEMA.names}, old=s.old, drawn=s.drawn)
+            for s in samples
         ]
         teacher, request = self.answering.teacher, scoring_request(self.answering.params, self.answering.teacher)
         about = footer(teacher.description, request.describe(), rows[0].topk_ids.shape[1], teacher.support)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path.parent, lambda file: write_row_groups(file, [rows], about, _MORE), path.name)
 
-    def _kept(self, round_: Round) -> list[tuple[Row, np.ndarray, int]]:
+    def _kept(self, round_: Round) -> list[LiveSample]:
         """What a killed run wrote of a round; nothing of one that a single step learns from."""
         if not (path := self._rows_file(round_)).is_file():
             return []
         columns = Columns(pq.read_table(path))
         values = [columns.values(number) for number in range(len(columns))]
-        more = [(each.pop("old"), each.pop("samples")) for each in values]
-        return [(Row(**each), *pair) for each, pair in zip(values, more, strict=True)]
+        more = [(each.pop("old"), each.pop("drawn")) for each in values]
+        return [LiveSample(Row(**each), *pair) for each, pair in zip(values, more, strict=True)]
 
     def _is_due(self, round_: Round) -> bool:
         """Whether the student is to be measured: at its start, and no more often than its held-out loss is."""
@@ -169,8 +176,8 @@ class LiveRounds:
         decode = self.answering.teacher.tokenizer.decode
         texts = {i.prompt.id: decode(a.response_ids, skip_special_tokens=True) for i, a in self._drawn(greedy)}
         own = [
-            (replace(row, response=decode(row.response_ids, skip_special_tokens=True)), old)
-            for row, old, _ in self._scored(self._drawn(held_out), sparse=True)
+            (replace(sample.row, response=decode(sample.row.response_ids, skip_special_tokens=True)), sample.old)
+            for sample in self._scored(self._drawn(held_out), sparse=True)
         ]
         measures = measured(self.answering, self.student.model, self.teachers, own, texts)
         found = {"round": number, "step": step, "samples_found": 0, "rows_found": 0} | {
@@ -182,11 +189,11 @@ class LiveRounds:
         write_json_atomically(self._measures_file(number), found | measures)
         say(found, measures)
 
-    def finish(self) -> list[dict]:
-        """Measure the student as it is at the end, and write a selection without rows; returns all measures."""
-        last = self.answering.schedule[-1]
-        if self.answering.held_out and not self._measures_file(last.number + 1).is_file():
-            self._measure(last.number + 1, last.stop)
+    def finish(self, step: int) -> list[dict]:
+        """Measure the student of a step, and write a selection without rows; returns all measures, with their costs."""
+        number = len(self.answering.schedule)
+        if not self._measures_file(number).is_file():
+            self._measure(number, step)
         teacher = self.answering.teacher
         write_selection(self.out, {}, teacher.description, teacher.k, 0, True, support=teacher.support)
         return [read_json(path) for path in sorted(self.folder.glob("measures-*.json"))]

@@ -62,7 +62,7 @@ class StoredRounds:
 
     def own(self, round_: Round) -> OwnSamples:
         """A round's samples; they are made where they are not there."""
-        self.make(round_.number)
+        self.make(round_.number, round_.start)
         folder, part = self.place(round_.number), own_part(round_.number)
         rows = TeacherRows(selection := Selection(folder), part, self.topk, text=False)
         samples = read_samples(folder, part)
@@ -75,13 +75,13 @@ class StoredRounds:
     def place(self, number: int) -> Path:
         return self.folder / f"{number:04d}"
 
-    def make(self, number: int) -> None:
-        """Draw, score, measure and keep a round; one after the last has held-out samples alone."""
+    def make(self, number: int, step: int) -> None:
+        """Draw, score, measure and keep a round of the student at `step`; after the last, held-out samples alone."""
         if not (self.place(number) / _MEASURES).is_file():
             with torch.random.fork_rng():  # what is made here does not show in dropout
-                self._make(number)
+                self._make(number, step)
 
-    def _make(self, number: int) -> None:
+    def _make(self, number: int, step: int) -> None:
         answering, folder, settings = self.answering, self.place(number), self.answering.settings
         teacher, count = answering.teacher, len(answering.schedule)
         last = number == count
@@ -109,7 +109,7 @@ class StoredRounds:
         if not last:
             self.extras.write(folder, list(selection.rows(own_part(number), topk=False)))
         found = {
-            "round": number, "step": answering.schedule[-1].stop if last else answering.schedule[number].start,
+            "round": number, "step": step,
             "samples_found": sum(each.found for each in drawn), "samples_drawn": sum(each.made for each in drawn),
             "rows_found": scored.found, "rows_scored": scored.made, "tokens_scored": scored.tokens,
             "seconds_drawing": seconds_drawing, "seconds_scoring": seconds_scoring,
@@ -146,11 +146,11 @@ class StoredRounds:
         old = dict(read_samples(self.place(number), part))
         return [(row, old[row.key]) for row in selection.rows(part)]
 
-    def finish(self) -> list[dict]:
-        """Measure the student as it is at the end, and write the selection of all rounds; returns all measures."""
+    def finish(self, step: int) -> list[dict]:
+        """Measure the student of a step, and write the selection of all rounds; returns measures and costs of each."""
         count = len(self.answering.schedule)
         if self.answering.held_out:
-            self.make(count)
+            self.make(count, step)
         numbers = [number for number in range(count + 1) if (self.place(number) / _MEASURES).is_file()]
         folders = [self.place(number) for number in numbers]
         join_selections(self.out, folders)
