@@ -188,7 +188,7 @@ class Distill(Section):
         settings, name = self.on_policy, self.objective
         usual = {
             "scores": "live" if name == "gkd" else "store",
-            "share": 0.5 if name in ("gkd", "minillm") else 1.0,
+            "share": 0.5 if name == "gkd" or (name == "minillm" and self.minillm.text) else 1.0,
             "mixture": 0.2 if name == "minillm" else 0.0,
         }
         chosen = {key: value for key, value in usual.items() if getattr(settings, key) == "auto"}
@@ -262,7 +262,7 @@ class Distill(Section):
     def _draws_the_student_to_the_teacher(self):
         mixed = self.divergence == "jsd" and self.beta == 1
         name = f"{self.objective} with beta: 1" if mixed else self.objective
-        reverse = mixed or name == "rkl"
+        reverse = mixed or self.divergence == "rkl"
         if self.tail == "teacher_renorm" and reverse:
             raise ValueError(
                 f"objective {name} is infinite with tail: teacher_renorm, where the teacher has no mass outside its "

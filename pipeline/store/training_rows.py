@@ -78,6 +78,10 @@ class TeacherRows(Dataset):
         self._decoded.move_to_end(number)
         return self._decoded[number]
 
+    def remember_pools(self, batch_size: int) -> None:
+        """Remember the decoded rows that a shuffled order needs at once: a pool, and what is left of the one before."""
+        self.keep_rows = (POOL + 1) * int(np.bincount(self.groups).max(initial=0)) + batch_size
+
     def beyond(self, vocabulary: int) -> tuple[Row, int] | None:
         """A row with a token id outside a vocabulary of this size, and the id; None where there is none."""
         for index, number in enumerate(self.groups):
@@ -243,8 +247,7 @@ class RowLoader(DataLoader):
         window: batches that are sorted by length together, which saves padding; 1 mixes all lengths.
         """
         batches = BucketedBatches(rows.lengths, rows.groups, batch_size, seed, parts, window)
-        largest = max(map(len, batches.groups), default=0)
-        rows.keep_rows = (POOL + 1) * largest + batch_size  # a pool, and what is left of the one before
+        rows.remember_pools(batch_size)
         super().__init__(rows, batch_sampler=batches, collate_fn=collate, num_workers=workers)
 
     def set_epoch(self, epoch: int) -> None:

@@ -104,10 +104,14 @@ class Session:
     def record_use(self, orders: Sequence[Order]) -> None:
         """Tell the store that the orders' selections are written: `cache gc` removes no row that they hold."""
         for selection, requests in _by_selection(orders).items():
-            if not self._record_use(selection, requests, complete=True):
-                console.warn(
-                    f"{self.storage.name} can only be read: `cache gc` there will not know that {selection} uses it"
-                )
+            self.record_user(selection, requests)
+
+    def record_user(self, selection: Path, requests: list[str]) -> None:
+        """Tell the store that a selection of rows of these requests (identities) is written."""
+        if not self._record_use(selection, requests, complete=True):
+            console.warn(
+                f"{self.storage.name} can only be read: `cache gc` there will not know that {selection} uses it"
+            )
 
     def _record_use(self, selection: Path, requests: list[str], complete: bool) -> bool:
         """Whether the store could be told; a selection of no rows uses nothing."""

@@ -28,7 +28,6 @@ from pipeline.store.schema import Row
 from pipeline.store.selection import Selection, join_selections, write_selection
 from pipeline.store.storage import Storage
 from pipeline.store.training_rows import TeacherRows
-from pipeline.store.users import User
 from pipeline.teacher.items import Item, ReadPrompt, to_score
 from pipeline.teacher.orders import Order, Plan
 from pipeline.teacher.session import Answered, Session
@@ -65,6 +64,7 @@ class StoredRounds:
         self.make(round_.number, round_.start)
         folder, part = self.place(round_.number), own_part(round_.number)
         rows = TeacherRows(selection := Selection(folder), part, self.topk, text=False)
+        rows.remember_pools(self.answering.params.distill.optimisation.batch_size)
         samples = read_samples(folder, part)
         place = {key: number for number, key in enumerate(rows.keys)}
         places = np.array([place[key] for key, _ in samples])
@@ -158,7 +158,7 @@ class StoredRounds:
         _write_table(self.out, pa.concat_tables(tables))
         self.extras.join(self.out, folders)
         request = scoring_request(self.answering.params, self.answering.teacher).identity
-        User.of(self.out, self.answering.teacher.identity, [request], complete=True).record(self.storage)
+        Session(self.answering.teacher, self.storage).record_user(self.out, [request])
         return [read_json(folder / _MEASURES) for folder in folders]
 
 

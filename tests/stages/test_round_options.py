@@ -1,24 +1,19 @@
-"""What holds for the options of rounds: what is refused, whom the student answers, and what each step learns from."""
+"""What holds for the options of rounds: what is refused, and what the student answers."""
 
 import json
 import re
 from collections import Counter
-from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import polars as pl
 import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.learning.rounds import OwnSamples, Round, RoundLoader, RoundRows, schedule
+from pipeline.learning.rounds import schedule
 from pipeline.prompts import Prompt, prompt_id, read_prompts, write_prompts
-from pipeline.store.schema import Row
 from pipeline.store.selection import Selection
-from pipeline.store.training_rows import TeacherRows
 from stages.distill import distill, leave_out
 from stages.distill.answering import Answering
 from stages.distill.rounds import SAMPLES
@@ -97,6 +92,11 @@ FITTED = "fits the reward while the student trains, and on the student's own sam
         (("window=4", ".refreshes=2"), "window sorts batches of the cache by length, and on_policy mixes its own"),
         ((".refreshes=11",), "on_policy.refreshes (11) are more than the training has steps (10)"),
         (("objective=opd", ".refreshes=2", ".scores=dense"), "objective opd needs no more than the teacher's word"),
+        ((".refreshes=2", ".share=0"), "share: 0 learns from no sample of the student"),
+        ((".refreshes=2", ".mixture=0.2"), "on_policy.mixture (0.2) is for objective minillm"),
+        (("objective=minillm", ".temperature=0.9"), "objective minillm weights samples by their probabilities"),
+        (("objective=minillm", ".share=1"), "objective minillm learns from references too"),
+        (("objective=minillm", "tail=truncate"), "objective minillm with tail: truncate is not smallest where"),
         ((".refreshes=2", ".temperature=0"), "on_policy.temperature: Value error, must be at least 0.01"),
         ((".refreshes=2", ".share=1.5"), "on_policy.share"),
         ((".refreshes=2", ".split=test"), "on_policy.split: Input should be 'train' or 'student'"),
@@ -120,6 +120,9 @@ def test_rounds_that_do_not_fit_are_refused(options, message):
         (("objective=gkd", ".refreshes=2", ".share=1", ".scores=store"), (2, 0, 1, "store")),
         (("objective=opd", ".refreshes=2"), (2, 0, 1, "store")),
         (("reward=zero", "objective=gkd", ".scores=dense"), (0, 1, 0.5, "dense")),
+        (("objective=minillm",), (0, 512, 0.5, "store")),  # 256 rollouts, four epochs of 2 of 4 rows
+        (("objective=minillm", ".prompts=16", ".samples=2"), (0, 64, 0.5, "store")),
+        (("objective=minillm", "minillm.text=0", ".every=3"), (0, 3, 1, "store")),
     ],
     ids=lambda value: ",".join(map(str, value or ["off"])),
 )
@@ -282,105 +285,3 @@ def test_without_a_plain_student_its_earlier_rounds_are_removed(cache, teacher, 
     (made.folder / "notes.txt").write_text("mine")
     leave_out(tmp_path / "student", tmp_path / "metrics", made.folder)
     assert [path.name for path in made.folder.iterdir()] == ["notes.txt"]
-
-
-# What each step learns from
-
-
-@pytest.mark.parametrize(
-    "arguments, starts",
-    [
-        ({"steps": 10, "refreshes": 1}, [0]),
-        ({"steps": 10, "refreshes": 3}, [0, 3, 6]),
-        ({"steps": 10, "refreshes": 4}, [0, 2, 5, 7]),
-        ({"steps": 10, "refreshes": 10}, list(range(10))),
-        ({"steps": 10, "every": 4}, [0, 4, 8]),
-        ({"steps": 10, "every": 5}, [0, 5]),
-        ({"steps": 10, "every": 99}, [0]),
-        ({"steps": 3, "every": 1}, [0, 1, 2]),
-    ],
-)
-def test_rounds_are_spread_over_all_steps(arguments, starts):
-    rounds = schedule(**arguments)
-    assert [each.start for each in rounds] == starts and [each.number for each in rounds] == list(range(len(starts)))
-    assert [each.stop for each in rounds] == [*starts[1:], arguments["steps"]]
-
-
-def own_samples(round_: Round) -> OwnSamples:
-    """Five rows, of which the first was drawn twice, with a value for each token."""
-    rows = [replace(Row.bare(np.arange(3), np.full(2, number)), key=f"{round_.number}-{number}") for number in range(5)]
-    extras = {"old": {row.key: np.full(2, round_.number, np.float32) for row in rows}}
-    return OwnSamples(rows, np.array([0, 0, 1, 2, 3, 4]), np.zeros(6, int), extras)
-
-
-def mixed(cache, rounds, share, replay=0, seed=0, batch_size=8) -> RoundRows:
-    data = TeacherRows(Selection(cache / "selection"), "train")
-    return RoundRows(rounds, own_samples, data, batch_size, share, replay, seed, {})
-
-
-def keys_of(rows: RoundRows, step: int) -> list[str]:
-    size = rows.batch_size
-    return [row.key for row in rows.__getitems__(range(step * size, (step + 1) * size))]
-
-
-def is_own(key: str) -> bool:
-    return "/" in key
-
-
-def test_a_row_is_the_students_with_probability_share(cache):
-    rows = mixed(cache, schedule(200, 2), share=0.3)
-    own = [sum(map(is_own, keys_of(rows, step))) for step in range(200)]
-    assert np.mean(own) / 8 == pytest.approx(0.3, abs=0.035)  # three deviations
-    assert np.var(own) == pytest.approx(8 * 0.3 * 0.7, rel=0.4)
-    for share in (0, 1):
-        rows = mixed(cache, schedule(4, 2), share)
-        assert {is_own(key) for step in range(4) for key in keys_of(rows, step)} == {bool(share)}
-
-
-@pytest.mark.parametrize("share", [0.4, 1])
-def test_a_step_has_the_same_rows_whichever_is_asked_for_first(cache, share):
-    """So a killed run goes on with the batches that it would have had."""
-    rounds = schedule(12, 3)
-    whole = mixed(cache, rounds, share, replay=1)
-    in_order = [keys_of(whole, step) for step in range(12)]
-    for step in (11, 5, 7, 4, 0):
-        assert keys_of(mixed(cache, rounds, share, replay=1), step) == in_order[step]
-        assert keys_of(whole, step) == in_order[step]
-        assert [whole[step * 8 + place].key for place in range(8)] == in_order[step]
-    assert in_order != [keys_of(mixed(cache, rounds, share, replay=1, seed=1), step) for step in range(12)]
-
-
-def test_micro_batches_are_the_parts_of_a_step(cache):
-    rows = mixed(cache, schedule(6, 2), share=0.5)
-    steps = [keys_of(rows, step) for step in range(6)]
-    parts = list(RoundLoader(rows, 8, 0, lambda batch, extras: [row.key for row in batch], parts=4))
-    assert [len(part) for part in parts] == [2] * 24
-    assert list(chain(*parts)) == list(chain(*steps))
-
-
-@pytest.mark.parametrize("replay", [0, 1, 2, 9])
-def test_replay_learns_from_so_many_earlier_rounds(cache, replay):
-    rounds = schedule(40, 4)
-    rows = mixed(cache, rounds, share=1, replay=replay)
-    for round_ in rounds:
-        keys = [key for step in range(round_.start, round_.stop) for key in keys_of(rows, step)]
-        kept = range(max(round_.number - replay, 0), round_.number + 1)
-        assert {int(key.partition("/")[0]) for key in keys} == set(kept)
-        assert {key: values[0] for key, values in rows.extras["old"].items()} == {
-            f"{number}/{number}-{place}": number for number in kept for place in range(5)
-        }
-
-
-def test_samples_are_used_evenly_within_their_round_and_data_within_an_epoch(cache):
-    """What was drawn twice is used twice as often."""
-    rounds, data = schedule(60, 3), Counter()
-    rows = mixed(cache, rounds, share=0.5, replay=1)
-    for round_ in rounds:
-        keys = [key for step in range(round_.start, round_.stop) for key in keys_of(rows, step)]
-        used = Counter(filter(is_own, keys))
-        data.update(key for key in keys if not is_own(key))
-        once = [count for key, count in used.items() if not key.endswith("-0")]
-        twice = [count for key, count in used.items() if key.endswith("-0")]
-        assert max(once) - min(once) <= 1
-        assert all(2 * min(once) <= count <= 2 * max(once) for count in twice)
-    assert len(data) == len(rows.data) and max(data.values()) - min(data.values()) <= 1
