@@ -183,9 +183,12 @@ class LiveRounds:
         say(found, measures)
 
     def finish(self) -> list[dict]:
-        """Measure the student as it is at the end, and write a selection without rows; returns all measures."""
+        """Measure the student as it is at the end, and write a selection without rows; returns all measures.
+
+        Without held-out prompts they are what all rounds took.
+        """
         last = self.answering.schedule[-1]
-        if self.answering.held_out and not self._measures_file(last.number + 1).is_file():
+        if not self._measures_file(last.number + 1).is_file():
             self._measure(last.number + 1, last.stop)
         teacher = self.answering.teacher
         write_selection(self.out, {}, teacher.description, teacher.k, 0, True, support=teacher.support)

@@ -207,6 +207,18 @@ def test_without_held_out_prompts_nothing_is_measured(cache, teacher, student, t
     assert not {name for each in rounds for name in each} & {"kl", "own_reverse_kl", "bleu", "accuracy", "distinct_2"}
 
 
+@pytest.mark.parametrize("scores", ["live", "dense"])
+def test_without_held_out_prompts_a_teacher_in_memory_still_says_what_it_took(
+    cache, teacher, student, tmp_path, scores
+):
+    options = ".every=1", f".scores={scores}", ".validation=0", "optimisation.steps=3"
+    made = distilled(cache, teacher, student, tmp_path, *options)
+    (only,) = made.results["rounds"]
+    assert only["samples_drawn"] == made.results["cost"]["samples_drawn"] == 3 * 4 and only["seconds_drawing"] > 0
+    assert (only["rows_scored"] > 0) == (scores == "live")
+    assert not set(only) & {"kl", "own_reverse_kl", "distinct_2"}
+
+
 def test_fewer_held_out_prompts_are_answered_where_fewer_are_asked_for(cache, teacher, student, tmp_path):
     made = distilled(cache, teacher, student, tmp_path, ".refreshes=1", ".validation=3", "optimisation.steps=2")
     assert {made.selection.part(f"heldout{number:04d}")["prompts"] for number in range(2)} == {3}
