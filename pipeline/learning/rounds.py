@@ -88,7 +88,7 @@ class RoundRows(Dataset):
         self.extras: dict[str, Mapping[str, np.ndarray]] = dict(extras)  # of the current round and the data
         self._data_stream = Stream(data.groups, seed, 2) if share < 1 else None
         if share < 1:
-            data.remember_pools(batch_size)
+            data.keep_pool(batch_size)
         self._loaded: dict[int, OwnSamples] = {}
         self._current: Round | None = None
         self._samples: list[tuple[int, int]] = []  # round and place of all samples that are learned from now

@@ -20,6 +20,7 @@ from pipeline.store.schema import KEPT, SUPPORT, TEXT, Columns, Row, group_ends,
 from pipeline.store.selection import Selection, read_group
 
 POOL = 8  # row groups whose rows are shuffled together
+KEPT_ROWS = 1024  # decoded rows that are remembered where nothing else is said
 _LIGHT = ["key", "origin", "prompt_ids", "response_ids"]
 
 
@@ -53,7 +54,7 @@ class TeacherRows(Dataset):
         self.prompt_tokens, self.response_tokens = prompts[fits], responses[fits]
         self.groups, self._places = groups[fits], places[fits]
         self._decoded: OrderedDict[int, Columns] = OrderedDict()
-        self.keep_rows = 1024  # decoded rows that are remembered beyond the group that was read last
+        self.keep_rows = KEPT_ROWS  # decoded rows that are remembered beyond the group that was read last
 
     @property
     def lengths(self) -> np.ndarray:
@@ -78,8 +79,8 @@ class TeacherRows(Dataset):
         self._decoded.move_to_end(number)
         return self._decoded[number]
 
-    def remember_pools(self, batch_size: int) -> None:
-        """Remember the decoded rows that a shuffled order needs at once: a pool, and what is left of the one before."""
+    def keep_pool(self, batch_size: int) -> None:
+        """Remember the decoded rows of a pool, and what is left of the one before: then each is decoded once."""
         self.keep_rows = (POOL + 1) * int(np.bincount(self.groups).max(initial=0)) + batch_size
 
     def beyond(self, vocabulary: int) -> tuple[Row, int] | None:
@@ -247,7 +248,7 @@ class RowLoader(DataLoader):
         window: batches that are sorted by length together, which saves padding; 1 mixes all lengths.
         """
         batches = BucketedBatches(rows.lengths, rows.groups, batch_size, seed, parts, window)
-        rows.remember_pools(batch_size)
+        rows.keep_pool(batch_size)
         super().__init__(rows, batch_sampler=batches, collate_fn=collate, num_workers=workers)
 
     def set_epoch(self, epoch: int) -> None:

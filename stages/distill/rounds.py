@@ -64,7 +64,7 @@ class StoredRounds:
         self.make(round_.number, round_.start)
         folder, part = self.place(round_.number), own_part(round_.number)
         rows = TeacherRows(selection := Selection(folder), part, self.topk, text=False)
-        rows.remember_pools(self.answering.params.distill.optimisation.batch_size)
+        rows.keep_pool(self.answering.params.distill.optimisation.batch_size)
         samples = read_samples(folder, part)
         place = {key: number for number, key in enumerate(rows.keys)}
         places = np.array([place[key] for key, _ in samples])
