@@ -113,6 +113,12 @@ class Session:
                 f"{self.storage.name} can only be read: `cache gc` there will not know that {selection} uses it"
             )
 
+    def forget_use(self, orders: Sequence[Order]) -> None:
+        """Tell the store that the orders' selections will not be written: `cache gc` may remove what was made."""
+        for selection, requests in _by_selection(orders).items():
+            with suppress(OSError, UserError):  # a store that can only be read was not told of them
+                self.storage.remove(User.of(selection, self.teacher.identity, requests, complete=False).name)
+
     def _record_use(self, selection: Path, requests: list[str], complete: bool) -> bool:
         """Whether the store could be told; a selection of no rows uses nothing."""
         return not requests or User.of(selection, self.teacher.identity, requests, complete).record(self.storage)

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from pipeline.teacher.items import Item, ReadPrompt, to_score
 from pipeline.teacher.orders import Order, Plan
 from pipeline.teacher.session import Answered, Session
 from pipeline.teacher.teacher import Teacher, scoring_request
-from stages.distill.answering import Answering, held_out_part, own_part
+from stages.distill.answering import Answering, Draw, held_out_part, own_part
 from stages.distill.extras import SampleExtras
 from stages.distill.measures import measured, say
 from stages.distill.rollouts import Rollouts, mixture_of
@@ -44,6 +44,21 @@ _SAMPLES = pa.schema([
     ("key", pa.string()), ("logprobs", pa.list_(pa.float32())),
 ])  # fmt: skip
 _MEASURES = "measures.json"
+
+
+@dataclass
+class _Drawing:
+    """What is asked of a student, or of its mixture with the teacher."""
+
+    speaker: Teacher
+    orders: Sequence[Order]
+    rollouts: Rollouts | None = None  # the mixture's engine
+
+    def answered(self, storage: Storage) -> Answered:
+        """The samples, out of the store or drawn."""
+        open_rollouts = closing(self.rollouts) if self.rollouts else nullcontext()
+        with open_rollouts, Session(self.speaker, storage, self.rollouts) as session:
+            return session.answer(self.orders)
 
 
 @dataclass
@@ -91,7 +106,8 @@ class StoredRounds:
         folder.mkdir(parents=True, exist_ok=True)
         self.student.save(folder / "model")
         student = teacher.student(folder / "model", settings.batch_size, settings.engine)
-        drawn, seconds_drawing = _timed(lambda: self._drawn(student, number))
+        drawings = self._drawings(student, number)
+        drawn, seconds_drawing = _timed(lambda: [drawing.answered(self.storage) for drawing in drawings])
         plans = [plan for answered in drawn for plan in answered.plans]
         spoken = {plan.order.items[0].part: list(_spoken(plan)) for plan in plans if plan.order.items}
         said = [pair for part in (own_part(number), held_out_part(number)) for pair in spoken.get(part, ())]
@@ -118,25 +134,26 @@ class StoredRounds:
         own = self._own(number, selection)
         measures = measured(answering, self.student.model, self.teachers, own, greedy)
         write_json_atomically(folder / _MEASURES, found | measures)
+        for drawing in drawings:  # the round has what it needs
+            Session(drawing.speaker, self.storage).forget_use(drawing.orders)
+            shutil.rmtree(drawing.orders[0].selection, ignore_errors=True)
         shutil.rmtree(folder / "model")
         say(found, measures)
 
-    def _drawn(self, student: Teacher, number: int) -> list[Answered]:
-        """The student's samples; those to learn from are of its mixture with the teacher, where there is one."""
-        alpha, teacher = self.answering.settings.mixture, self.answering.teacher
-        own, *others = (
-            Order(draw.request, draw.items, student.k, student.support)
-            for draw in self.answering.draws(student, number)
-        )
-        drawn = []
-        if alpha and own.items:
-            rollouts = Rollouts(student, teacher, alpha)
-            with closing(rollouts), Session(mixture_of(student, teacher, alpha), self.storage, rollouts) as session:
-                drawn.append(session.answer([own]))
-        else:
-            others = [own, *others]
-        with Session(student, self.storage) as session:
-            return [*drawn, session.answer(others)]
+    def _drawings(self, student: Teacher, number: int) -> list["_Drawing"]:
+        """What is drawn, and of whom: samples to learn from of the mixture with the teacher, where there is one."""
+        alpha, teacher, folder = self.answering.settings.mixture, self.answering.teacher, self.place(number)
+        draws = [draw for draw in self.answering.draws(student, number) if draw.items]
+
+        def orders(draws: Sequence[Draw], place: str) -> list[Order]:
+            # `cache gc` keeps what is drawn for this place, which is empty, until the round is made
+            return [Order(d.request, d.items, student.k, student.support, folder / place) for d in draws]
+
+        if not (alpha and number < len(self.answering.schedule)):
+            return [_Drawing(student, orders(draws, "drawn"))]
+        mixture, rollouts = mixture_of(student, teacher, alpha), Rollouts(student, teacher, alpha)
+        drawings = [_Drawing(mixture, orders(draws[:1], "rollouts"), rollouts)]
+        return drawings + ([_Drawing(student, orders(draws[1:], "drawn"))] if draws[1:] else [])
 
     def _own(self, number: int, selection: Selection) -> list[tuple[Row, np.ndarray]]:
         """The round's held-out samples, with the student's log-probabilities."""

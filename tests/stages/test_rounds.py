@@ -18,9 +18,11 @@ from pipeline.models import load_lm
 from pipeline.params.file import to_yaml
 from pipeline.store.selection import Selection
 from pipeline.store.storage import Storage
+from pipeline.store.users import users_of
 from pipeline.upkeep.collect import garbage, in_use
 from pipeline.upkeep.verify import verify_selection, verify_store
 from stages.distill import distill
+from stages.distill import rounds as rounds_module
 from stages.generate import generate
 from tests.conftest import make_params, make_prompts, make_seq2seq_model
 from tests.processes import start
@@ -160,6 +162,18 @@ def test_live_rounds_of_several_steps_are_those_of_the_store(cache, teacher, stu
     assert totals[0] < totals[1] and totals[2] < totals[3]  # by what was not measured in between
 
 
+@pytest.mark.parametrize("scores", ["live", "dense"])
+def test_an_encoder_decoder_has_a_live_teacher_as_well(tmp_path, scores):
+    teacher, student = make_seq2seq_model(tmp_path / "teacher", 0), make_seq2seq_model(tmp_path / "start", 1)
+    prompts = make_prompts(tmp_path / "prompts.parquet", train=40, validation=8)
+    chosen = ["distill.objective=gkd", "distill.on_policy.refreshes=0", f"distill.on_policy.scores={scores}"]
+    params = make_params(teacher, *settings_of(teacher, *chosen))
+    generate(params, prompts, tmp_path / "selection", tmp_path / "store")
+    paths = tmp_path / "selection", student, None, tmp_path / "student", tmp_path / "metrics", tmp_path / "runs"
+    distill(params, *paths, tmp_path / "store", None, prompts)
+    assert measures(tmp_path)[-1]["kl"] < measures(tmp_path)[0]["kl"]
+
+
 @pytest.mark.parametrize("objective", ["gkd", "rkl"])
 def test_a_dense_teacher_teaches_on_all_its_tokens(cache, teacher, student, tmp_path, objective):
     settings = [f"distill.objective={objective}", "distill.on_policy.scores=dense"]
@@ -216,9 +230,31 @@ def test_what_rounds_wrote_is_kept_by_gc_and_verified(cache, teacher, student, t
     gone = {each.name for each in garbage(storage, in_use(storage, [cache / "selection", cache / "scored"]))}
     assert not [name for name in gone if name.startswith(teachers)]
     assert any("part-" in name for name in gone)
+    (user,) = (user for user in users_of(storage)[0] if user.selection != str(cache / "selection") and user.complete
+               and user.selection.startswith(str(tmp_path)))  # fmt: skip
+    assert user.selection == str(out) and all(user.complete for user in users_of(storage)[0])
     samples = pl.read_parquet(out / "samples.parquet")
     assert set(samples["key"]) == keys
     assert samples.filter(pl.col("part") == "round0001")["round"].unique().to_list() == [1]
+
+
+def test_gc_in_the_middle_of_a_round_removes_nothing_that_it_will_read(cache, teacher, student, tmp_path, monkeypatch):
+    """What was drawn is kept until the round is made; then it may go."""
+    store, write, garbage_at = tmp_path / "store", rounds_module.write_selection, []
+    before = {path.relative_to(cache / "store").as_posix() for path in (cache / "store").rglob("part-*.parquet")}
+
+    def shards() -> set[str]:
+        used = in_use(Storage(store), [cache / "selection", cache / "scored"])
+        return {each.name for each in garbage(Storage(store), used) if "part-" in each.name} - before
+
+    def looking(*arguments, **options):
+        garbage_at.append(shards())
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(rounds_module, "write_selection", looking)
+    run(cache, teacher, student, tmp_path, "distill.objective=jsd", "distill.on_policy.refreshes=1", store=store)
+    in_round, after_it = garbage_at
+    assert not in_round and after_it and after_it < shards()
 
 
 # kill -9: each of these moments of each round, one after the other
