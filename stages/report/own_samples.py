@@ -68,7 +68,8 @@ def _setting(provenance: Mapping) -> str:
     cut = f", of at most {chosen.horizon:,} tokens" if chosen.horizon else ""
     rows = "Every row is" if chosen.share == 1 else f"With probability {chosen.share:g} a row is"
     replay = f", of this round or of the {chosen.replay:,} before it" if chosen.replay else ""
-    data = "" if chosen.share == 1 else ", else one of the teacher's"
+    other = "a reference" if settings.learns_references else "one of the teacher's"
+    data = "" if chosen.share == 1 else f", else {other}"
     return (
         f"The student answers prompts of the split {chosen.split} {rhythm} {steps}: {asked}, {samples}, at temperature "
         f"{chosen.temperature:g}{cut}. {rows} such a sample{replay}{data}. {_SCORES[chosen.scores]}"

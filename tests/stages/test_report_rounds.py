@@ -170,6 +170,7 @@ def test_it_is_said_which_measures_are_unbiased_and_which_are_bounds(data, measu
             ["objective=gkd"],
             "a row is such a sample, else one of the teacher's. A teacher in memory scores",
         ),
+        (["objective=minillm"], "a row is such a sample, else a reference. The store keeps"),
         (["on_policy.every=1", "on_policy.scores=dense"], "A teacher in memory gives its whole distribution"),
         (["on_policy.every=1", "on_policy.split=student"], "prompts of the split student at each of"),
     ],
