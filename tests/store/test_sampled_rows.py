@@ -153,7 +153,8 @@ def test_a_batch_says_what_the_teacher_thinks_of_the_tokens_of_student_s_samples
             assert torch.equal(own[number][said[number]], torch.from_numpy(known))
         assert torch.equal(teacher_of(batch).own, own[said])
         others = collate([rows[0], rows[2]])
-        assert "own" not in others and others.keys() == batch.keys() - {"own"}
+        assert batch["given"].tolist() == [True, False, True, False]
+        assert "own" not in others and others.keys() == batch.keys() - {"own", "given"}
         assert "own" not in collate(some, topk=False)
     unknown = replace(rows[1], logprobs=None)
     assert torch.isneginf(teacher_of(collate([unknown])).own).all()
@@ -161,7 +162,7 @@ def test_a_batch_says_what_the_teacher_thinks_of_the_tokens_of_student_s_samples
     assert "own" not in collate(none)
     drawn = answered(model, 2, "sampled")
     before, after = collate(drawn), collate(by_origin(drawn, "student", "teacher"))
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() - {"given"} and all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
