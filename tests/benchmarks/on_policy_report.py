@@ -1,0 +1,210 @@
+"""What `tests.benchmarks.on_policy` has measured so far: every number as JSON, a Markdown table, and the figure."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.layout import RESULTS
+
+DIVERGENCES = ("jsd", "fkl", "rkl")
+REFRESHES = (0, 1, 2, 4, 8, 16)  # 0: the teacher's samples of the same fresh prompts
+START, TEACHER, COST_UNIT, BASE = "start", "teacher", "sft", "same-jsd"
+AT = "temperature-"  # before it, the folder of an evaluation at another temperature than 1
+MEASURES = {  # where an evaluation has it, by the name that it has here
+    "distinct_2": ("diversity", "distinct_2"),
+    "kl": ("heldout", "kl"),
+    "reverse_kl": ("heldout", "reverse_kl"),
+    "own_kl": ("own", "kl"),
+    "own_reverse_kl": ("own", "reverse_kl"),
+}
+COSTS = (
+    "tokens_written", "tokens_scored", "seconds_writing", "seconds_drawing", "seconds_scoring", "cpu_seconds",
+    "peak_bytes",
+)  # fmt: skip
+COMPARED = ("greedy", "sampled", "matched", *MEASURES)
+_DRAWN = ("sampled", "distinct_2")  # measures of samples
+PHASES = ("seconds_writing", "seconds_drawing", "seconds_scoring", "seconds_rest")
+TOTALS = ("seconds", "cpu_seconds", "peak_bytes")
+Runs = dict[str, dict[int, dict[str, float]]]  # arm -> seed -> measure -> value
+COLOURS = dict(zip(DIVERGENCES, ("#3366aa", "#dd7733", "#338855"), strict=True))
+
+
+def measures_of(evaluation: Path) -> dict[str, float]:
+    """What an evaluation of one model found; the task's first metric is `greedy` and `sampled`."""
+    (modes,) = json.loads((evaluation / RESULTS).read_text())["metrics"].values()
+    found = {mode: next(iter(modes[mode].values()))["value"] for mode in ("greedy", "sampled")}
+    for name, (mode, measure) in MEASURES.items():
+        if measure in modes.get(mode, {}):
+            value = modes[mode][measure]
+            found[name] = value["value"] if isinstance(value, dict) else value
+    return found
+
+
+def run_of(folder: Path) -> dict[str, float]:
+    """All numbers of a student. `seconds` and `peak_bytes` are those of `distill`, and the teacher's writing."""
+    training = json.loads((folder / "training.json").read_text())
+    run = {name: training.get(name, 0.0) for name in COSTS}
+    run["seconds_rest"] = training["seconds"] - run["seconds_drawing"] - run["seconds_scoring"]
+    run["seconds"] = training["seconds"] + run["seconds_writing"]
+    for other in sorted(folder.glob(f"{AT}*/{RESULTS}")):
+        found, temperature = measures_of(other.parent), other.parent.name.removeprefix(AT)
+        run |= {f"{name} at {temperature}": found[name] for name in _DRAWN}
+    return measures_of(folder / "evaluation") | run
+
+
+def at_diversity(points: Sequence[tuple[float, float]], diversity: float) -> float | None:
+    """The metric at a distinct-2, between the two of the points (distinct-2, metric) around it; None beyond them."""
+    x, y = zip(*sorted(points), strict=True)
+    return float(np.interp(diversity, x, y)) if x[0] <= diversity <= x[-1] else None
+
+
+def add_matched(runs: Runs) -> None:
+    """Give runs that were sampled at several temperatures the metric at the distinct-2 of BASE's samples: `matched`."""
+    for by_seed in runs.values():
+        for seed, run in by_seed.items():
+            names = [name.removeprefix("sampled") for name in run if name.startswith("sampled")]
+            points = [tuple(run[f"{of}{name}"] for of in reversed(_DRAWN)) for name in names]
+            base = runs.get(BASE, {}).get(seed)
+            if base and len(points) > 1 and (value := at_diversity(points, base["distinct_2"])) is not None:
+                run["matched"] = value
+
+
+def read_runs(root: Path, names: Sequence[str]) -> Runs:
+    """Every student that is finished."""
+    runs: Runs = {}
+    for name in (START, *names):
+        for done in sorted(root.glob(f"students/{name}-*/evaluation/{RESULTS}")):
+            seed = done.parents[1].name.removeprefix(f"{name}-")
+            if seed.isdigit():  # not that of an arm whose name begins like this one
+                runs.setdefault(name, {})[int(seed)] = run_of(done.parents[1])
+    add_matched(runs)
+    return runs
+
+
+def summary(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Mean, spread over seeds and standard error of the mean; None of a single seed."""
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    error = spread / len(values) ** 0.5 if spread is not None else None
+    return {"n": len(values), "mean": float(np.mean(values)), "spread": spread, "error": error}
+
+
+def compared(runs: Runs, name: str, other: str, measure: str) -> dict | None:
+    """Difference of the students of the same seeds, where both arms have the measure."""
+    mine, theirs = (
+        {seed: run[measure] for seed, run in runs.get(arm, {}).items() if measure in run} for arm in (name, other)
+    )
+    differences = [value - theirs[seed] for seed, value in mine.items() if seed in theirs]
+    return summary(differences) if differences else None
+
+
+def aggregate(runs: Runs) -> dict[str, dict]:
+    """Of each arm all runs, means, differences from BASE, and times and memory by those of COST_UNIT."""
+    found = {}
+    for name, by_seed in runs.items():
+        shared = sorted(set.intersection(*map(set, by_seed.values())))
+        minus = {measure: compared(runs, name, BASE, measure) for measure in COMPARED}
+        units = {seed: run for seed, run in runs.get(COST_UNIT, {}).items() if seed in by_seed}
+        by_unit = {
+            cost: summary([by_seed[seed][cost] / unit[of] for seed, unit in units.items()])
+            for cost, of in {**{each: each for each in TOTALS}, **dict.fromkeys(PHASES, "seconds")}.items()
+            if units
+        }
+        found[name] = {
+            "runs": by_seed,
+            "means": {measure: summary([run[measure] for run in by_seed.values()]) for measure in shared},
+            "minus_base": {measure: difference for measure, difference in minus.items() if difference},
+            "by_cost_unit": by_unit,
+        }
+    return found
+
+
+def _plus_minus(value: Mapping | None, digits: int, error: str = "spread", sign: str = "") -> str:
+    if value is None:
+        return ""
+    more = "" if value[error] is None else f" ± {value[error]:.{digits}f}"
+    return f"{value['mean']:{sign}.{digits}f}{more}"
+
+
+def table(found: Mapping[str, dict], teacher: Mapping[str, float]) -> list[str]:
+    """Quality and closeness with the spread over seeds, differences with their standard error."""
+    columns = [
+        "second phase", "n", "greedy", "sampled", "distinct-2", "KL(T‖S)", "KL(S‖T), own states",
+        f"greedy − {BASE}", f"sampled − {BASE}", "the same at equal distinct-2",
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    given = [f"{teacher[name]:.1f}" for name in ("greedy", "sampled")] + [f"{teacher['distinct_2']:.3f}"]
+    lines.append("| " + " | ".join(["teacher", "", *given, *[""] * 5]) + " |")
+    for name, arm in found.items():
+        means, minus = arm["means"], arm["minus_base"] if name != BASE else {}
+        digits = {"greedy": 1, "sampled": 1, "distinct_2": 3, "kl": 4, "own_reverse_kl": 4}
+        cells = [name, str(len(arm["runs"]))]
+        cells += [_plus_minus(means.get(measure), number) for measure, number in digits.items()]
+        cells += [_plus_minus(minus.get(mode), 1, "error", "+") for mode in ("greedy", "sampled", "matched")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def cost_table(found: Mapping[str, dict]) -> list[str]:
+    """What the teacher had to do, and times and memory as multiples of those of COST_UNIT."""
+    columns = [
+        "second phase", "tokens written", "tokens scored", "seconds", f"time by {COST_UNIT}", "writing", "drawing",
+        "scoring", "rest", "CPU time", "memory",
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for name, arm in found.items():
+        means, by_unit = arm["means"], arm["by_cost_unit"]
+        cells = [name, *(f"{means[each]['mean']:,.0f}" for each in ("tokens_written", "tokens_scored", "seconds"))]
+        shown = ("seconds", *PHASES, "cpu_seconds", "peak_bytes")
+        cells += [f"{by_unit[each]['mean']:.2f}" if each in by_unit else "" for each in shown]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def of_sweep(name: str, refreshes: int) -> str:
+    """The arm with so many refreshes."""
+    return f"r{refreshes}-{name}" if refreshes else f"fresh1-{name}"
+
+
+def plot(found: Mapping[str, dict], task: str, path: Path) -> None:
+    """Quality, both KLs, distinct-2 and time over the number of refreshes, for each divergence."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib.figure import Figure
+
+    panels = {
+        "quality, greedy": ("means", "greedy"), "quality, sampled": ("means", "sampled"),
+        "distinct-2": ("means", "distinct_2"), "KL(T‖S), teacher's states": ("means", "kl"),
+        "KL(S‖T), own states": ("means", "own_reverse_kl"), f"time by {COST_UNIT}": ("by_cost_unit", "seconds"),
+    }  # fmt: skip
+    style = {"svg.hashsalt": "xkd", "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(10.2, 5.6), layout="constrained")
+        figure.suptitle(f"{task}: refreshes at equal steps; 0: the teacher's samples of the same prompts")
+        for axes, (title, (group, measure)) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
+            for name, colour in COLOURS.items():
+                arms = {place: found.get(of_sweep(name, count), {}) for place, count in enumerate(REFRESHES)}
+                points = {place: arm[group][measure] for place, arm in arms.items() if measure in arm.get(group, {})}
+                if points:
+                    means, errors = ([p[key] or 0.0 for p in points.values()] for key in ("mean", "error"))
+                    axes.errorbar(list(points), means, errors, color=colour, label=name, marker="o", markersize=4)
+            axes.set_xticks(range(len(REFRESHES)), list(map(str, REFRESHES)))
+            axes.set(title=title, xlabel="refreshes")
+            axes.grid(alpha=0.25)
+        if figure.axes[0].get_legend_handles_labels()[0]:
+            figure.axes[0].legend(frameon=False)
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def report(out: Path, task: str, names: Sequence[str], figure: Path | None = None) -> str:
+    """Writes OUT/TASK.json and the figure; returns the tables."""
+    root = out / task
+    found, teacher = aggregate(read_runs(root, names)), measures_of(root / TEACHER)
+    parameters = (root / "params.yaml").read_text(encoding="utf-8")
+    numbers = {"task": task, "teacher": teacher, "arms": found, "parameters": parameters}
+    (out / f"{task}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    if figure:
+        plot(found, task, figure)
+    return "\n".join([*table(found, teacher), "", *cost_table(found)])
