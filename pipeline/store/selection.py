@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -263,6 +264,13 @@ def _write_part(out: Path, name: str, part: Part, footing: dict, materialize: bo
     for _ in rows:
         pass
     return described | {"tokens": counted.tokens, "files": [], "content": counted.content.hexdigest()}
+
+
+def groups_of(rows: Sequence[Row]) -> np.ndarray:
+    """The row group that each row of a part has in the files of a materialised selection, int [N]."""
+    files = (rows[start : start + ROWS_PER_FILE] for start in range(0, len(rows), ROWS_PER_FILE))
+    sizes = [len(group) for file in files for group in schema.row_groups(file)]
+    return np.repeat(np.arange(len(sizes)), sizes)
 
 
 @dataclass

@@ -25,7 +25,7 @@ from pipeline.files import read_json, write_atomically, write_json_atomically
 from pipeline.learning.closeness import LogitSource
 from pipeline.learning.rounds import OwnSamples, Round
 from pipeline.store.schema import SCHEMA, Columns, Row, footer, value_fault, write_row_groups
-from pipeline.store.selection import write_selection
+from pipeline.store.selection import groups_of, write_selection
 from pipeline.teacher.items import Item, ReadPrompt, to_score
 from pipeline.teacher.teacher import scoring_request
 from stages.distill.answering import Answering, Draw
@@ -75,7 +75,7 @@ class LiveRounds:
             extras = self.extras.of(rows, old, counts, self.extras.rewards_of(rows))
         places = np.repeat(np.arange(len(rows)), list(counts.values()))
         places = places[np.argsort(np.concatenate([sample.drawn for sample in samples]))]
-        return OwnSamples(rows, places, np.zeros(len(places), int), extras)
+        return OwnSamples(rows, places, groups_of(rows)[places], extras)  # shuffled as those of a stored round are
 
     def _make(self, round_: Round) -> list[LiveSample]:
         draw = self.answering.draws(self.answering.teacher, round_.number)[0]

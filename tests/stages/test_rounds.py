@@ -149,10 +149,16 @@ def test_gkd_with_a_live_teacher_is_rounds_of_one_step_through_the_store(cache, 
     assert not Selection(tmp_path / "live" / "student-rounds").parts
 
 
-def test_live_rounds_of_several_steps_are_those_of_the_store(cache, teacher, student, tmp_path):
+@pytest.mark.parametrize("samples", [1, 3])
+def test_live_rounds_of_several_steps_are_those_of_the_store(cache, teacher, student, tmp_path, monkeypatch, samples):
+    """Also where a prompt is answered several times, and where a round has many row groups."""
+    monkeypatch.setattr("pipeline.store.schema.ROW_GROUP_VALUES", 200)
     for scores in ("live", "store"):
-        run(cache, teacher, student, tmp_path / scores, "distill.objective=jsd", f"distill.on_policy.scores={scores}")
+        settings = [f"distill.on_policy.scores={scores}", f"distill.on_policy.samples={samples}"]
+        run(cache, teacher, student, tmp_path / scores, "distill.objective=jsd", *settings)
     assert weights(tmp_path / "live" / "student") == weights(tmp_path / "store" / "student")
+    (rounds,) = Selection(tmp_path / "store" / "student-rounds").part("round0000")["files"]
+    assert pq.ParquetFile(tmp_path / "store" / "student-rounds" / rounds["name"]).num_row_groups > 3
     names = ("kl", "reverse_kl", "own_kl", "own_reverse_kl", "distinct_2")
     stored = {each["step"]: each for each in measures(tmp_path / "store")}
     live = {each["step"]: each for each in measures(tmp_path / "live")}
