@@ -4,7 +4,7 @@ Scored references are what `sft` learns from. Corruptions and student samples on
 reward's fit; student samples on held-out prompts, which the task says are right or wrong, are for its audit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,14 +20,12 @@ from pipeline.store.requests import open_store
 from pipeline.store.selection import write_selection
 from pipeline.store.storage import Storage
 from pipeline.teacher.items import (
-    Item,
     ReadPrompt,
     corrupted,
     of_split,
     read_as_models_do,
     references,
     to_draw,
-    to_score,
 )
 from pipeline.teacher.orders import Order
 from pipeline.teacher.session import Answered, Session
@@ -74,7 +72,7 @@ def score(
         if any(len(asked) * count for _, asked, count in counts):
             student = teacher.student(student_path, params.score.batch_size)
             drawn = _drawn(student, storage, params, counts, samples, retry_skipped)
-            items += _to_score(drawn)
+            items += [item.answered(row.response_ids) for plan in drawn.plans for item, row in plan.rows()]
     within = [item for item in items if teacher.context.holds(len(item.prompt_ids), len(item.response_ids))]
     if len(within) < len(items):
         console.warn(f"{len(items) - len(within):,} responses exceed the teacher's context and are left out")
@@ -120,13 +118,3 @@ def _drawn(
         write_selection(out, parts, student.description, student.k, drawn.left_out, True, support=student.support)
         session.record_use([order])
     return drawn
-
-
-def _to_score(drawn: Answered) -> Iterator[Item]:
-    """The samples as given responses, in the order in which they were wanted."""
-    (plan,) = drawn.plans
-    items = [item for item in plan.order.items if item.key in plan.locations]
-    rows = plan.folder.read_each(plan.locations[item.key] for item in items)
-    for item, row in zip(items, rows, strict=True):
-        read = ReadPrompt(item.prompt, item.text, item.prompt_ids)
-        yield to_score(item.part, read, item.sample, "student", row.response_ids)

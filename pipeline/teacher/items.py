@@ -38,6 +38,11 @@ class Item:
     def ask(self) -> Ask:
         return Ask(self.key, self.prompt_ids, sample_seed(self.key), self.response_ids)
 
+    def answered(self, response: np.ndarray) -> "Item":
+        """What a student said to it, to be scored."""
+        read = ReadPrompt(self.prompt, self.text, self.prompt_ids)
+        return to_score(self.part, read, self.sample, "student", response)
+
 
 def read_as_models_do(prompts: Sequence[Prompt], form: PromptFormat, tokenizer) -> tuple[list[ReadPrompt], int]:
     """Prompts with the text and the token ids that the teacher reads, and how many were left out.

@@ -1,6 +1,6 @@
 """Rows wanted of a teacher (an order), and which of them the store has and which must be made (a plan)."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +9,7 @@ from pipeline.engines.base import too_long
 from pipeline.store.identity import Request
 from pipeline.store.narrowing import holds_top
 from pipeline.store.requests import Location, RequestFolder, pick, pick_unsure
+from pipeline.store.schema import Row
 from pipeline.store.selection import Part
 from pipeline.teacher.items import Item
 from pipeline.teacher.teacher import Teacher
@@ -95,6 +96,11 @@ class Plan:
                 part = parts.setdefault(item.part, Part(self.folder, self.order.request, stops))
                 part.add(item.prompt.id, item.key, item.origin, location, item.text)
         return parts
+
+    def rows(self) -> Iterator[tuple[Item, Row]]:
+        """The cached rows and what they answer, in the order in which they were wanted."""
+        items = [item for item in self.order.items if item.key in self.locations]
+        return zip(items, self.folder.read_each(self.locations[item.key] for item in items), strict=True)
 
     def rejected(self, part: str, accepts: Callable[[str, Sequence[str]], bool]) -> set[str]:
         """Keys of a part's cached rows for which `accepts(response, references)` is false."""

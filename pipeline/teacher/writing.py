@@ -119,14 +119,17 @@ class _Writer:
     def _rows(self, answers: Sequence[Answer], items: Mapping[str, Item]) -> Iterable[Row]:
         texts = self.teacher.tokenizer.batch_decode([a.response_ids for a in answers], skip_special_tokens=True)
         for answer, text in zip(answers, texts, strict=True):
-            item = items[answer.key]
-            yield Row(
-                key=answer.key, origin=item.origin, prompt_id=item.prompt.id, sample=item.sample,
-                prompt=item.text, response=text, prompt_ids=item.prompt_ids, response_ids=answer.response_ids,
-                finish=answer.finish, logprobs=answer.logprobs, topk_ids=answer.topk_ids,
-                topk_logprobs=answer.topk_logprobs.astype(np.float16), lse=answer.lse,
-                tau=answer.tau, tail=answer.tail,
-            )  # fmt: skip
+            yield row_of(items[answer.key], answer, text)
+
+
+def row_of(item: Item, answer: Answer, response: str | None = None) -> Row:
+    """An answer as the row that a shard has of it. response: its text."""
+    return Row(
+        key=answer.key, origin=item.origin, prompt_id=item.prompt.id, sample=item.sample,
+        prompt=item.text, response=response, prompt_ids=item.prompt_ids, response_ids=answer.response_ids,
+        finish=answer.finish, logprobs=answer.logprobs, topk_ids=answer.topk_ids,
+        topk_logprobs=answer.topk_logprobs.astype(np.float16), lse=answer.lse, tau=answer.tau, tail=answer.tail,
+    )  # fmt: skip
 
 
 def widened(row: Row, answer: Answer) -> Answer:

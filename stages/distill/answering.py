@@ -101,11 +101,15 @@ class Answering:
         learned = max(math.ceil(rows / self.settings.samples), 1)
         return min(self.settings.prompts or learned, learned, len(self.prompts))
 
+    def own_draw(self, student: Teacher, number: int) -> Draw:
+        """The samples to learn from; none after the last round."""
+        settings, asked = self.settings, self.prompts_of(number) if number < len(self.schedule) else ()
+        return self._draw(own_part(number), student, number, asked, settings.temperature, settings.samples)
+
     def draws(self, student: Teacher, number: int) -> tuple[Draw, Draw, Draw]:
         """What the student is asked: samples to learn from (none after the last round), held-out ones, greedy ones."""
-        settings, asked = self.settings, self.prompts_of(number) if number < len(self.schedule) else ()
         return (
-            self._draw(own_part(number), student, number, asked, settings.temperature, settings.samples),
+            self.own_draw(student, number),
             self._draw(held_out_part(number), student, number, self.held_out, 1.0),
             self._draw("greedy", student, number, self.held_out, 0.0),
         )

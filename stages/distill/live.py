@@ -26,8 +26,9 @@ from pipeline.learning.closeness import LogitSource
 from pipeline.learning.rounds import OwnSamples, Round
 from pipeline.store.schema import SCHEMA, Columns, Row, footer, value_fault, write_row_groups
 from pipeline.store.selection import groups_of, write_selection
-from pipeline.teacher.items import Item, ReadPrompt, to_score
+from pipeline.teacher.items import Item
 from pipeline.teacher.teacher import scoring_request
+from pipeline.teacher.writing import row_of
 from stages.distill.answering import Answering, Draw
 from stages.distill.extras import SampleExtras
 from stages.distill.measures import evaluating, measured, say
@@ -78,7 +79,7 @@ class LiveRounds:
         return OwnSamples(rows, places, groups_of(rows)[places], extras)  # shuffled as those of a stored round are
 
     def _make(self, round_: Round) -> list[LiveSample]:
-        draw = self.answering.draws(self.answering.teacher, round_.number)[0]
+        draw = self.answering.own_draw(self.answering.teacher, round_.number)
         samples = self._scored(self._drawn(draw, self.answering.settings.mixture))
         if not samples:
             raise UserError(f"round {round_.number + 1}: no sample of the student could be scored by the teacher")
@@ -99,16 +100,8 @@ class LiveRounds:
                 drawn = HfEngine(student, size).sample(asks, sampling, 0)
             answers = dict(_whole(drawn, "student"))
         self._spend(seconds_drawing=time.monotonic() - begun, samples_drawn=len(answers))
-        return [
-            (
-                to_score(
-                    item.part, ReadPrompt(item.prompt, item.text, item.prompt_ids), item.sample, "student",
-                    answers[item.key].response_ids,
-                ),
-                answers[item.key],
-            )
-            for item in draw.items if item.key in answers
-        ]  # fmt: skip
+        pairs = ((item, answers[item.key]) for item in draw.items if item.key in answers)
+        return [(item.answered(answer.response_ids), answer) for item, answer in pairs]
 
     def _scored(self, said: Sequence[tuple[Item, Answer]], sparse: bool = False) -> list[LiveSample]:
         """The distinct ones of them. sparse: with the teacher's kept tokens, also for the dense loss."""
@@ -129,7 +122,7 @@ class LiveRounds:
         tokens = sum(len(ask.response_ids) for ask in asks)
         self._spend(seconds_scoring=time.monotonic() - begun, rows_scored=len(words), tokens_scored=tokens)
         return [
-            LiveSample(_row(item, words[key]), answer.logprobs, np.array(drawn[key]))
+            LiveSample(row_of(item, words[key]), answer.logprobs, np.array(drawn[key]))
             for key, (item, answer) in distinct.items()
             if key in words
         ]
@@ -207,13 +200,3 @@ def _whole(answers, who: str):
             console.warn(f"a sample is left out by the {who}: {reason}")
         else:
             yield answer.key, answer
-
-
-def _row(item: Item, answer: Answer) -> Row:
-    """A row as a shard has it."""
-    return Row(
-        key=item.key, origin="student", prompt_id=item.prompt.id, sample=item.sample, prompt=None, response=None,
-        prompt_ids=item.prompt_ids, response_ids=answer.response_ids, finish=answer.finish, logprobs=answer.logprobs,
-        topk_ids=answer.topk_ids, topk_logprobs=answer.topk_logprobs.astype(np.float16), lse=answer.lse,
-        tau=answer.tau, tail=answer.tail,
-    )  # fmt: skip

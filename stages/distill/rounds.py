@@ -28,7 +28,7 @@ from pipeline.store.schema import Row
 from pipeline.store.selection import Selection, join_selections, write_selection
 from pipeline.store.storage import Storage
 from pipeline.store.training_rows import TeacherRows
-from pipeline.teacher.items import Item, ReadPrompt, to_score
+from pipeline.teacher.items import Item
 from pipeline.teacher.orders import Order, Plan
 from pipeline.teacher.session import Answered, Session
 from pipeline.teacher.teacher import Teacher, scoring_request
@@ -201,11 +201,7 @@ def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
 
 def _spoken(plan: Plan) -> Iterable[tuple[Item, Row]]:
     """What the student said, as responses to be scored, with its own rows of them, in the order it was asked in."""
-    items = [item for item in plan.order.items if item.key in plan.locations]
-    rows = plan.folder.read_each(plan.locations[item.key] for item in items)
-    for item, row in zip(items, rows, strict=True):
-        read = ReadPrompt(item.prompt, item.text, item.prompt_ids)
-        yield to_score(item.part, read, item.sample, "student", row.response_ids), row
+    return ((item.answered(row.response_ids), row) for item, row in plan.rows())
 
 
 def _keep_samples(folder: Path, number: int, samples: Sequence[tuple[Item, Row]]) -> None:
