@@ -3,13 +3,15 @@
     python -m tests.benchmarks.on_policy OUT                                  # every arm of arithmetic, three seeds
     python -m tests.benchmarks.on_policy OUT --arms r1-jsd r4-jsd --seeds 1   # a part of it
     python -m tests.benchmarks.on_policy OUT --temperatures 0.8 0.9 1.1       # also compare at equal distinct-2
+    python -m tests.benchmarks.on_policy OUT --setting length4                # longer answers, other gaps: SETTINGS
     python -m tests.benchmarks.on_policy OUT --report --figure sweep.svg      # only tables and figure of what is there
 
-A task is set up once in OUT/TASK, an experiment's folder like any other, with as many fresh prompts as training ones.
+A setting is a task, or arithmetic with longer problems or another size of the student. It is set up once in
+OUT/SETTING, an experiment's folder like any other, with as many fresh prompts as training ones.
 For each seed a student is distilled with `fkl`; every arm starts from it, takes as many steps again with one
 learning-rate schedule, and is evaluated. Each training has a store of its own, so that it takes the time of one that
-finds nothing. What OUT holds is not made again. All numbers go to OUT/TASK.json, tables as Markdown to stdout. One
-process per OUT; a training takes half a minute on one core, and several where the student answers at every step.
+finds nothing. What OUT holds is not made again. All numbers go to OUT/SETTING.json, tables as Markdown to stdout. One
+process per setting; a training takes half a minute on one core, and several where the student answers at every step.
 """
 
 import argparse
@@ -21,16 +23,46 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pipeline.layout import RESULTS, Layout
+from pipeline.params import Prepare
 from pipeline.params.file import load_params, to_yaml
+from pipeline.prompts import SPLITS
 from tests.benchmarks.on_policy_report import AT, BASE, COST_UNIT, DIVERGENCES, REFRESHES, START, TEACHER, report
 
-TASKS = ("arithmetic", "translation", "summarisation")
+HELD_OUT = ("validation", "test")
 SECOND_PHASE = 100  # added to a seed after the first phase, so that no batch comes in the same order again
 SLOWER = "optimisation.learning_rate=3e-4"  # for opd, whose students are lost at the 3e-3 of the others
 SETUP = (("prepare",), ("teach", "teacher"), ("teach", "student"), ("generate",), ("score",), ("reward",))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the arms are compared in."""
+
+    task: str
+    times: int = 1  # so many times the steps in a problem of arithmetic
+    student: tuple[int, int, int] | None = None  # its width, layers and intermediate size; None: the default
+
+    @property
+    def overrides(self) -> list[str]:
+        """Of all parameters, but for the data set of longer problems."""
+        sizes = zip(("width", "layers", "intermediate"), self.student or (), strict=False)
+        model = [f"teach.student.model.{name}={size}" for name, size in sizes]
+        longest = [f"max_tokens={48 * self.times}"] if self.times > 1 else []
+        return [f"prepare.task={self.task}", *longest, *model]
+
+
+SETTINGS = {
+    **{task: Setting(task) for task in ("arithmetic", "translation", "summarisation")},
+    **{f"length{times}": Setting("arithmetic", times) for times in (2, 4)},
+    # The teacher has so many times the parameters of the student; in `arithmetic` it has 5.7 times as many.
+    "gap2": Setting("arithmetic", student=(68, 3, 176)),
+    "gap8": Setting("arithmetic", student=(40, 2, 104)),
+    "gap32": Setting("arithmetic", student=(20, 2, 48)),
+}
 
 
 @dataclass(frozen=True)
@@ -72,15 +104,18 @@ ARMS = _arms()
 
 
 class Experiment:
-    """One task in its folder."""
+    """One setting in its folder."""
 
-    def __init__(self, out: Path, task: str, steps: int, params: Path | None):
+    def __init__(self, out: Path, name: str, steps: int, params: Path | None):
         """params: sizes of something else than the defaults. Exits where the folder is of other parameters."""
-        self.root, self.layout = out / task, Layout(out / task)
-        self.store, self.log = out / "store", out / f"{task}.log"
-        given = [f"prepare.task={task}", "generate.engine=hf", f"distill.optimisation.steps={steps}"]
+        self.root, self.layout = out / name, Layout(out / name)
+        self.store, self.log = out / "store", out / f"{name}.log"
+        setting = SETTINGS[name]
+        given = [*setting.overrides, "generate.engine=hf", f"distill.optimisation.steps={steps}"]
         loaded = load_params(params, [*given, "distill.reward=none", "distill.on_policy.validation=0"])
         loaded.prepare.student = loaded.prepare.train
+        if setting.times > 1:
+            write_longer_problems(self.root.resolve() / "problems", setting.times, loaded.prepare)
         text = to_yaml(loaded)
         self.root.mkdir(parents=True, exist_ok=True)
         if self.layout.params.is_file() and self.layout.params.read_text(encoding="utf-8") != text:
@@ -175,6 +210,29 @@ class Experiment:
                 say(f"{self.root.name}: {name}, seed {seed}: {time.monotonic() - begun:.0f} s")
 
 
+def write_longer_problems(folder: Path, times: int, settings: Prepare) -> None:
+    """Make a data set of arithmetic with so many times the steps, and its tokenizer; `settings` are given both."""
+    from pipeline.models import word_tokenizer
+    from pipeline.tasks import Generator, Task
+    from pipeline.tasks.shipped import arithmetic
+    from stages.prepare import draw
+
+    data, tokenizer = folder / "data", folder / "tokenizer"
+    if not tokenizer.is_dir():
+        lengths = tuple(times * steps for steps in arithmetic.LENGTHS)
+        longer = Generator(partial(arithmetic.example, lengths=lengths), arithmetic.lexicon)
+        sizes = {split: getattr(settings, split) for split in SPLITS}
+        rows: dict[str, list[str]] = {split: [] for split in ("train", *HELD_OUT)}
+        for prompt in draw(Task("arithmetic", 1, (), longer), sizes, seed=0):
+            row = {"prompt": prompt.prompt, "references": prompt.references}
+            rows[prompt.split if prompt.split in HELD_OUT else "train"].append(json.dumps(row))
+        data.mkdir(parents=True, exist_ok=True)
+        for split, lines in rows.items():
+            (data / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        word_tokenizer(sorted({*arithmetic.lexicon(), "=>"})).save_pretrained(tokenizer)
+    settings.tokenizer, settings.dataset.path = str(tokenizer), str(data)
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -182,7 +240,7 @@ def say(text: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--task", choices=TASKS, default="arithmetic")
+    parser.add_argument("--setting", choices=SETTINGS, default="arithmetic")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="NAME", help=", ".join(ARMS))
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
     parser.add_argument("--steps", type=int, default=800, help="optimiser steps of each phase")
@@ -193,9 +251,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not options.report:
         names = dict.fromkeys((COST_UNIT, BASE, *options.arms))
-        experiment = Experiment(options.out, options.task, options.steps, options.params)
+        experiment = Experiment(options.out, options.setting, options.steps, options.params)
         experiment.run(list(names), range(options.seeds), options.temperatures)
-    print(report(options.out, options.task, list(ARMS), options.figure))
+    print(report(options.out, options.setting, list(ARMS), options.figure))
 
 
 if __name__ == "__main__":

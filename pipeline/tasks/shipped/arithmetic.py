@@ -3,11 +3,13 @@
 Every number is one token up to LIMIT, so that a tiny model can learn the sums in minutes.
 """
 
+from collections.abc import Sequence
 from random import Random
 
 from pipeline.tasks.base import Example
 
 LIMIT = 40
+LENGTHS = (2, 2, 3)  # steps of a story, one of these
 NAMES = ("tom", "anna", "ben", "lisa", "max", "eva")
 THINGS = ("apples", "coins", "books", "cards", "pens", "eggs")
 GAINS = ("buys {b} more", "finds {b} more", "gets {b} from {other}")
@@ -17,14 +19,14 @@ DISTRACTORS = ("{other} has {d} {thing2} .", "the bag has {d} {thing2} .")
 QUESTIONS = ("how many {thing} does {name} have now ?", "how many {thing} are left ?")
 
 
-def example(rng: Random) -> Example:
-    """Draw a story; every intermediate value stays within 0..LIMIT."""
+def example(rng: Random, lengths: Sequence[int] = LENGTHS) -> Example:
+    """Draw a story of one of these numbers of steps; every intermediate value stays within 0..LIMIT."""
     name, other = rng.sample(NAMES, 2)
     thing, thing2 = rng.sample(THINGS, 2)
     value = rng.randint(2, LIMIT // 2)
     sentences = [f"{name} has {value} {thing} ."]
     steps = []
-    for _ in range(rng.choice((2, 2, 3))):
+    for _ in range(rng.choice(lengths)):
         clause, symbol, b, value_after = _step(rng, value, other)
         sentences.append(f"{name} {clause} .")
         steps.append(f"{value} {symbol} {b} = {value_after} .")
