@@ -15,7 +15,7 @@ from pipeline.results import CUT_WARNING, write_results
 from pipeline.store.kept_mass import KeptMass, kept_mass_warning, say_kept_mass
 from pipeline.store.ownership import require_own_selection
 from pipeline.store.requests import open_store
-from pipeline.store.selection import Part, write_selection
+from pipeline.store.selection_files import Part, write_selection
 from pipeline.tasks import Task, get_task
 from pipeline.teacher.items import (
     Item,

@@ -17,7 +17,7 @@ from pipeline.provenance import fingerprint
 from pipeline.results import write_results
 from pipeline.store.ownership import require_own_selection
 from pipeline.store.requests import open_store
-from pipeline.store.selection import write_selection
+from pipeline.store.selection_files import write_selection
 from pipeline.store.storage import Storage
 from pipeline.teacher.items import (
     ReadPrompt,

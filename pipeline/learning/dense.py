@@ -1,5 +1,7 @@
 """The term that draws a student to the whole distribution of a live teacher, which runs over the same batches."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,25 @@ from pipeline.learning.terms import Mean, Steps, Term
 from pipeline.objectives.divergences import DIVERGENCES, label
 from pipeline.objectives.head import Dense
 from pipeline.objectives.outcomes import shared
+
+
+def against(
+    teacher: LogitSource, batch: dict[str, Tensor], divergence: Callable[[Tensor, Tensor, slice], Tensor]
+) -> Dense:
+    """What the head asks for a chunk of a batch's positions: the divergence from a live teacher, without its gradient.
+
+    divergence: float [N] of the log-probabilities [N, V] of teacher and student over the ids that both have, and the
+    chunk's place among the positions.
+    """
+    with torch.no_grad():
+        logits_at = teacher.at(batch)
+
+    def at(student: Tensor, rows: slice) -> Tensor:
+        with torch.no_grad():
+            logits = logits_at(rows)
+        return divergence(*shared(logits, student), rows)
+
+    return at
 
 
 class DenseDivergence(Term):
@@ -25,15 +46,7 @@ class DenseDivergence(Term):
         teacher.model.eval()
 
     def dense(self, batch: dict[str, Tensor]) -> Dense:
-        with torch.no_grad():
-            logits_at = self.teacher.at(batch)
-
-        def divergence(student: Tensor, rows: slice) -> Tensor:
-            with torch.no_grad():
-                teacher = logits_at(rows)
-            return self.of(*shared(teacher, student), self.mixture)
-
-        return divergence
+        return against(self.teacher, batch, lambda teacher, student, _: self.of(teacher, student, self.mixture))
 
     def at(self, steps: Steps, *_: Tensor) -> dict[str, Tensor]:
         return {"kd": steps.scores.divergence}

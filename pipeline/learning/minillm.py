@@ -5,13 +5,13 @@ from torch import Tensor
 
 from pipeline.learning.batches import is_given
 from pipeline.learning.closeness import LogitSource
+from pipeline.learning.dense import against
 from pipeline.learning.forward import States
 from pipeline.learning.policy_gradient import PolicyGradient
 from pipeline.learning.terms import Mean, Steps
 from pipeline.objectives.divergences import forward_kl, reverse_kl
 from pipeline.objectives.head import Dense
 from pipeline.objectives.logprobs import SparseLogprobs, TopK
-from pipeline.objectives.outcomes import shared
 from pipeline.objectives.sparse import sparse_divergence
 
 
@@ -42,16 +42,11 @@ class MiniLLM(PolicyGradient):
         if self.teacher is None:
             return None
         given = is_given(batch)
-        with torch.no_grad():
-            logits_at = self.teacher.at(batch)
 
-        def divergence(student: Tensor, rows: slice) -> Tensor:
-            with torch.no_grad():
-                teacher = logits_at(rows)
-            sides = shared(teacher, student)
-            return torch.where(given[rows], forward_kl(*sides), reverse_kl(*sides))
+        def divergence(teacher: Tensor, student: Tensor, rows: slice) -> Tensor:
+            return torch.where(given[rows], forward_kl(teacher, student), reverse_kl(teacher, student))
 
-        return divergence
+        return against(self.teacher, batch, divergence)
 
     def inputs(self, batch: dict[str, Tensor], states: States) -> tuple[Tensor, ...]:
         return (is_given(batch), *super().inputs(batch, states))

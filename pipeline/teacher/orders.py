@@ -10,7 +10,7 @@ from pipeline.store.identity import Request
 from pipeline.store.narrowing import holds_top
 from pipeline.store.requests import Location, RequestFolder, pick, pick_unsure
 from pipeline.store.schema import Row
-from pipeline.store.selection import Part
+from pipeline.store.selection_files import Part
 from pipeline.teacher.items import Item
 from pipeline.teacher.teacher import Teacher
 

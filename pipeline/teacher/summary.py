@@ -8,7 +8,7 @@ from pipeline import console
 from pipeline.provenance import seconds_since_start
 from pipeline.store.requests import SKIPPED
 from pipeline.store.schema import read_metadata
-from pipeline.store.selection import Part
+from pipeline.store.selection_files import Part
 from pipeline.teacher.orders import Plan
 from pipeline.teacher.session import Answered
 

@@ -51,14 +51,16 @@ class Teacher:
         stops = models.stop_token_ids(source, tokenizer)
         return cls(source, engine, tokenizer, description, k, stops, context, support, loading)
 
-    def student(self, source: Path, batch_size: int, engine: str = "hf") -> "Teacher":
+    def student(self, source: Path, batch_size: int, engine: str = "hf", name: str = "student") -> "Teacher":
         """A student of this teacher, whose samples are wanted with no more than their own log-probabilities.
 
         It reads the prompts as the teacher does, and ends where the teacher would. engine: hf, vllm, or ray, which runs
-        copies of hf. Raises UserError where it has another tokenizer, or the engine cannot serve.
+        copies of hf. name: what the store's listings call it, where it is no model of the hub. Raises UserError where
+        it has another tokenizer, or the engine cannot serve.
         """
         models.require_same_tokenizer(self.description["tokenizer"], models.load_tokenizer(source), source)
         description = models.describe_model(source, "float32")
+        description["name"] = description["name"] or name
         config = models.load_config(source)
         loading = Loading(
             description["dtype"], 0, replicas=self.loading.replicas, replica_engine="hf", rows=self.loading.rows,

@@ -17,7 +17,8 @@ from pipeline.files import require_writable, write_atomically
 from pipeline.outputs import entries, require_can_write
 from pipeline.store.requests import Location, RequestFolder
 from pipeline.store.schema import SCHEMA, Row, footer, row_groups, write_row_groups
-from pipeline.store.selection import ROWS_PER_FILE, Counted, Selection
+from pipeline.store.selection import Counted, Selection
+from pipeline.store.selection_files import ROWS_PER_FILE
 from pipeline.store.storage import Storage
 from pipeline.upkeep.catalogue import describe_request
 

@@ -4,9 +4,11 @@ Samples and rows are those of `scores: store`, bit by bit, but nothing is stored
 asked again after a kill. With `scores: dense` the teacher runs in the loss, and a row is tokens alone.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -25,7 +27,7 @@ from pipeline.files import read_json, write_atomically, write_json_atomically
 from pipeline.learning.closeness import LogitSource
 from pipeline.learning.rounds import OwnSamples, Round
 from pipeline.store.schema import SCHEMA, Columns, Row, footer, value_fault, write_row_groups
-from pipeline.store.selection import groups_of, write_selection
+from pipeline.store.selection_files import groups_of, write_selection
 from pipeline.teacher.items import Item
 from pipeline.teacher.teacher import scoring_request
 from pipeline.teacher.writing import row_of
@@ -155,13 +157,16 @@ class LiveRounds:
 
     def _is_due(self, round_: Round) -> bool:
         """Whether the student is to be measured: at its start, and no more often than its held-out loss is."""
-        if not self.answering.held_out or self._measures_file(round_.number).is_file():
-            return False
-        earlier = [read_json(path)["step"] for path in self.folder.glob("measures-*.json")]
-        return round_.start >= max(earlier, default=-(10**9)) + self.answering.params.distill.evaluate_every
+        due = max(self._measured, default=-math.inf) + self.answering.params.distill.evaluate_every
+        return bool(self.answering.held_out) and round_.start >= due
 
-    def _measures_file(self, number: int) -> Path:
-        return self.folder / f"measures-{number:06d}.json"
+    @cached_property
+    def _measured(self) -> set[int]:
+        """Steps whose student was measured, those of a killed run among them."""
+        return {measures["step"] for measures in self._measures()}
+
+    def _measures(self) -> list[dict]:
+        return [read_json(path) for path in sorted(self.folder.glob("measures-*.json"))]
 
     def _measure(self, number: int, step: int) -> None:
         spent, self.spent = self.spent, {}
@@ -179,17 +184,17 @@ class LiveRounds:
         }
         self.spent = {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json_atomically(self._measures_file(number), found | measures)
+        write_json_atomically(self.folder / f"measures-{number:06d}.json", found | measures)
+        self._measured.add(step)
         say(found, measures)
 
     def finish(self, step: int) -> list[dict]:
         """Measure the student of a step, and write a selection without rows; returns all measures, with their costs."""
-        number = len(self.answering.schedule)
-        if not self._measures_file(number).is_file():
-            self._measure(number, step)
+        if step not in self._measured:
+            self._measure(len(self.answering.schedule), step)
         teacher = self.answering.teacher
         write_selection(self.out, {}, teacher.description, teacher.k, 0, True, support=teacher.support)
-        return [read_json(path) for path in sorted(self.folder.glob("measures-*.json"))]
+        return self._measures()
 
 
 def _whole(answers, who: str):

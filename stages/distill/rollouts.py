@@ -18,7 +18,8 @@ from pipeline.teacher.teacher import Teacher
 def mixture_of(student: Teacher, teacher: Teacher, alpha: float) -> Teacher:
     """The mixture as the store knows it: what it said is found by both identities and the share."""
     identity = digest({"mixture": [student.identity, teacher.identity, alpha]})[:16]
-    return replace(student, description=student.description | {"identity": identity, "name": "mixture"}, engine="hf")
+    name = f"{student.description['name']}, mixed with its teacher"
+    return replace(student, description=student.description | {"identity": identity, "name": name}, engine="hf")
 
 
 @dataclass

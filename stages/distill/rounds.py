@@ -25,7 +25,8 @@ from pipeline.learning.rewards import FILE
 from pipeline.learning.rounds import OwnSamples, Round
 from pipeline.store.manifest import MANIFEST, is_left_behind
 from pipeline.store.schema import Row
-from pipeline.store.selection import Selection, join_selections, write_selection
+from pipeline.store.selection import Selection
+from pipeline.store.selection_files import join_selections, write_selection
 from pipeline.store.storage import Storage
 from pipeline.store.training_rows import TeacherRows
 from pipeline.teacher.items import Item
@@ -105,7 +106,8 @@ class StoredRounds:
         ))  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         self.student.save(folder / "model")
-        student = teacher.student(folder / "model", settings.batch_size, settings.engine)
+        name = "student after the last round" if last else f"student of round {number + 1}"
+        student = teacher.student(folder / "model", settings.batch_size, settings.engine, name)
         drawings = self._drawings(student, number)
         drawn, seconds_drawing = _timed(lambda: [drawing.answered(self.storage) for drawing in drawings])
         plans = [plan for answered in drawn for plan in answered.plans]

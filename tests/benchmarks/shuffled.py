@@ -22,7 +22,7 @@ import pyarrow as pa
 from pipeline.store.identity import Request
 from pipeline.store.requests import RequestFolder
 from pipeline.store.schema import Row, footer
-from pipeline.store.selection import Part, write_selection
+from pipeline.store.selection_files import Part, write_selection
 
 VOCABULARY = 32_000
 TEACHER = {"identity": "0" * 16, "vocab_size": VOCABULARY, "tokenizer": "t", "name": None, "licence": None}

@@ -21,7 +21,8 @@ from pipeline.learning.batches import collate
 from pipeline.store.open_files import OpenFiles
 from pipeline.store.requests import RequestFolder
 from pipeline.store.schema import Row
-from pipeline.store.selection import Part, Selection, write_selection
+from pipeline.store.selection import Selection
+from pipeline.store.selection_files import Part, write_selection
 from pipeline.store.training_rows import BucketedBatches, RowLoader, TeacherRows
 from tests.conftest import ROOT
 from tests.store.test_selections import as_an_earlier_version_wrote
@@ -48,7 +49,7 @@ def make_selection(folder, count: int, materialize: bool = True, steps=lambda nu
 @pytest.fixture(params=[True, False], ids=["copied", "in the store"])
 def selection(request, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.store.schema.ROW_GROUP_VALUES", 200)  # several row groups a file
-    monkeypatch.setattr("pipeline.store.selection.ROWS_PER_FILE", 30)
+    monkeypatch.setattr("pipeline.store.selection_files.ROWS_PER_FILE", 30)
     return make_selection(tmp_path, 75, request.param)
 
 
@@ -254,7 +255,7 @@ def as_it_is(rows) -> list[Row]:
 def test_an_epoch_ends_with_the_selection_that_it_began_with(tmp_path, monkeypatch, names, workers):
     """Another process replaces the selection in the middle of an epoch, and empties the store of its rows."""
     monkeypatch.setattr("pipeline.store.schema.ROW_GROUP_VALUES", 200)
-    monkeypatch.setattr("pipeline.store.selection.ROWS_PER_FILE", 30)
+    monkeypatch.setattr("pipeline.store.selection_files.ROWS_PER_FILE", 30)
     selection = make_selection(tmp_path, 300, names != "in the store")
     if names == "as an earlier version":
         selection = Selection(as_an_earlier_version_wrote(tmp_path / "out"))
@@ -293,7 +294,7 @@ def test_a_copy_in_another_process_reads_the_same_rows_or_says_that_they_are_gon
 
 @pytest.mark.parametrize("materialize", [True, False])
 def test_a_selection_of_more_files_than_may_be_open_is_read_and_its_change_is_seen(tmp_path, monkeypatch, materialize):
-    monkeypatch.setattr("pipeline.store.selection.ROWS_PER_FILE", 1)
+    monkeypatch.setattr("pipeline.store.selection_files.ROWS_PER_FILE", 1)
     if not materialize:
         monkeypatch.setattr(RequestFolder, "add", one_row_a_shard(RequestFolder.add))
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)

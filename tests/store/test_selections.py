@@ -13,7 +13,8 @@ from pipeline.files import sha256_file, write_json_atomically
 from pipeline.store.manifest import sealed
 from pipeline.store.narrowing import narrowed
 from pipeline.store.requests import RequestFolder, pick
-from pipeline.store.selection import Part, Selection, _write_part, write_selection
+from pipeline.store.selection import Selection
+from pipeline.store.selection_files import Part, _write_part, write_selection
 from pipeline.upkeep.verify import verify_selection
 from tests.store.test_shards import REQUEST, TEACHER, assert_same, damage_flip, folder, make_row, meta
 
@@ -179,7 +180,7 @@ def die_at(step: int, monkeypatch) -> list[str]:
 @pytest.mark.parametrize("named", ["by content", "as an earlier version"])
 def test_whenever_a_rewrite_ends_before_its_time_one_selection_is_whole(tmp_path, folder, monkeypatch, named):
     """At every call that changes the folder, without any tidying afterwards; and the next write leaves nothing else."""
-    monkeypatch.setattr("pipeline.store.selection.ROWS_PER_FILE", 1)
+    monkeypatch.setattr("pipeline.store.selection_files.ROWS_PER_FILE", 1)
     folder.add([make_row(number) for number in range(5)], meta())
     old, new = ({"train": part_of(folder, order, 3)} for order in ([0, 1, 2], [3, 1, 4, 0]))
     out, found = tmp_path / "out", []
@@ -222,7 +223,7 @@ def test_what_a_killed_rewrite_has_left_goes_before_anything_is_written(tmp_path
         at_first.extend(path.name for path in out.glob(".tmp-*"))
         return _write_part(*given)
 
-    monkeypatch.setattr("pipeline.store.selection._write_part", seen)
+    monkeypatch.setattr("pipeline.store.selection_files._write_part", seen)
     write_selection(out, {"train": part_of(folder, [1], 3)}, TEACHER, 3, 0, True)
     assert len(at_first) == 2 and ".tmp-mine" in at_first and left.name not in at_first
 
@@ -237,7 +238,7 @@ def test_a_write_that_fails_at_the_swap_leaves_no_new_files(tmp_path, folder, mo
             raise OSError(28, "No space left on device")
         os.replace(path, to)
 
-    monkeypatch.setattr("pipeline.store.selection.replace_file", full)
+    monkeypatch.setattr("pipeline.store.selection_files.replace_file", full)
     with pytest.raises(UserError, match="No space left on device"):
         write_selection(tmp_path / "out", {"train": part_of(folder, [1], 3)}, TEACHER, 3, 0, True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
