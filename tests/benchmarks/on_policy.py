@@ -3,7 +3,7 @@
     python -m tests.benchmarks.on_policy OUT                                  # every arm of arithmetic, three seeds
     python -m tests.benchmarks.on_policy OUT --arms r1-jsd r4-jsd --seeds 1   # a part of it
     python -m tests.benchmarks.on_policy OUT --temperatures 0.8 0.9 1.1       # also compare at equal distinct-2
-    python -m tests.benchmarks.on_policy OUT --setting length4                # longer answers, other gaps: SETTINGS
+    python -m tests.benchmarks.on_policy OUT --setting length4 --arms fresh1-jsd r4-jsd    # other settings: SETTINGS
     python -m tests.benchmarks.on_policy OUT --report --figure sweep.svg      # only tables and figure of what is there
 
 A setting is a task, or arithmetic with longer problems or another size of the student. It is set up once in
@@ -30,7 +30,8 @@ from pipeline.layout import RESULTS, Layout
 from pipeline.params import Prepare
 from pipeline.params.file import load_params, to_yaml
 from pipeline.prompts import SPLITS
-from tests.benchmarks.on_policy_report import AT, BASE, COST_UNIT, DIVERGENCES, REFRESHES, START, TEACHER, report
+from tests.benchmarks import on_policy_report as reports
+from tests.benchmarks.on_policy_report import AT, BASE, COST_UNIT, DIVERGENCES, REFRESHES, START, TEACHER
 
 HELD_OUT = ("validation", "test")
 SECOND_PHASE = 100  # added to a seed after the first phase, so that no batch comes in the same order again
@@ -248,12 +249,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--temperatures", nargs="+", type=float, default=(), help="of samples that are evaluated too")
     parser.add_argument("--figure", type=Path, help="SVG of the sweep over refreshes")
     parser.add_argument("--report", action="store_true", help="make nothing, only show what is there")
+    parser.add_argument(
+        "--across", action="store_true", help="make nothing, compare own and teacher's samples in settings"
+    )
     options = parser.parse_args(arguments)
+    if options.across:
+        print(reports.across(options.out, list(SETTINGS)))
+        return
     if not options.report:
-        names = dict.fromkeys((COST_UNIT, BASE, *options.arms))
+        names = dict.fromkeys((BASE, *options.arms))
         experiment = Experiment(options.out, options.setting, options.steps, options.params)
         experiment.run(list(names), range(options.seeds), options.temperatures)
-    print(report(options.out, options.setting, list(ARMS), options.figure))
+    print(reports.report(options.out, options.setting, list(ARMS), options.figure))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
 """What `tests.benchmarks.on_policy` has measured so far: every number as JSON, a Markdown table, and the figure."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.layout import RESULTS
+from pipeline.layout import RESULTS, Layout
+from pipeline.store.selection import Selection
 
 DIVERGENCES = ("jsd", "fkl", "rkl")
 REFRESHES = (0, 1, 2, 4, 8, 16)  # 0: the teacher's samples of the same fresh prompts
 START, TEACHER, COST_UNIT, BASE = "start", "teacher", "sft", "same-jsd"
+OWN, TEACHERS = "r4-jsd", "fresh1-jsd"  # what is compared in every setting
 AT = "temperature-"  # before it, the folder of an evaluation at another temperature than 1
 MEASURES = {  # where an evaluation has it, by the name that it has here
     "distinct_2": ("diversity", "distinct_2"),
@@ -167,7 +170,7 @@ def of_sweep(name: str, refreshes: int) -> str:
     return f"r{refreshes}-{name}" if refreshes else f"fresh1-{name}"
 
 
-def plot(found: Mapping[str, dict], task: str, path: Path) -> None:
+def plot(found: Mapping[str, dict], setting: str, path: Path) -> None:
     """Quality, both KLs, distinct-2 and time over the number of refreshes, for each divergence."""
     import matplotlib
 
@@ -182,7 +185,7 @@ def plot(found: Mapping[str, dict], task: str, path: Path) -> None:
     style = {"svg.hashsalt": "xkd", "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(10.2, 5.6), layout="constrained")
-        figure.suptitle(f"{task}: refreshes at equal steps; 0: the teacher's samples of the same prompts")
+        figure.suptitle(f"{setting}: refreshes at equal steps; 0: the teacher's samples of the same prompts")
         for axes, (title, (group, measure)) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
             for name, colour in COLOURS.items():
                 arms = {place: found.get(of_sweep(name, count), {}) for place, count in enumerate(REFRESHES)}
@@ -198,13 +201,53 @@ def plot(found: Mapping[str, dict], task: str, path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
-def report(out: Path, task: str, names: Sequence[str], figure: Path | None = None) -> str:
-    """Writes OUT/TASK.json and the figure; returns the tables."""
-    root = out / task
+def parameters_of(model: Path) -> int:
+    """How many numbers a model's file has."""
+    from safetensors import safe_open
+
+    with safe_open(model / "model.safetensors", "pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
+def about(layout: Layout) -> dict[str, float]:
+    """What the settings differ in."""
+    train = Selection(layout.selection).parts["train"]
+    gap = parameters_of(layout.teacher) / parameters_of(layout.start)
+    return {"tokens_per_response": train["tokens"] / train["rows"], "gap": gap}
+
+
+def report(out: Path, setting: str, names: Sequence[str], figure: Path | None = None) -> str:
+    """Writes OUT/SETTING.json and the figure; returns the tables."""
+    root = out / setting
     found, teacher = aggregate(read_runs(root, names)), measures_of(root / TEACHER)
     parameters = (root / "params.yaml").read_text(encoding="utf-8")
-    numbers = {"task": task, "teacher": teacher, "arms": found, "parameters": parameters}
-    (out / f"{task}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    numbers = {"setting": setting, "teacher": teacher, "arms": found, "parameters": parameters}
+    (out / f"{setting}.json").write_text(json.dumps(numbers | about(Layout(root)), indent=1) + "\n")
     if figure:
-        plot(found, task, figure)
+        plot(found, setting, figure)
     return "\n".join([*table(found, teacher), "", *cost_table(found)])
+
+
+def across(out: Path, settings: Sequence[str]) -> str:
+    """The student's own samples against the teacher's of the same prompts, in every setting that has a report."""
+    columns = [
+        "setting", "n", "tokens per response", "teacher / student", "teacher", START, BASE, TEACHERS,
+        *(f"{OWN} − {TEACHERS}: {name}" for name in ("greedy", "sampled", "KL(S‖T), own states")),
+        "tokens written", "tokens scored",
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for path in (path for path in (out / f"{name}.json" for name in settings) if path.is_file()):
+        numbers = json.loads(path.read_text())
+        arms = numbers["arms"]
+        runs = {name: arm["runs"] for name, arm in arms.items()}
+        if {START, BASE, TEACHERS, OWN} <= runs.keys():
+            differences = {of: compared(runs, OWN, TEACHERS, of) for of in ("greedy", "sampled", "own_reverse_kl")}
+            cells = [path.stem, str(differences["greedy"]["n"])]
+            cells += [f"{numbers[name]:.1f}" for name in ("tokens_per_response", "gap")]
+            cells += [f"{numbers['teacher']['greedy']:.1f}"]
+            cells += [_plus_minus(arms[arm]["means"]["greedy"], 1) for arm in (START, BASE, TEACHERS)]
+            cells += [_plus_minus(each, 4 if "kl" in of else 1, "error", "+") for of, each in differences.items()]
+            of_teacher = ((TEACHERS, "tokens_written"), (OWN, "tokens_scored"))
+            cells += [f"{arms[arm]['means'][tokens]['mean']:,.0f}" for arm, tokens in of_teacher]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
