@@ -36,7 +36,7 @@ from tests.benchmarks.on_policy_report import AT, BASE, COST_UNIT, DIVERGENCES, 
 HELD_OUT = ("validation", "test")
 SECOND_PHASE = 100  # added to a seed after the first phase, so that no batch comes in the same order again
 SLOWER = "optimisation.learning_rate=3e-4"  # for opd, whose students are lost at the 3e-3 of the others
-SETUP = (("prepare",), ("teach", "teacher"), ("teach", "student"), ("generate",), ("score",), ("reward",))
+SETUP = (("prepare",), ("teach", "teacher"), ("teach", "student"), ("generate",), ("score",))
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,10 @@ class Experiment:
         spent = {"seconds": time.monotonic() - begun, "cpu_seconds": usage.ru_utime + usage.ru_stime}
         return spent | {"peak_bytes": usage.ru_maxrss * 1024}
 
-    def set_up(self) -> None:
-        """Models, the cache and the reward."""
-        for stage in SETUP:
+    def set_up(self, names: Sequence[str]) -> None:
+        """Models, the cache, and the reward where one of the arms needs it."""
+        fits = any(each.startswith("reward=") for name in names for each in ARMS[name].overrides)
+        for stage in (*SETUP, ("reward",)) if fits else SETUP:
             if not self.layout.results(*stage).is_file():
                 say(f"{self.root.name}: {' '.join(stage)}")
                 self.cli(*stage)
@@ -202,7 +203,7 @@ class Experiment:
 
     def run(self, names: Sequence[str], seeds: Sequence[int], temperatures: Sequence[float] = ()) -> None:
         """All arms of a seed, then those of the next one."""
-        self.set_up()
+        self.set_up(names)
         self.evaluate(self.layout.teacher, self.root / TEACHER)
         for seed in seeds:
             for name, arm in {START: Arm(("objective=fkl",)), **{name: ARMS[name] for name in names}}.items():
