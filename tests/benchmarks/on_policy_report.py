@@ -22,14 +22,10 @@ MEASURES = {  # where an evaluation has it, by the name that it has here
     "own_kl": ("own", "kl"),
     "own_reverse_kl": ("own", "reverse_kl"),
 }
-COSTS = (
-    "tokens_written", "tokens_scored", "seconds_writing", "seconds_drawing", "seconds_scoring", "cpu_seconds",
-    "peak_bytes",
-)  # fmt: skip
+COSTS = ("tokens_written", "tokens_scored", "seconds_writing", "seconds_drawing", "seconds_scoring")
 COMPARED = ("greedy", "sampled", "matched", *MEASURES)
 _DRAWN = ("sampled", "distinct_2")  # measures of samples
-PHASES = ("seconds_writing", "seconds_drawing", "seconds_scoring", "seconds_rest")
-TOTALS = ("seconds", "cpu_seconds", "peak_bytes")
+TOTALS = ("cpu_seconds", "seconds", "peak_bytes")  # of `distill`, and times also of the teacher's writing
 Runs = dict[str, dict[int, dict[str, float]]]  # arm -> seed -> measure -> value
 COLOURS = dict(zip(DIVERGENCES, ("#3366aa", "#dd7733", "#338855"), strict=True))
 
@@ -46,11 +42,11 @@ def measures_of(evaluation: Path) -> dict[str, float]:
 
 
 def run_of(folder: Path) -> dict[str, float]:
-    """All numbers of a student. `seconds` and `peak_bytes` are those of `distill`, and the teacher's writing."""
+    """All numbers of a student."""
     training = json.loads((folder / "training.json").read_text())
-    run = {name: training.get(name, 0.0) for name in COSTS}
-    run["seconds_rest"] = training["seconds"] - run["seconds_drawing"] - run["seconds_scoring"]
-    run["seconds"] = training["seconds"] + run["seconds_writing"]
+    run = {name: training.get(name, 0.0) for name in COSTS} | {"peak_bytes": training["peak_bytes"]}
+    for name in ("cpu_seconds", "seconds"):  # the teacher writes in one thread
+        run[name] = training[name] + run["seconds_writing"]
     for other in sorted(folder.glob(f"{AT}*/{RESULTS}")):
         found, temperature = measures_of(other.parent), other.parent.name.removeprefix(AT)
         run |= {f"{name} at {temperature}": found[name] for name in _DRAWN}
@@ -102,16 +98,21 @@ def compared(runs: Runs, name: str, other: str, measure: str) -> dict | None:
     return summary(differences) if differences else None
 
 
+def base_of(name: str) -> str:
+    """The arm that an arm is compared with: the same cache for longer, by its divergence; jsd where it has no other."""
+    return next((f"same-{each}" for each in DIVERGENCES if each in name.split("-")), BASE)
+
+
 def aggregate(runs: Runs) -> dict[str, dict]:
-    """Of each arm all runs, means, differences from BASE, and times and memory by those of COST_UNIT."""
+    """Of each arm all runs, means, differences from its base, and times and memory by those of COST_UNIT."""
     found = {}
     for name, by_seed in runs.items():
         shared = sorted(set.intersection(*map(set, by_seed.values())))
-        minus = {measure: compared(runs, name, BASE, measure) for measure in COMPARED}
+        minus = {measure: compared(runs, name, base_of(name), measure) for measure in COMPARED}
         units = {seed: run for seed, run in runs.get(COST_UNIT, {}).items() if seed in by_seed}
         by_unit = {
-            cost: summary([by_seed[seed][cost] / unit[of] for seed, unit in units.items()])
-            for cost, of in {**{each: each for each in TOTALS}, **dict.fromkeys(PHASES, "seconds")}.items()
+            cost: summary([by_seed[seed][cost] / unit[cost] for seed, unit in units.items()])
+            for cost in TOTALS
             if units
         }
         found[name] = {
@@ -131,36 +132,24 @@ def _plus_minus(value: Mapping | None, digits: int, error: str = "spread", sign:
 
 
 def table(found: Mapping[str, dict], teacher: Mapping[str, float]) -> list[str]:
-    """Quality and closeness with the spread over seeds, differences with their standard error."""
+    """Quality and closeness with the spread over seeds, differences with their standard error, and what it took."""
     columns = [
         "second phase", "n", "greedy", "sampled", "distinct-2", "KL(T‖S)", "KL(S‖T), own states",
-        f"greedy − {BASE}", f"sampled − {BASE}", "the same at equal distinct-2",
+        "greedy − same cache", "sampled − same cache", "at equal distinct-2", "the teacher's tokens",
+        f"CPU time by {COST_UNIT}", "memory",
     ]  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     given = [f"{teacher[name]:.1f}" for name in ("greedy", "sampled")] + [f"{teacher['distinct_2']:.3f}"]
-    lines.append("| " + " | ".join(["teacher", "", *given, *[""] * 5]) + " |")
+    lines.append("| " + " | ".join(["teacher", "", *given, *[""] * 8]) + " |")
     for name, arm in found.items():
-        means, minus = arm["means"], arm["minus_base"] if name != BASE else {}
+        means, minus, by_unit = arm["means"], arm["minus_base"] if name != base_of(name) else {}, arm["by_cost_unit"]
         digits = {"greedy": 1, "sampled": 1, "distinct_2": 3, "kl": 4, "own_reverse_kl": 4}
         cells = [name, str(len(arm["runs"]))]
         cells += [_plus_minus(means.get(measure), number) for measure, number in digits.items()]
         cells += [_plus_minus(minus.get(mode), 1, "error", "+") for mode in ("greedy", "sampled", "matched")]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def cost_table(found: Mapping[str, dict]) -> list[str]:
-    """What the teacher had to do, and times and memory as multiples of those of COST_UNIT."""
-    columns = [
-        "second phase", "tokens written", "tokens scored", "seconds", f"time by {COST_UNIT}", "writing", "drawing",
-        "scoring", "rest", "CPU time", "memory",
-    ]  # fmt: skip
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for name, arm in found.items():
-        means, by_unit = arm["means"], arm["by_cost_unit"]
-        cells = [name, *(f"{means[each]['mean']:,.0f}" for each in ("tokens_written", "tokens_scored", "seconds"))]
-        shown = ("seconds", *PHASES, "cpu_seconds", "peak_bytes")
-        cells += [f"{by_unit[each]['mean']:.2f}" if each in by_unit else "" for each in shown]
+        asked = {how: means[f"tokens_{how}"]["mean"] for how in ("written", "scored")}
+        cells += [", ".join(f"{count:,.0f} {how}" for how, count in asked.items() if count)]
+        cells += [f"{by_unit[each]['mean']:.2f}" if each in by_unit else "" for each in ("cpu_seconds", "peak_bytes")]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -180,7 +169,7 @@ def plot(found: Mapping[str, dict], setting: str, path: Path) -> None:
     panels = {
         "quality, greedy": ("means", "greedy"), "quality, sampled": ("means", "sampled"),
         "distinct-2": ("means", "distinct_2"), "KL(T‖S), teacher's states": ("means", "kl"),
-        "KL(S‖T), own states": ("means", "own_reverse_kl"), f"time by {COST_UNIT}": ("by_cost_unit", "seconds"),
+        "KL(S‖T), own states": ("means", "own_reverse_kl"), f"CPU time by {COST_UNIT}": ("by_cost_unit", "cpu_seconds"),
     }  # fmt: skip
     style = {"svg.hashsalt": "xkd", "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
@@ -217,7 +206,7 @@ def about(layout: Layout) -> dict[str, float]:
 
 
 def report(out: Path, setting: str, names: Sequence[str], figure: Path | None = None) -> str:
-    """Writes OUT/SETTING.json and the figure; returns the tables."""
+    """Writes OUT/SETTING.json and the figure; returns the table."""
     root = out / setting
     found, teacher = aggregate(read_runs(root, names)), measures_of(root / TEACHER)
     parameters = (root / "params.yaml").read_text(encoding="utf-8")
@@ -225,7 +214,7 @@ def report(out: Path, setting: str, names: Sequence[str], figure: Path | None = 
     (out / f"{setting}.json").write_text(json.dumps(numbers | about(Layout(root)), indent=1) + "\n")
     if figure:
         plot(found, setting, figure)
-    return "\n".join([*table(found, teacher), "", *cost_table(found)])
+    return "\n".join(table(found, teacher))
 
 
 def across(out: Path, settings: Sequence[str]) -> str:
