@@ -108,7 +108,7 @@ def test_longer_problems_have_so_many_times_the_steps(tmp_path):
     for times in (2, 4):
         experiment = Experiment(tmp_path, f"length{times}", 2, tmp_path / "sizes.yaml")
         params = load_params(experiment.layout.params)
-        assert params.max_tokens == 48 * times and params.prepare.student == 12
+        assert params.max_tokens == 24 + 24 * times and params.prepare.student == 12
         rows = {split: list(records) for split, records in load_records(params.prepare.dataset.path, "").items()}
         assert {split: len(records) for split, records in rows.items()} == {
             "train": 40 + 12 + 12,

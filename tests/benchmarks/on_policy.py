@@ -52,7 +52,7 @@ class Setting:
         """Of all parameters, but for the data set of longer problems."""
         sizes = zip(("width", "layers", "intermediate"), self.student or (), strict=False)
         model = [f"teach.student.model.{name}={size}" for name, size in sizes]
-        longest = [f"max_tokens={48 * self.times}"] if self.times > 1 else []
+        longest = [f"max_tokens={24 + 24 * self.times}"] if self.times > 1 else []
         return [f"prepare.task={self.task}", *longest, *model]
 
 
@@ -189,12 +189,16 @@ class Experiment:
             self.evaluate(folder / "student", folder / f"{AT}{temperature:g}", settings)
 
     def _written(self, selection: Path) -> dict[str, float]:
-        """What the teacher writes for an arm; at the rate of the command that made it, of which a part was found."""
+        """What the teacher writes for an arm, and in what time, by the rate of the command that made what was missing.
+
+        No time where another setting's samples are the same ones and nothing was missing.
+        """
         from pipeline.store.selection import Selection
 
         cost = json.loads(selection.with_suffix(".json").read_text())["cost"]
         tokens = Selection(selection).parts["train"]["tokens"]
-        return {"tokens_written": tokens, "seconds_writing": tokens / cost["tokens_per_second"]}
+        rate = cost["tokens_per_second"]
+        return {"tokens_written": tokens} | ({"seconds_writing": tokens / rate} if rate else {})
 
     def evaluate(self, model: Path, out: Path, settings: Sequence[str] = ()) -> None:
         if not (out / RESULTS).is_file():
