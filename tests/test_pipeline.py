@@ -92,7 +92,8 @@ def test_an_experiment_in_a_workspace_of_its_own_reuses_the_store(project):
     """`dvc exp run --temp` runs its own copy of the code; the objective changes, the teacher is not asked again."""
     store = project.parent / "store"
     shards = {path: path.stat().st_mtime_ns for path in store.glob("*/*/*.parquet")}
-    said = sh(project, "dvc", "exp", "run", "--temp", "-n", "other", "-S", "distill.objective=rkl", "-S", "seed=0")
+    said = sh(project, "dvc", "exp", "run", "--temp", "-n", "other", "-S", "distill.objective=rkl", "-S", "seed=0",
+              "distill")  # fmt: skip
     assert "Running stage 'distill'" in said and "Running stage 'generate'" not in said
     assert {path: path.stat().st_mtime_ns for path in store.glob("*/*/*.parquet")} == shards and shards
     shown = sh(project, "dvc", "exp", "show", "--csv")

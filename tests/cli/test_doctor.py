@@ -3,6 +3,8 @@
 import csv
 import json
 
+import pytest
+
 from pipeline.cli import doctor
 from tests.conftest import run_cli
 
@@ -13,6 +15,14 @@ def findings(monkeypatch, **environment) -> dict[str, doctor.Finding]:
     return {finding.what: finding for finding in doctor.examine()}
 
 
+@pytest.fixture
+def quick_vllm(monkeypatch, tmp_path):
+    """One that is imported at once, where it is not vLLM that is looked at."""
+    (tmp_path / "packages" / "vllm").mkdir(parents=True)
+    (tmp_path / "packages" / "vllm" / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+
+
 def test_a_fit_machine_is_told_so(own_store):
     done = run_cli("doctor", env={"XKD_STORE": str(own_store)})
     assert done.returncode == 0, done.stderr
@@ -21,14 +31,14 @@ def test_a_fit_machine_is_told_so(own_store):
     assert str(own_store) in done.stdout and done.stderr == ""
 
 
-def test_a_store_that_cannot_be_written_is_bad_and_sets_the_exit_code(tmp_path):
+def test_a_store_that_cannot_be_written_is_bad_and_sets_the_exit_code(quick_vllm, tmp_path):
     (tmp_path / "file").write_text("")
     done = run_cli("doctor", "--store", tmp_path / "file" / "store")
     assert done.returncode == 1
     assert "bad  store" in done.stdout and "choose another with --store or XKD_STORE" in done.stdout
 
 
-def test_programs_get_the_findings_and_the_exit_code(tmp_path):
+def test_programs_get_the_findings_and_the_exit_code(quick_vllm, tmp_path):
     (tmp_path / "file").write_text("")
     store = "--store", tmp_path / "file" / "store"
     done = run_cli("doctor", *store, "--json")
@@ -42,14 +52,14 @@ def test_programs_get_the_findings_and_the_exit_code(tmp_path):
     assert run_cli("doctor", "--csv", "--json").returncode == 2
 
 
-def test_a_finding_folds_below_its_beginning_in_a_narrow_terminal(own_store):
+def test_a_finding_folds_below_its_beginning_in_a_narrow_terminal(quick_vllm, own_store):
     done = run_cli("doctor", env={"XKD_STORE": str(own_store), "COLUMNS": "60"})
     for line in done.stdout.splitlines():
         assert len(line) <= 60 or " " not in line[7:].strip() or str(own_store) in line, line
         assert line[:5] in ("ok   ", "look ", "bad  ", "     "), line
 
 
-def test_more_threads_than_cores_and_little_memory_or_disk_are_pointed_out(monkeypatch):
+def test_more_threads_than_cores_and_little_memory_or_disk_are_pointed_out(quick_vllm, monkeypatch):
     monkeypatch.setattr(doctor, "_MIN_DISK", 2**80)
     monkeypatch.setattr(doctor, "_MIN_MEMORY", 2**80)
     found = findings(monkeypatch, OMP_NUM_THREADS="999")

@@ -193,8 +193,8 @@ def group_of(process: Run) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_signal_to_the_processes_that_decode_too(cache, student, tmp_path, number):
     """Ctrl-C at a terminal, which they leave to the training, or SIGTERM of a service manager, which ends them."""
-    command = *train_options("distill", tmp_path, cache, student), "--set", "distill.workers=2"
-    process = start(*command, log=tmp_path / "log")
+    command = train_options("distill", tmp_path, cache, student)
+    process = start(*command, "--set", "distill.workers=2", log=tmp_path / "log")
     assert interrupt(process, tmp_path / "runs", number, group=True) == 128 + number, process.output
     kept = re.search(r"interrupted.*What was made up to step (\d+) of", process.output)
     assert kept and "Traceback" not in process.output, process.output

@@ -1,11 +1,8 @@
 """What holds for generating: nothing is asked twice, nothing stored is lost, and the selection is always the same."""
 
-import os
 import signal
-import subprocess
-import sys
-import time
 from functools import partial
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +17,7 @@ from pipeline.store.requests import RequestFolder
 from pipeline.store.selection import Selection
 from stages.generate import Summary, generate
 from tests.conftest import ROOT, WORDS, make_params, make_prompts, run_cli
+from tests.processes import Run, start
 
 
 class Recorder(StubEngine):
@@ -227,24 +225,11 @@ def test_without_materialising_the_rows_stay_in_the_store(teacher, prompts, tmp_
     assert [row.key for row in copied] == [row.key for row in stored] and len(copied) == 40
 
 
-def start_generating(teacher, prompts, out, store) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "pipeline.cli",
-        "generate",
-        "--teacher",
-        teacher,
-        "--prompts",
-        prompts,
-        "--out",
-        out,
-    ]
-    command += ["--store", store, "--engine", "hf", "--max-tokens", "48", "--template", "{prompt}", "--samples", "8"]
-    command += ["--set", "generate.rows_per_shard=16", "--params", ROOT / "params.yaml"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment, text=True, **pipes)
+def start_generating(teacher, prompts, out: Path, store: Path) -> Run:
+    command = ("generate", "--teacher", teacher, "--prompts", prompts, "--out", out, "--store", store)
+    command += ("--engine", "hf", "--max-tokens", "48", "--template", "{prompt}", "--samples", "8")
+    settings = ("--set", "generate.rows_per_shard=16", "--params", ROOT / "params.yaml")
+    return start(*command, *settings, log=out.with_suffix(".log"))
 
 
 def stored_keys(store) -> set[str]:
@@ -258,25 +243,20 @@ def test_killed_in_the_middle_it_asks_nothing_twice_and_ends_with_the_same_rows(
     prompts = make_prompts(tmp_path / "prompts.parquet", train=60, validation=5)
     store = tmp_path / "killed"
     process = start_generating(teacher, prompts, tmp_path / "a", store)
-    deadline = time.monotonic() + 120
-    while not list(store.glob("*/*/part-*.parquet")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "it must be killed in the middle, not after the end"
+    process.wait_for(lambda: list(store.glob("*/*/part-*.parquet")))
+    process.send(signal.SIGKILL)
+    assert process.wait() == 128 + signal.SIGKILL, "it must be killed in the middle, not after the end"
     before = {path: path.stat().st_mtime_ns for path in store.glob("*/*/part-*.parquet")}
     kept = stored_keys(store)
     assert 0 < len(kept) < 8 * 60 + 5 + 5 + 10 and not list((tmp_path / "a").iterdir())
 
     process = start_generating(teacher, prompts, tmp_path / "a", store)
-    result, words = process.communicate()
-    assert process.returncode == 0 and f"found in the store  {len(kept):,} rows" in result, result + words
+    assert process.wait() == 0 and f"found in the store  {len(kept):,} rows" in process.output, process.output
     stored_rows = sum(pq.read_metadata(path).num_rows for path in store.glob("*/*/part-*.parquet"))
     assert stored_rows == len(stored_keys(store)) == 8 * 60 + 5 + 5 + 10  # no key is stored twice
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
-    process = start_generating(teacher, prompts, tmp_path / "b", tmp_path / "undisturbed")
-    process.communicate()
+    assert start_generating(teacher, prompts, tmp_path / "b", tmp_path / "undisturbed").wait() == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
@@ -284,9 +264,7 @@ def test_killed_in_the_middle_it_asks_nothing_twice_and_ends_with_the_same_rows(
 def test_two_processes_on_one_store_lose_nothing(teacher, tmp_path):
     prompts = make_prompts(tmp_path / "prompts.parquet", train=30, validation=5)
     processes = [start_generating(teacher, prompts, tmp_path / name, tmp_path / "shared") for name in "ab"]
-    for process in processes:
-        process.communicate()
-        assert process.returncode == 0
+    assert [process.wait() for process in processes] == [0, 0]
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert len(stored_keys(tmp_path / "shared")) == 8 * 30 + 5 + 5 + 10
 
