@@ -98,6 +98,14 @@ def compared(runs: Runs, name: str, other: str, measure: str) -> dict | None:
     return summary(differences) if differences else None
 
 
+def _ratios(runs: Runs, by_seed: Mapping[int, Mapping[str, float]], cost: str) -> list[float]:
+    """A cost of an arm's runs by the mean of COST_UNIT's; without those of which it was not taken, which have NaN."""
+    units, costs = (
+        [run[cost] for run in each.values() if math.isfinite(run[cost])] for each in (runs.get(COST_UNIT, {}), by_seed)
+    )
+    return [each / float(np.mean(units)) for each in costs] if units else []
+
+
 def base_of(name: str) -> str:
     """The arm that an arm is compared with: the same cache for longer, by its divergence; jsd where it has no other."""
     return next((f"same-{each}" for each in DIVERGENCES if each in name.split("-")), BASE)
@@ -109,12 +117,7 @@ def aggregate(runs: Runs) -> dict[str, dict]:
     for name, by_seed in runs.items():
         shared = sorted(set.intersection(*map(set, by_seed.values())))
         minus = {measure: compared(runs, name, base_of(name), measure) for measure in COMPARED}
-        units = {seed: run for seed, run in runs.get(COST_UNIT, {}).items() if seed in by_seed}
-        by_unit = {
-            cost: summary([by_seed[seed][cost] / unit[cost] for seed, unit in units.items()])
-            for cost in TOTALS
-            if units
-        }
+        by_unit = {cost: summary(of_arm) for cost in TOTALS if (of_arm := _ratios(runs, by_seed, cost))}
         found[name] = {
             "runs": by_seed,
             "means": {measure: summary([run[measure] for run in by_seed.values()]) for measure in shared},
