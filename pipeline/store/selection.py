@@ -11,16 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
-from pipeline.files import (
-    cannot_read,
-)  # fmt: skip
+from pipeline.files import cannot_read
 from pipeline.store import schema
 from pipeline.store.kept_mass import KeptMass
-from pipeline.store.manifest import (
-    WRITE_AGAIN,
-    listed_files,
-    read_manifest,
-)  # fmt: skip
+from pipeline.store.manifest import WRITE_AGAIN, listed_files, read_manifest
 from pipeline.store.narrowing import narrowed
 from pipeline.store.open_files import OpenFiles
 from pipeline.store.requests import Location, RequestFolder, open_store, pick, pick_unsure
