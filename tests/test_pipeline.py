@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,12 @@ def sh(folder: Path, *command: str) -> str:
 def project(tmp_path_factory) -> Path:
     """The project's files in a git repository of their own, with smoke parameters, after `dvc repro`.
 
-    transformers runs the teacher, which starts faster than vLLM; the smoke run of CI has what is there by default.
+    `.ci/run` names the folder of its own run in XKD_SMOKE, which is waited for; else one is made here, in which
+    transformers runs the teacher, which starts faster than vLLM.
     """
-    clone = tmp_path_factory.mktemp("project") / "clone"
+    if smoke := os.environ.get("XKD_SMOKE"):
+        return finished(Path(smoke))
+    clone = tmp_path_factory.mktemp("smoke") / "project"
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -46,6 +50,16 @@ def project(tmp_path_factory) -> Path:
     sh(clone, "git", "commit", "-qm", "smoke")
     (clone.parent / "repro.log").write_text(sh(clone, "dvc", "repro"))
     return clone
+
+
+def finished(smoke: Path) -> Path:
+    """The project in the folder, once `.ci/run` has written how its run ended."""
+    ended, limit = smoke / "ended", time.monotonic() + 500
+    while not ended.exists():
+        assert time.monotonic() < limit, f"no {ended}"
+        time.sleep(1)
+    assert ended.read_text().strip() == "0", "dvc repro at smoke size failed: see its output"
+    return smoke / "project"
 
 
 def would_run(project: Path, *settings: str) -> set[str]:
