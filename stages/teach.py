@@ -11,9 +11,10 @@ from pipeline.files import digest
 from pipeline.learning.dropout import set_dropout
 from pipeline.learning.forward import require_plain_head
 from pipeline.learning.job import Job, Training
+from pipeline.learning.launch import launch
 from pipeline.learning.learner import StudentLearner
 from pipeline.learning.terms import Likelihood
-from pipeline.learning.trainer import run, seed_everything
+from pipeline.learning.trainer import seed_everything
 from pipeline.models import (
     build_causal_lm,
     build_from_config,
@@ -76,7 +77,7 @@ def teach(
     if settings.optimisation.steps:
         job = _job(params, role, seed, prompts_path, tokenizer_path, tokenizer, runs)
         made = _training(params, role, model, tokenizer, prompts_path)
-        trained = run(job, made)
+        trained = launch(job, made)
         loss = next((entry["loss"] for entry in reversed(trained.history) if "loss" in entry), float("nan"))
         facts.append(("pairs", f"{len(made.rows):,} of split {settings.split}"))
         facts.append(("last loss", f"{loss:.4f} nats per token"))
@@ -119,6 +120,7 @@ def _job(params: Params, role: Role, seed: int, prompts_path: Path, tokenizer_pa
         run=runs / "teach" / digest(of)[:16],
         log_every=20,
         save_every=settings.save_every,
+        train=params.train,
     )
 
 

@@ -125,9 +125,10 @@ def whole_checkpoints(runs: Path) -> list[Path]:
     """Checkpoints that are written to their end: a kill while the last file of one is written leaves it half."""
 
     def is_whole(state: Path) -> bool:
-        with suppress(json.JSONDecodeError):
+        with suppress(json.JSONDecodeError, FileNotFoundError):
             json.loads(state.read_text())
             return True
         return False
 
-    return [state.parent for state in runs.rglob("trainer_state.json") if is_whole(state)]
+    folders = [Path(folder) for folder, _, _ in os.walk(runs)]  # which may be removed meanwhile
+    return [folder for folder in folders if is_whole(folder / "trainer_state.json")]

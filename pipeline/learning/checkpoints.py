@@ -15,13 +15,17 @@ from transformers.trainer_utils import SaveStrategy
 
 from pipeline import interrupts
 from pipeline.files import read_text, write_json_atomically
+from pipeline.learning import processes
 
 ASIDE = "interrupted"  # folder for a checkpoint of a step that has none in an undisturbed run
 _STATE = "trainer_state.json"  # the file that the Trainer writes last
 
 
 class StopAtSignal(TrainerCallback):
-    """After a signal, the running step is finished and kept in a checkpoint, and no other is begun."""
+    """After a signal, the running step is finished and kept in a checkpoint, and no other is begun.
+
+    A signal to one of several processes stops them all.
+    """
 
     def __init__(self, what: str):
         """what: the name of what is trained, for the interrupt's message."""
@@ -32,11 +36,11 @@ class StopAtSignal(TrainerCallback):
         self._has_saved(state.global_step)
 
     def on_step_begin(self, args, state, control, **_):
-        if interrupts.noted() and state.global_step == self.saved:
+        if _noted() and state.global_step == self.saved:
             raise interrupts.interrupted()
 
     def on_step_end(self, args, state, control, **_):
-        if interrupts.noted():
+        if _noted():
             control.should_training_stop = True
             control.should_save = args.save_strategy != SaveStrategy.NO
 
@@ -44,12 +48,16 @@ class StopAtSignal(TrainerCallback):
 
     def on_save(self, args, state, control, **_):
         self._has_saved(state.global_step)
-        if interrupts.noted():
+        if _noted():
             control.should_training_stop = True
 
     def _has_saved(self, step: int) -> None:
         self.saved = step
         keeps_up_to(step, self.what)
+
+
+def _noted() -> bool:
+    return processes.any_of(interrupts.noted() is not None)
 
 
 def keeps_up_to(step: int, what: str) -> None:

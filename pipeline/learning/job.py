@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.learning.batches import collate
 from pipeline.learning.learner import Learner
-from pipeline.params import Optimisation
+from pipeline.params import Optimisation, Train
 from pipeline.store.schema import Row
 
 _TOKENS = partial(collate, topk=False)
@@ -60,6 +60,8 @@ class Job(BaseModel):
     """Trackers of transformers, by name; TensorBoard's files go to `logs` beside the stages' folders of checkpoints."""
     workers: int = 0
     """Processes that make batches."""
+    train: Train = Train()
+    """Processes, and what is kept in memory."""
 
     def training(self) -> Training:
         """What is trained, made anew."""

@@ -1,7 +1,7 @@
 """A transformers Trainer whose loss is a weighted sum of terms, each a global mean.
 
 A learner returns the sum of every term over its micro-batch; the sums are divided by counts over the whole batch (all
-accumulation steps), so that micro-batches do not change the loss. One process, one device.
+accumulation steps and processes), so that neither changes the loss.
 """
 
 import os
@@ -13,15 +13,18 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from pipeline import console, interrupts
 from pipeline.errors import UserError
+from pipeline.learning import processes
 from pipeline.learning.checkpoints import ASIDE, StopAtSignal, finished, keeps_up_to, step_of, whole_checkpoint
 from pipeline.learning.finite import require_finite, require_finite_weights
 from pipeline.learning.job import Job, Trained, Training
 from pipeline.learning.learner import COUNTS, Learner, count
+from pipeline.learning.sharing import SharedLoader, in_memory
 from pipeline.provenance import seconds_since_start
 
 _SUMS = "sums.safetensors"  # in a checkpoint: what there is of the next point of the training curve
@@ -40,18 +43,27 @@ class TermTrainer(Trainer):
         self._aside = False  # whether the checkpoint that is being written lies aside
 
     def get_train_dataloader(self):
+        rows, seed, collate = self.train_dataset, self.args.data_seed, self.data_collator
+        micro, alone = self.args.per_device_train_batch_size, processes.count() == 1
         if self.loader is None:
-            return super().get_train_dataloader()
-        parts = self.args.gradient_accumulation_steps
-        size, workers = self.args.per_device_train_batch_size * parts, self.args.dataloader_num_workers
-        return self.loader(self.train_dataset, size, self.args.data_seed, self.data_collator, workers, parts)
+            return super().get_train_dataloader() if alone else SharedLoader(in_memory(rows, micro, seed, collate))
+        parts, workers = self.args.gradient_accumulation_steps, self.args.dataloader_num_workers
+        loader = self.loader(rows, micro * parts, seed, collate, workers, parts)
+        return loader if alone else SharedLoader(loader)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        if processes.count() == 1:
+            return super().get_eval_dataloader(eval_dataset)
+        size, rows = self.args.per_device_eval_batch_size, self.eval_dataset if eval_dataset is None else eval_dataset
+        return SharedLoader(DataLoader(rows, size, collate_fn=self.data_collator))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
         self._steps += 1
-        return batches, sum(count(batch, self._learner.terminal) for batch in batches).to(device)
+        counts = sum(count(batch, self._learner.terminal) for batch in batches).to(device)
+        return batches, processes.summed(counts)
 
     @property
     def _learner(self) -> Learner:
@@ -65,6 +77,7 @@ class TermTrainer(Trainer):
             self._logged.setdefault(name, []).append(sums[name] / size)
         shares = {name: values[-1] for name, values in self._logged.items()}
         require_finite(loss.detach(), f"{self._at(1)}: the loss", shares)
+        loss = loss * processes.count()  # gradients are averaged over them
         return (loss, sums) if return_outputs else loss
 
     def _at(self, further: int) -> str:
@@ -73,7 +86,8 @@ class TermTrainer(Trainer):
     def log(self, logs, start_time=None, **options):
         if "loss" in logs and self._logged:
             # Every micro-batch logged its share of its step's mean.
-            logs |= {name: float(torch.stack(values).sum() / self._steps) for name, values in self._logged.items()}
+            shares = {name: torch.stack(values).sum() for name, values in self._logged.items()}
+            logs |= {name: float(processes.summed(share) / self._steps) for name, share in shares.items()}
             self._logged, self._steps = {}, 0
         super().log(logs, start_time, **options)
 
@@ -103,6 +117,7 @@ class TermTrainer(Trainer):
         So a run that is resumed from it ends as if it had not been interrupted.
         """
         step = self.state.global_step
+        self._sums = self._sums_so_far()
         self._aside = step % self.args.save_steps != 0 and step < self.args.max_steps
         if self._aside:
             self.state.best_global_step = None  # best_model_checkpoint is the best of those that have a checkpoint
@@ -119,16 +134,26 @@ class TermTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_model(self._learner, str(folder / "model.safetensors"))
-        sums = {f"term {name}": torch.stack(values).cpu() for name, values in self._logged.items()}
-        steps = torch.tensor([self._steps, self._globalstep_last_logged])
-        safetensors.torch.save_file(sums | {"loss": self._tr_loss.cpu(), "steps": steps}, str(folder / _SUMS))
+        safetensors.torch.save_file(self._sums, str(folder / _SUMS))
+
+    def _sums_so_far(self) -> dict[str, Tensor]:
+        """Of all processes."""
+        sums = {f"term {name}": processes.summed(torch.stack(values)).cpu() for name, values in self._logged.items()}
+        loss = processes.summed(self._tr_loss).cpu() / processes.count()
+        return sums | {"loss": loss, "steps": torch.tensor([self._steps, self._globalstep_last_logged])}
 
     def load_sums(self, checkpoint: str) -> None:
         """Go on in the middle of a point of the training curve; the Trainer itself would begin a new one."""
-        sums = safetensors.torch.load_file(str(Path(checkpoint) / _SUMS), str(self.args.device))
+        sums = safetensors.torch.load_file(str(Path(checkpoint) / _SUMS))
+        sums = {name: value.to(self.args.device) for name, value in sums.items()}
         self._tr_loss = sums.pop("loss")
         self._steps, self._globalstep_last_logged = sums.pop("steps").tolist()
-        self._logged = {name.removeprefix("term "): list(values) for name, values in sums.items()}
+        share = 1.0 if processes.rank() == 0 else 0.0
+        self._logged = {name.removeprefix("term "): list(values * share) for name, values in sums.items()}
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        processes.wait()  # the state, which makes a checkpoint whole, is written after it
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         safetensors.torch.load_model(self._learner, str(Path(resume_from_checkpoint) / "model.safetensors"))
@@ -150,6 +175,7 @@ def held_out(learner: Learner, batches, device) -> dict[str, float]:
             sums[name] = sums.get(name, 0.0) + value.double().cpu()
         counts += size.cpu()
     learner.train(was_training)
+    sums, counts = {name: processes.summed(value) for name, value in sums.items()}, processes.summed(counts)
     means = {
         name: float(sums[name] / counts[COUNTS.index(mean.over)].clamp_min(1)) for name, mean in learner.means.items()
     }
@@ -190,12 +216,12 @@ class _Watch(TrainerCallback):
 def run(job: Job, training: Training | None = None) -> Trained:
     """Train in this process. training: what the job would make, where the caller has made it already.
 
+    Where processes were started together (see `launch`) each of them calls this.
+
     A signal ends it after the running step, with a checkpoint of that step: then `Interrupted` is raised. Raises
     UserError where loss, gradients or weights are no longer finite.
     """
     training = training or job.training()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("training runs in one process: start it without torchrun or accelerate launch")
     _require_trackers(job.report_to)
     checkpoint, learner, optimisation = whole_checkpoint(job.run), training.learner, job.optimisation
     if checkpoint:
@@ -206,6 +232,8 @@ def run(job: Job, training: Training | None = None) -> Trained:
             return Trained(learner, history)
     if "tensorboard" in job.report_to:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(job.run.parents[1] / "logs" / job.run.name))
+    if job.train.gradient_checkpointing:
+        _checkpoint_blocks(learner)
     evaluate_every = job.evaluate_every if training.held_out else None
     arguments = TrainingArguments(
         output_dir=str(job.run),
@@ -234,7 +262,9 @@ def run(job: Job, training: Training | None = None) -> Trained:
         report_to=job.report_to,
         disable_tqdm=True,
         dataloader_num_workers=job.workers,
+        bf16=optimisation.precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
+        ddp_backend="gloo" if processes.launched() > 1 and not torch.cuda.is_available() else None,
         restore_callback_states_from_checkpoint=True,  # the patience of early stopping
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible GPUs would multiply the batch
@@ -248,6 +278,7 @@ def run(job: Job, training: Training | None = None) -> Trained:
         callbacks=[EarlyStoppingCallback(job.patience)] if job.patience else [],
         loader=training.loader,
     )
+    torch.manual_seed(job.seed + processes.rank())  # dropout of its own for each process
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StopAtSignal(job.what))
     stopping = f"{job.what}: interrupted; the step that is running is finished and kept in a checkpoint"
@@ -263,6 +294,15 @@ def run(job: Job, training: Training | None = None) -> Trained:
     learner.to("cpu")
     require_finite_weights(learner, job.what)
     return Trained(learner, trainer.state.log_history, watch.seconds_to_first_step)
+
+
+def _checkpoint_blocks(learner: Learner) -> None:
+    """Have every language model, or backbone, of a learner keep what its blocks get, and compute the rest again."""
+    seen: list[str] = []
+    for name, module in learner.named_modules():
+        if isinstance(module, PreTrainedModel) and not any(name.startswith(f"{outer}.") for outer in seen):
+            module.gradient_checkpointing_enable({"use_reentrant": False})
+            seen.append(name)
 
 
 def _require_trackers(names: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.params.base import Count, Integer, Optimisation, Positive, Section, Temperature
+from pipeline.params.base import Count, Integer, Optimisation, Positive, Section, Temperature, Train
 from pipeline.params.data import DataSet, Model, Prepare, Role, Teach, TeachBoth, TeachOptimisation
 from pipeline.params.on_policy import OnPolicy
 from pipeline.params.student import OBSERVING, TOKEN_OBJECTIVES, X_TERM, Distill, Lora, Residual, Reward
@@ -14,6 +14,7 @@ __all__ = [
     "OBSERVING", "TOKEN_OBJECTIVES", "X_TERM",
     "DataSet", "Distill", "Evaluate", "Generate", "Lora", "Model", "OnPolicy", "Optimisation", "Params", "Prepare",
     "Report", "Residual", "Reward", "Role", "Score", "Section", "Teach", "TeachBoth", "TeachOptimisation",
+    "Train",
 ]  # fmt: skip
 
 
@@ -52,6 +53,8 @@ class Params(Section):
     """System message of the chat; empty: none is given."""
     max_tokens: Positive = 48
     """Longest response in tokens: of the teacher, of the student's samples, and of every answer in evaluate."""
+    train: Train = Train()
+    """Teach, reward and distill alike; DVC does not track it."""
     prepare: Prepare = Prepare()
     teach: TeachBoth = TeachBoth()
     generate: Generate = Generate()

@@ -1,6 +1,6 @@
 """Types that every section of the parameters uses."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -52,6 +52,8 @@ class Optimisation(Section):
     """Peak learning rate of AdamW, decayed by a cosine."""
     accumulation: Positive = 1
     """Micro-batches per step, to save memory; the result is the same."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: the models compute in bfloat16 (mixed precision); weights, optimiser, head and losses stay in float32."""
 
     @model_validator(mode="after")
     def _splits_evenly(self):
@@ -60,3 +62,12 @@ class Optimisation(Section):
                 f"batch_size {self.batch_size} cannot be split into {self.accumulation} equal micro-batches"
             )
         return self
+
+
+class Train(Section):
+    """How whatever is trained is trained: no effect on the result, apart from the rounding of sums."""
+
+    processes: Positive = 1
+    """Processes that train one model together, a GPU each or else cores of their own; each takes a part of a batch."""
+    gradient_checkpointing: bool = False
+    """Keep what a block gets and not what it computes, which is computed again: less memory, a third more time."""

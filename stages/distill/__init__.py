@@ -9,7 +9,7 @@ from pipeline.files import digest
 from pipeline.layout import sibling
 from pipeline.learning.curves import split_history, write_csv
 from pipeline.learning.job import Job
-from pipeline.learning.trainer import run
+from pipeline.learning.launch import launch
 from pipeline.models import require_own_model, save_model, save_note
 from pipeline.outputs import begin_results, require_apart, require_can_write, require_own_results
 from pipeline.params import OBSERVING, Distill, Params
@@ -69,7 +69,7 @@ def distill(
         origins["prompts"] = fingerprint(prompts_path)
     job = _job(plan, runs, origins)
     training = plan.training(job.run)
-    trained = run(job, training)
+    trained = launch(job, training)
     rounds = plan.rounds.finish(_kept_step(settings, trained.history)) if plan.rounds else []
     if rounds_out is not None and not plan.rounds:
         leave_no_rounds(rounds_out)
@@ -108,6 +108,7 @@ def _job(plan: Distillation, runs: Path, origins: dict) -> Job:
         inputs={"params": params.model_dump(), "seed": plan.seed, "run": str(folder)} | plan.paths.as_texts(),
         run=folder,
         seed=plan.seed,
+        train=params.train,
         **{name: getattr(settings, name) for name in _JOB},
     )
 

@@ -89,6 +89,8 @@ class Distillation:
         inputs = reward_inputs(settings, opened, rows, paths.reward, seed)
         answering = None
         if chosen := settings.rounds:
+            if params.train.processes > 1:
+                raise UserError("distill.on_policy: rounds are made in one process: set train.processes=1")
             if paths.prompts is None:
                 raise UserError("distill.on_policy: the student answers prompts anew: pass --prompts")
             rounds = schedule(settings.optimisation.steps, chosen.refreshes, chosen.every)

@@ -59,7 +59,8 @@ def reward(
     settings = params.reward.model_dump(exclude={"bootstrap"})  # of the audit, which is made anew
     run = runs / "reward" / digest([params.seed, settings, origins, code_fingerprint("stages.reward.fit")])[:16]
     negatives, teacher = rows.get("negatives", []), opened["selection"].teacher["identity"]
-    fitting = Fitting(params.reward, params.seed, sources, rows["train"], rows["validation"], negatives, run)
+    of = rows["train"], rows["validation"], negatives
+    fitting = Fitting(params.reward, params.seed, sources, *of, run, params.train)
     prompts = read_prompts(prompts_path, ("validation",)) if prompts_path else []
     task = get_task(params.prepare.task)
     by_kind = rankings.held_out_rankings(rows.get("scored", ()), rows.get("samples", ()), prompts, task)

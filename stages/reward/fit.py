@@ -17,11 +17,12 @@ from pipeline.learning.curves import split_history
 from pipeline.learning.dropout import set_dropout
 from pipeline.learning.forward import per_row, score_tokens
 from pipeline.learning.job import Job, Training
+from pipeline.learning.launch import launch
 from pipeline.learning.learner import Learner, StudentLearner
 from pipeline.learning.posterior import RewardPosterior
 from pipeline.learning.residuals import Scaled
 from pipeline.learning.terms import Likelihood, Mean
-from pipeline.learning.trainer import run, seed_everything
+from pipeline.learning.trainer import seed_everything
 from pipeline.models import (
     Context,
     best_device,
@@ -32,7 +33,7 @@ from pipeline.models import (
     require_same_tokenizer,
 )
 from pipeline.objectives.avril import gaussian_nll, kept_steps, kl_to_prior
-from pipeline.params import Reward
+from pipeline.params import Reward, Train
 from pipeline.provenance import fingerprint
 from pipeline.store.schema import Row
 from pipeline.store.selection import Selection
@@ -89,6 +90,7 @@ class Fitting:
     validation: Sequence[Row]
     negatives: Sequence[Row]  # further responses that the teacher has scored
     run: Path  # folder of the checkpoints
+    how: Train
 
     def fit(self, td: str, negatives: bool = False) -> Fitted:
         """The fit with the best held-out likelihood among the candidates of phi_kl.
@@ -99,7 +101,7 @@ class Fitting:
         best: tuple[float, float, Learner, list[dict]] | None = None
         for number, phi_kl in enumerate(settings.phi_kl):
             job, training = self._job(td, negatives, number), self.training(td, negatives, number)
-            history = once(job.run, training.learner, lambda: run(job, training).history)  # noqa: B023
+            history = once(job.run, training.learner, lambda: launch(job, training).history)  # noqa: B023
             nll = min(entry["eval_reward_nll"] for entry in history if "eval_reward_nll" in entry)
             if best is None or nll < best[0]:
                 best = nll, phi_kl, training.learner.to(best_device()).eval(), history
@@ -156,6 +158,7 @@ class Fitting:
             save_every=settings.evaluate_every,
             best="reward_nll",
             patience=settings.patience,
+            train=self.how,
         )  # fmt: skip
 
 
@@ -166,7 +169,7 @@ def training(
     sources = Sources(**{name: path and Path(path) for name, path in paths.items()})
     rows, _ = read_rows(sources)
     own = rows["train"], rows["validation"], rows.get("negatives", ())
-    return Fitting(Reward(**settings), seed, sources, *own, Path()).training(td, negatives, number)
+    return Fitting(Reward(**settings), seed, sources, *own, Path(), Train()).training(td, negatives, number)
 
 
 def read_rows(sources: Sources) -> tuple[dict[str, list[Row]], dict[str, Selection]]:

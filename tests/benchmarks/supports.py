@@ -36,7 +36,7 @@ from pipeline.learning.residuals import Scaled, teacher_residual
 from pipeline.models import load_lm
 from pipeline.objectives.divergences import DIVERGENCES, forward_kl, reverse_kl
 from pipeline.objectives.supports import offsets, systematic, top_place
-from pipeline.params import Residual, Reward
+from pipeline.params import Residual, Reward, Train
 from pipeline.store.schema import Row
 from stages.distill.inputs import shuffled
 from stages.reward.fit import Fitting, Sources
@@ -233,7 +233,7 @@ def fitted(taught: Taught, folder: Path) -> dict[str, np.ndarray]:
         rows, settings = rows_of(taught), Reward(phi_kl=[0.1])
         held = len(rows) // 10
         sources = Sources(folder, folder / "student")
-        fit = Fitting(settings, 0, sources, rows[held:], rows[:held], [], folder / "runs").fit("sarsa")
+        fit = Fitting(settings, 0, sources, rows[held:], rows[:held], [], folder / "runs", Train()).fit("sarsa")
         values = list(per_row(rows, fit.posterior))
         mu, log_sigma = (np.concatenate(each) for each in zip(*values, strict=True))
         np.savez(path, mu=mu, log_sigma=log_sigma, metrics=json.dumps(fit.metrics))

@@ -15,6 +15,7 @@ from pipeline.learning.learner import StudentLearner, count
 from pipeline.learning.residuals import Scaled
 from pipeline.learning.terms import Likelihood
 from pipeline.models import load_lm, load_tokenizer, save_model
+from pipeline.params import Train
 from pipeline.store.selection import Selection
 from stages.distill import distill
 from stages.distill.inputs import RewardInputs
@@ -140,7 +141,7 @@ def test_teach_trains_without_dropout_unless_it_is_set(dropping, student, tmp_pa
 def test_a_reward_is_fitted_and_read_without_dropout(cache, dropping, tmp_path, fit, encoder):
     rows = list(Selection(cache / "selection").rows("train"))[:8]
     settings = make_params("unused", f"reward.fit={fit}", f"reward.encoder={encoder}").reward
-    fitting = Fitting(settings, 0, Sources(tmp_path, dropping), rows, rows, [], tmp_path)
+    fitting = Fitting(settings, 0, Sources(tmp_path, dropping), rows, rows, [], tmp_path, Train())
     learner = fitting.training("sarsa", False, 0).learner
     assert len(losses(learner, rows)) == 1
 

@@ -18,13 +18,13 @@ def recorded(monkeypatch):
     """Every job that the stages run, as JSON, with the weights that it left."""
     jobs = []
 
-    def record(job, training=None):
+    def record(job, training):
         trained = train(job, training)
         jobs.append((job.model_dump_json(), {name: x.clone() for name, x in trained.learner.state_dict().items()}))
         return trained
 
     for stage in ("stages.teach", "stages.distill", "stages.reward.fit"):
-        monkeypatch.setattr(f"{stage}.run", record)
+        monkeypatch.setattr(f"{stage}.launch", record)
     return jobs
 
 

@@ -168,12 +168,6 @@ def test_a_half_written_checkpoint_is_not_resumed_from(student, tmp_path):
     assert not (folder / "checkpoint-6").exists() and not (folder / "checkpoint-10").exists()
 
 
-def test_several_processes_are_refused(student, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one process"):
-        run(make_job(tmp_path, steps=1), make_training(make_learner(student), 4))
-
-
 # Numbers that are not finite
 
 
