@@ -36,11 +36,11 @@ class StopAtSignal(TrainerCallback):
         self._has_saved(state.global_step)
 
     def on_step_begin(self, args, state, control, **_):
-        if _noted() and state.global_step == self.saved:
+        if is_stopping() and state.global_step == self.saved:
             raise interrupts.interrupted()
 
     def on_step_end(self, args, state, control, **_):
-        if _noted():
+        if is_stopping():
             control.should_training_stop = True
             control.should_save = args.save_strategy != SaveStrategy.NO
 
@@ -48,7 +48,7 @@ class StopAtSignal(TrainerCallback):
 
     def on_save(self, args, state, control, **_):
         self._has_saved(state.global_step)
-        if _noted():
+        if is_stopping():
             control.should_training_stop = True
 
     def _has_saved(self, step: int) -> None:
@@ -56,7 +56,8 @@ class StopAtSignal(TrainerCallback):
         keeps_up_to(step, self.what)
 
 
-def _noted() -> bool:
+def is_stopping() -> bool:
+    """Whether a signal came to one of the processes, each of which asks."""
     return processes.any_of(interrupts.noted() is not None)
 
 

@@ -90,7 +90,7 @@ def _start(job: Job) -> None:
             running.close(signal.SIGKILL)
         checkpoint = whole_checkpoint(job.run)
         keeps_up_to(step_of(checkpoint) if checkpoint else 0, job.what)
-        if not interrupts.noted() and ended.is_failed():
+        if not interrupts.noted() and not (job.run / _HISTORY).is_file():
             raise _failed(job, count, ended, checkpoint)
 
 
@@ -112,6 +112,10 @@ def _environments(count: int) -> dict[int, dict[str, str]]:
 
 def _failed(job: Job, count: int, ended, checkpoint: str | None) -> UserError:
     """Why: what a process found wrong, or else how the first one ended, which the others end of."""
+    kept = f"up to step {step_of(checkpoint)} is kept" if checkpoint else "before its first checkpoint"
+    kept = f"{kept}; run the same command to go on"
+    if not ended.is_failed():
+        return UserError(f"{job.what}: one of the {count} processes was ended by a signal, {kept}")
     failures, said = sorted(ended.failures.values(), key=lambda failure: failure.timestamp), {}
     for failure in failures:
         with suppress(OSError):
@@ -125,10 +129,7 @@ def _failed(job: Job, count: int, ended, checkpoint: str | None) -> UserError:
     if not killed:
         console.say(said[first.local_rank]["message"])
         how = said[first.local_rank]["message"].strip().splitlines()[-1][:300]
-    kept = f"up to step {step_of(checkpoint)} is kept" if checkpoint else "before its first checkpoint"
-    return UserError(
-        f"{job.what}: process {first.local_rank} of {count} ended with {how}, {kept}; run the same command to go on"
-    )
+    return UserError(f"{job.what}: process {first.local_rank} of {count} ended with {how}, {kept}")
 
 
 def main(path: Path) -> int:

@@ -20,7 +20,15 @@ from transformers.trainer_callback import PrinterCallback
 from pipeline import console, interrupts
 from pipeline.errors import UserError
 from pipeline.learning import processes
-from pipeline.learning.checkpoints import ASIDE, StopAtSignal, finished, keeps_up_to, step_of, whole_checkpoint
+from pipeline.learning.checkpoints import (
+    ASIDE,
+    StopAtSignal,
+    finished,
+    is_stopping,
+    keeps_up_to,
+    step_of,
+    whole_checkpoint,
+)
 from pipeline.learning.finite import require_finite, require_finite_weights
 from pipeline.learning.job import Job, Trained, Training
 from pipeline.learning.learner import COUNTS, Learner, count
@@ -287,6 +295,8 @@ def run(job: Job, training: Training | None = None) -> Trained:
             watch = _Watch(trainer, checkpoint, advance)
             trainer.add_callback(watch)
             trainer.train(resume_from_checkpoint=checkpoint)
+            if is_stopping():  # also where the signal came to another process
+                raise interrupts.interrupted()
     except Exception as error:
         if interrupts.noted():  # a process of the loader's got the signal too
             raise interrupts.interrupted() from error

@@ -169,7 +169,7 @@ def workers(run: Run) -> dict[int, psutil.Process]:
 
 @slow
 def test_a_death_or_a_signal_costs_a_step_whatever_process_it_comes_to(cache, student, tmp_path):
-    """One process, then all of them, then a signal to the command; then one process alone goes on to the end."""
+    """A kill and a signal to one process, a kill and a signal to the command; then one process alone goes on."""
     undisturbed = Distilling(cache, student, tmp_path / "undisturbed")
     undisturbed.folder.mkdir()
     assert undisturbed.start(1).wait() == 0
@@ -183,6 +183,13 @@ def test_a_death_or_a_signal_costs_a_step_whatever_process_it_comes_to(cache, st
     assert "process 1 of 2 ended with SIGKILL" in run.output and "run the same command to go on" in run.output
     first = killed.steps()
     assert "Traceback" not in run.output and 2 <= first < STEPS
+
+    run = killed.start(2)
+    run.wait_for(lambda: killed.steps() > first)
+    workers(run)[1].send_signal(signal.SIGTERM)
+    assert run.wait() == 2 and not killed.out.exists()
+    assert "one of the 2 processes was ended by a signal" in run.output and first < killed.steps() < STEPS
+    first = killed.steps()
 
     run = killed.start(3)
     run.wait_for(lambda: killed.steps() > first)
