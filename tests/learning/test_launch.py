@@ -96,7 +96,7 @@ def test_two_processes_teach_what_one_teaches(cache, teacher, student, tmp_path)
 def test_two_processes_distil_what_one_distils(cache, fitted, teacher, student, tmp_path, capfd):
     """With the X term, a part of an epoch left over, and held-out rows; the curves are those of one process too."""
     params = make_params(teacher, "distill.objective=jsd", "distill.optimisation.batch_size=13", "distill.lam=0.1")
-    curves = {}
+    curves, waited = {}, {}
     for count in (1, 2):
         params.train.processes = count
         out = tmp_path / str(count)
@@ -108,7 +108,8 @@ def test_two_processes_distil_what_one_distils(cache, fitted, teacher, student, 
             for value in line.split(",")
         ]
         found = json.loads((out / "metrics" / "results.json").read_text())
-        assert 0 < found["cost"]["seconds_to_first_step"] < 120
+        waited[count] = found["cost"]["seconds_to_first_step"]  # since the process of these tests began
+    assert 0 < waited[1] < waited[2] < waited[1] + 100
     assert len(curves[1]) > 10 and curves[2] == pytest.approx(curves[1], rel=1e-4)
     assert_close(weights(tmp_path / "1" / "model"), weights(tmp_path / "2" / "model"))
     assert not list((tmp_path / "2" / "runs").rglob("*.safetensors"))
